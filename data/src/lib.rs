@@ -1,0 +1,1 @@
+//! Tar shards to decoded, tokenised, packed examples; no tensor library.

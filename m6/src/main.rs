@@ -1,0 +1,2 @@
+//! The m6 command.
+fn main() {}

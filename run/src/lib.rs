@@ -1,0 +1,1 @@
+//! What every training run shares: config, run folder, checkpoints, schedules, metrics, progress.
