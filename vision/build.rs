@@ -1,0 +1,7 @@
+//! Links libtorch.
+
+include!("../build-support/link.rs");
+
+fn main() {
+    link_libtorch();
+}
