@@ -1,1 +1,18 @@
-//! What libtorch can do and tch does not bind; the only home of unsafe and C++.
+//! What libtorch can do and `tch` does not bind: a parameter registry with strict weights, fused AdamW, averaged
+//! weights, attention by sequence lengths, random state, determinism and memory figures, and the few layers that
+//! every model here is built from. The only crate with `unsafe` and C++.
+
+#![allow(unsafe_code)]
+
+pub mod attention;
+pub mod device;
+mod error;
+mod ffi;
+pub mod nn;
+pub mod optim;
+mod params;
+mod weights;
+
+pub use error::{Result, RuntimeError, first_line};
+pub use params::{Group, Init, Param, Params, named_seed};
+pub use weights::{read_tensors, write_tensors};

@@ -1,0 +1,164 @@
+// The C++ half of m6-runtime: ATen functions that tch does not bind.
+// Every function returns nullptr or a message made by strdup that the caller frees with m6_free.
+
+#include <ATen/ATen.h>
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/Context.h>
+#include <c10/core/CachingDeviceAllocator.h>
+#include <c10/core/GradMode.h>
+#include <cstdlib>
+#include <cstring>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+namespace {
+
+template <typename F>
+char* guarded(F&& body) {
+  try {
+    body();
+    return nullptr;
+  } catch (const c10::Error& error) {
+    return strdup(error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    return strdup(error.what());
+  } catch (...) {
+    return strdup("an exception of unknown type");
+  }
+}
+
+std::vector<at::Tensor> gather(at::Tensor* const* tensors, size_t count) {
+  std::vector<at::Tensor> list;
+  list.reserve(count);
+  for (size_t i = 0; i < count; ++i) list.push_back(*tensors[i]);
+  return list;
+}
+
+std::optional<at::Tensor> optional_tensor(const at::Tensor* tensor) {
+  return tensor == nullptr ? std::nullopt : std::make_optional(*tensor);
+}
+
+at::Device device_of(int cuda_index) {
+  return cuda_index < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda_index));
+}
+
+}  // namespace
+
+extern "C" {
+
+void m6_free(char* message) { std::free(message); }
+
+char* m6_init_normal(at::Tensor* tensor, double std, uint64_t seed) {
+  return guarded([&] {
+    c10::NoGradGuard no_grad;
+    tensor->normal_(0.0, std, at::detail::createCPUGenerator(seed));
+  });
+}
+
+char* m6_init_uniform(at::Tensor* tensor, double bound, uint64_t seed) {
+  return guarded([&] {
+    c10::NoGradGuard no_grad;
+    tensor->uniform_(-bound, bound, at::detail::createCPUGenerator(seed));
+  });
+}
+
+char* m6_fused_adamw(
+    size_t count, at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* first, at::Tensor* const* second,
+    at::Tensor* const* steps, double lr, double beta1, double beta2, double weight_decay, double eps,
+    const at::Tensor* found_inf) {
+  return guarded([&] {
+    c10::NoGradGuard no_grad;
+    auto state_steps = gather(steps, count);
+    auto skip = optional_tensor(found_inf);
+    at::_foreach_add_(state_steps, 1);
+    at::_fused_adamw_(
+        gather(params, count), gather(grads, count), gather(first, count), gather(second, count), {}, state_steps, lr, beta1,
+        beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, skip);
+    if (skip.has_value()) {
+      at::_foreach_sub_(state_steps, std::vector<at::Tensor>(count, *skip));
+    }
+  });
+}
+
+char* m6_clear_grads(size_t count, at::Tensor* const* params) {
+  return guarded([&] {
+    for (size_t i = 0; i < count; ++i) params[i]->mutable_grad().reset();
+  });
+}
+
+char* m6_foreach_l2_norm(size_t count, at::Tensor* const* tensors, at::Tensor** out) {
+  return guarded([&] {
+    c10::NoGradGuard no_grad;
+    auto norms = at::_foreach_norm(gather(tensors, count), 2);
+    *out = new at::Tensor(at::stack(norms).norm());
+  });
+}
+
+char* m6_foreach_scale(size_t count, at::Tensor* const* tensors, const at::Tensor* factor) {
+  return guarded([&] {
+    c10::NoGradGuard no_grad;
+    at::_foreach_mul_(gather(tensors, count), *factor);
+  });
+}
+
+char* m6_foreach_lerp(size_t count, at::Tensor* const* averages, at::Tensor* const* values, double weight) {
+  return guarded([&] {
+    c10::NoGradGuard no_grad;
+    at::_foreach_lerp_(gather(averages, count), gather(values, count), weight);
+  });
+}
+
+char* m6_varlen_flash(
+    const at::Tensor* q, const at::Tensor* k, const at::Tensor* v, const at::Tensor* cu_q, const at::Tensor* cu_k,
+    int64_t max_q, int64_t max_k, bool causal, at::Tensor** out) {
+  return guarded([&] {
+    auto result = at::_flash_attention_forward(
+        *q, *k, *v, *cu_q, *cu_k, max_q, max_k, /*dropout_p=*/0.0, causal, /*return_debug_mask=*/false);
+    *out = new at::Tensor(std::get<0>(result));
+  });
+}
+
+char* m6_rng_state(int cuda_index, at::Tensor** out) {
+  return guarded([&] {
+    auto generator = at::globalContext().defaultGenerator(device_of(cuda_index));
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    *out = new at::Tensor(generator.get_state());
+  });
+}
+
+char* m6_set_rng_state(int cuda_index, const at::Tensor* state) {
+  return guarded([&] {
+    auto generator = at::globalContext().defaultGenerator(device_of(cuda_index));
+    std::lock_guard<std::mutex> lock(generator.mutex());
+    generator.set_state(*state);
+  });
+}
+
+char* m6_set_deterministic(bool on) {
+  return guarded([&] {
+    at::globalContext().setDeterministicAlgorithms(on, /*warn_only=*/false);
+    at::globalContext().setDeterministicFillUninitializedMemory(false);
+    at::globalContext().setDeterministicCuDNN(on);
+  });
+}
+
+char* m6_set_tf32(bool on) {
+  return guarded([&] {
+    at::globalContext().setAllowTF32CuBLAS(on);
+    at::globalContext().setAllowTF32CuDNN(on);
+  });
+}
+
+char* m6_device_memory(int cuda_index, int64_t* current, int64_t* peak, int64_t* reserved) {
+  return guarded([&] {
+    auto* allocator = at::getDeviceAllocator(at::kCUDA);
+    auto stats = allocator->getDeviceStats(static_cast<c10::DeviceIndex>(cuda_index));
+    const auto all = static_cast<size_t>(c10::CachingAllocator::StatType::AGGREGATE);
+    *current = stats.allocated_bytes[all].current;
+    *peak = stats.allocated_bytes[all].peak;
+    *reserved = stats.reserved_bytes[all].peak;
+  });
+}
+
+}  // extern "C"

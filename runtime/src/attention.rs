@@ -1,0 +1,239 @@
+//! Prefix/target attention over packed examples, by sequence lengths.
+//!
+//! One rule covers every task (design: "How data flows"): prefix tokens of an example see its whole prefix,
+//! target tokens see the prefix and the targets up to themselves. In legends: `n` tokens of the packed row,
+//! `h` heads, `k` head width.
+
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+use crate::ffi;
+
+/// The lengths of one packed example: `prefix` tokens first, then `target` tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Span {
+    /// Tokens that see the whole prefix.
+    pub prefix: i64,
+    /// Tokens that see the prefix and earlier targets.
+    pub target: i64,
+}
+
+impl Span {
+    /// All tokens of the example.
+    pub fn len(&self) -> i64 {
+        self.prefix + self.target
+    }
+
+    /// Whether the example has no token.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// Where the examples of a packed row begin and end, ready for a device.
+#[derive(Debug)]
+pub struct Layout {
+    spans: Vec<Span>,
+    flash: Option<FlashLayout>,
+}
+
+/// Index tensors of the variable-length calls, made once a batch.
+#[derive(Debug)]
+struct FlashLayout {
+    cumulative: Tensor,
+    longest: i64,
+    prefix_rows: Tensor,
+    prefix_cumulative: Tensor,
+    prefix_longest: i64,
+}
+
+impl Layout {
+    /// A layout of these examples in this order. Copies three small index tensors where `device` is a GPU.
+    pub fn new(spans: Vec<Span>, device: Device) -> Self {
+        let flash = device.is_cuda().then(|| FlashLayout::new(&spans, device));
+        Self { spans, flash }
+    }
+
+    /// The examples.
+    pub fn spans(&self) -> &[Span] {
+        &self.spans
+    }
+}
+
+impl FlashLayout {
+    fn new(spans: &[Span], device: Device) -> Self {
+        let cumulative = |lengths: &[i64]| {
+            let mut ends = vec![0i32];
+            ends.extend(lengths.iter().scan(0, |end, &n| {
+                *end += n as i32;
+                Some(*end)
+            }));
+            Tensor::from_slice(&ends).to_device(device)
+        };
+        let lengths: Vec<i64> = spans.iter().map(Span::len).collect();
+        // Examples with a prefix of one token or none need no second pass: causal is already right for them.
+        let mut rows = Vec::new();
+        let mut prefixes = Vec::new();
+        let mut start = 0;
+        for span in spans {
+            if span.prefix > 1 {
+                rows.extend(start..start + span.prefix);
+                prefixes.push(span.prefix);
+            }
+            start += span.len();
+        }
+        Self {
+            cumulative: cumulative(&lengths),
+            longest: lengths.iter().copied().max().unwrap_or(0),
+            prefix_rows: Tensor::from_slice(&rows).to_device(device),
+            prefix_cumulative: cumulative(&prefixes),
+            prefix_longest: prefixes.iter().copied().max().unwrap_or(0),
+        }
+    }
+}
+
+/// Attention of `q`, `k`, `v` of shape `[n, h, k]` (fewer key heads than query heads are allowed: grouped
+/// queries) under the prefix/target rule of `layout`; returns `[n, h, k]`.
+///
+/// On a GPU and in bf16 this is one causal variable-length flash call over everything, then the prefix rows
+/// once more without the causal rule, put in place; elsewhere a masked call for each example.
+///
+/// # Errors
+/// When libtorch refuses a flash call.
+pub fn prefix_attention(q: &Tensor, k: &Tensor, v: &Tensor, layout: &Layout) -> Result<Tensor> {
+    match &layout.flash {
+        Some(flash) if q.kind() == Kind::BFloat16 => flash_attention(q, k, v, flash),
+        _ => Ok(masked_attention(q, k, v, &layout.spans)),
+    }
+}
+
+fn flash_attention(q: &Tensor, k: &Tensor, v: &Tensor, layout: &FlashLayout) -> Result<Tensor> {
+    let all = varlen_flash(q, k, v, &layout.cumulative, layout.longest, true)?;
+    if layout.prefix_longest == 0 {
+        return Ok(all);
+    }
+    let rows = &layout.prefix_rows;
+    let [q, k, v] = [q, k, v].map(|t| t.index_select(0, rows));
+    let prefix = varlen_flash(&q, &k, &v, &layout.prefix_cumulative, layout.prefix_longest, false)?;
+    Ok(all.index_copy(0, rows, &prefix))
+}
+
+fn varlen_flash(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    ends: &Tensor,
+    longest: i64,
+    causal: bool,
+) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: live tensors that libtorch reads; `out` receives a new one on success.
+    ffi::check(unsafe {
+        ffi::m6_varlen_flash(
+            q.as_ptr(),
+            k.as_ptr(),
+            v.as_ptr(),
+            ends.as_ptr(),
+            ends.as_ptr(),
+            longest,
+            longest,
+            causal,
+            &mut out,
+        )
+    })?;
+    Ok(ffi::take(out))
+}
+
+/// The reference: one masked call for each example.
+fn masked_attention(q: &Tensor, k: &Tensor, v: &Tensor, spans: &[Span]) -> Tensor {
+    let mut outputs = Vec::with_capacity(spans.len());
+    let mut start = 0;
+    for span in spans.iter().filter(|span| !span.is_empty()) {
+        let example = |t: &Tensor| t.narrow(0, start, span.len()).transpose(0, 1).unsqueeze(0); // [1, h, t, k]
+        let mask = (span.prefix > 1).then(|| span_mask(*span, q.device()));
+        let out = Tensor::scaled_dot_product_attention(
+            &example(q),
+            &example(k),
+            &example(v),
+            mask.as_ref(),
+            0.0,
+            mask.is_none(),
+            None,
+            true,
+        );
+        outputs.push(out.squeeze_dim(0).transpose(0, 1)); // [t, h, k]
+        start += span.len();
+    }
+    Tensor::cat(&outputs, 0)
+}
+
+/// `[t, t]`, true where a query (row) may look at a key (column).
+fn span_mask(span: Span, device: Device) -> Tensor {
+    let mask = Tensor::ones([span.len(), span.len()], (Kind::Bool, device)).tril(0);
+    let _ = mask.narrow(0, 0, span.prefix).narrow(1, 0, span.prefix).fill_(1);
+    mask
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    /// The rule, written out token by token in f64.
+    fn by_definition(q: &Tensor, k: &Tensor, v: &Tensor, spans: &[Span]) -> Tensor {
+        let n = q.size()[0];
+        let allowed = Tensor::zeros([n, n], (Kind::Bool, Device::Cpu));
+        let mut start = 0;
+        for span in spans {
+            for row in 0..span.len() {
+                for column in 0..span.len() {
+                    let prefix_pair = row < span.prefix && column < span.prefix;
+                    if prefix_pair || column <= row {
+                        let _ = allowed.get(start + row).get(start + column).fill_(1);
+                    }
+                }
+            }
+            start += span.len();
+        }
+        let [q, k, v] = [q, k, v].map(|t| t.to_kind(Kind::Double).transpose(0, 1));
+        let scores = q.matmul(&k.transpose(1, 2)) / (q.size()[2] as f64).sqrt();
+        let scores = scores.masked_fill(&allowed.logical_not(), f64::NEG_INFINITY);
+        scores.softmax(-1, Kind::Double).matmul(&v).transpose(0, 1)
+    }
+
+    fn spans() -> Vec<Span> {
+        [(3, 5), (0, 4), (6, 0), (1, 1), (0, 1), (2, 7)]
+            .map(|(prefix, target)| Span { prefix, target })
+            .to_vec()
+    }
+
+    #[test]
+    fn matches_the_definition_on_uneven_examples() {
+        tch::manual_seed(1);
+        let spans = spans();
+        let n = spans.iter().map(Span::len).sum::<i64>();
+        let [q, k, v] = [0; 3].map(|_| Tensor::randn([n, 2, 8], FLOAT));
+        let out = prefix_attention(&q, &k, &v, &Layout::new(spans.clone(), Device::Cpu)).unwrap();
+        let gap = (out - by_definition(&q, &k, &v, &spans)).abs().max().double_value(&[]);
+        assert!(gap < 1e-5, "{gap}");
+    }
+
+    #[test]
+    fn later_targets_and_other_examples_do_not_leak() {
+        tch::manual_seed(2);
+        let spans = spans();
+        let n = spans.iter().map(Span::len).sum::<i64>();
+        let [q, k, v] = [0; 3].map(|_| Tensor::randn([n, 2, 8], FLOAT));
+        let layout = Layout::new(spans, Device::Cpu);
+        let before = prefix_attention(&q, &k, &v, &layout).unwrap();
+        // Token 5 is the third target of the first example: only targets after it may change.
+        let _ = v.get(5).fill_(9.0);
+        let after = prefix_attention(&q, &k, &v, &layout).unwrap();
+        let changed = (before - after).abs().sum_dim_intlist([1, 2].as_slice(), false, Kind::Float);
+        let changed: Vec<f32> = Vec::try_from(changed).unwrap();
+        for (token, change) in changed.iter().enumerate() {
+            assert_eq!(*change > 0.0, (5..8).contains(&token), "token {token}: {change}");
+        }
+    }
+}

@@ -1,0 +1,89 @@
+//! The functions of `csrc/shim.cpp`, and the one place that turns their messages into errors.
+
+use std::ffi::{CStr, c_char, c_int};
+
+use tch::Tensor;
+use torch_sys::C_tensor;
+
+use crate::error::{Result, RuntimeError, first_line};
+
+unsafe extern "C" {
+    fn m6_free(message: *mut c_char);
+    pub(crate) fn m6_init_normal(tensor: *const C_tensor, std: f64, seed: u64) -> *mut c_char;
+    pub(crate) fn m6_init_uniform(tensor: *const C_tensor, bound: f64, seed: u64) -> *mut c_char;
+    pub(crate) fn m6_fused_adamw(
+        count: usize,
+        params: *const *const C_tensor,
+        grads: *const *const C_tensor,
+        first: *const *const C_tensor,
+        second: *const *const C_tensor,
+        steps: *const *const C_tensor,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+        found_inf: *const C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_clear_grads(count: usize, params: *const *const C_tensor) -> *mut c_char;
+    pub(crate) fn m6_foreach_l2_norm(
+        count: usize,
+        tensors: *const *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_foreach_scale(
+        count: usize,
+        tensors: *const *const C_tensor,
+        factor: *const C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_foreach_lerp(
+        count: usize,
+        averages: *const *const C_tensor,
+        values: *const *const C_tensor,
+        weight: f64,
+    ) -> *mut c_char;
+    pub(crate) fn m6_varlen_flash(
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        cu_q: *const C_tensor,
+        cu_k: *const C_tensor,
+        max_q: i64,
+        max_k: i64,
+        causal: bool,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_rng_state(cuda_index: c_int, out: *mut *mut C_tensor) -> *mut c_char;
+    pub(crate) fn m6_set_rng_state(cuda_index: c_int, state: *const C_tensor) -> *mut c_char;
+    pub(crate) fn m6_set_deterministic(on: bool) -> *mut c_char;
+    pub(crate) fn m6_set_tf32(on: bool) -> *mut c_char;
+    pub(crate) fn m6_device_memory(
+        cuda_index: c_int,
+        current: *mut i64,
+        peak: *mut i64,
+        reserved: *mut i64,
+    ) -> *mut c_char;
+}
+
+/// Turns the shim's answer into a result, freeing its message.
+pub(crate) fn check(message: *mut c_char) -> Result<()> {
+    if message.is_null() {
+        return Ok(());
+    }
+    // SAFETY: a non-null answer is a NUL-terminated string that `strdup` made for us.
+    let text = unsafe { CStr::from_ptr(message) }.to_string_lossy().into_owned();
+    // SAFETY: freed once, by the allocator that made it.
+    unsafe { m6_free(message) };
+    Err(RuntimeError::Torch(first_line(&text)))
+}
+
+/// Takes ownership of a tensor that the shim made.
+pub(crate) fn take(out: *mut C_tensor) -> Tensor {
+    // SAFETY: called after a successful answer only; the shim allocated the tensor for us.
+    unsafe { Tensor::from_ptr(out) }
+}
+
+/// The raw pointers of a list of tensors, valid while `tensors` is borrowed.
+pub(crate) fn pointers(tensors: &[Tensor]) -> Vec<*const C_tensor> {
+    tensors.iter().map(Tensor::as_ptr).collect()
+}

@@ -1,0 +1,169 @@
+//! The few layers that every model here is built from.
+//!
+//! Weights are float32; a layer casts them to the dtype of its input, so bf16 compute is a property of the
+//! activations and there is no autocast. Every layer states how it starts.
+
+use tch::Tensor;
+
+use crate::params::{Group, Init, Params};
+
+/// `y = x W^T + b`, `W` of shape `[out, in]`.
+#[derive(Debug)]
+pub struct Linear {
+    weight: Tensor,
+    bias: Option<Tensor>,
+}
+
+impl Linear {
+    /// With a bias that starts at zero.
+    pub fn new(params: &Params, input: i64, output: i64, init: Init) -> Self {
+        let bias = Some(params.add("bias", &[output], Init::Zeros, Group::NoDecay));
+        Self { bias, ..Self::without_bias(params, input, output, init) }
+    }
+
+    /// Without a bias.
+    pub fn without_bias(params: &Params, input: i64, output: i64, init: Init) -> Self {
+        Self { weight: params.add("weight", &[output, input], init, Group::Decay), bias: None }
+    }
+
+    /// `[.., in] -> [.., out]` in the dtype of `x`.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        let kind = x.kind();
+        x.linear(&self.weight.to_kind(kind), self.bias.as_ref().map(|b| b.to_kind(kind)).as_ref())
+    }
+}
+
+/// Rows of a table by index; `weight` of shape `[rows, width]`.
+#[derive(Debug)]
+pub struct Embedding {
+    weight: Tensor,
+}
+
+impl Embedding {
+    /// A table of `rows` by `width`.
+    pub fn new(params: &Params, rows: i64, width: i64, init: Init) -> Self {
+        Self { weight: params.add("weight", &[rows, width], init, Group::NoDecay) }
+    }
+
+    /// `[..] -> [.., width]`, float32.
+    pub fn forward(&self, ids: &Tensor) -> Tensor {
+        Tensor::embedding(&self.weight, ids, -1, false, false)
+    }
+
+    /// The whole table, for output heads that share it.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+}
+
+/// Root-mean-square norm over the last axis (Zhang and Sennrich 2019), computed in float32.
+#[derive(Debug)]
+pub struct RmsNorm {
+    weight: Tensor,
+    eps: f64,
+}
+
+impl RmsNorm {
+    /// Over `width` values.
+    pub fn new(params: &Params, width: i64, eps: f64) -> Self {
+        Self { weight: params.add("weight", &[width], Init::Ones, Group::NoDecay), eps }
+    }
+
+    /// Same shape and dtype as `x`.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        x.rms_norm(self.weight.size(), Some(&self.weight.to_kind(x.kind())), self.eps)
+    }
+}
+
+/// Group norm over `[b, c, h, w]` (Wu and He 2018).
+#[derive(Debug)]
+pub struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    groups: i64,
+    eps: f64,
+}
+
+impl GroupNorm {
+    /// Over `channels`, which `groups` divides.
+    pub fn new(params: &Params, groups: i64, channels: i64, eps: f64) -> Self {
+        let weight = params.add("weight", &[channels], Init::Ones, Group::NoDecay);
+        let bias = params.add("bias", &[channels], Init::Zeros, Group::NoDecay);
+        Self { weight, bias, groups, eps }
+    }
+
+    /// Same shape and dtype as `x`.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        let (weight, bias) = (self.weight.to_kind(x.kind()), self.bias.to_kind(x.kind()));
+        x.group_norm(self.groups, Some(&weight), Some(&bias), self.eps, true)
+    }
+}
+
+/// 2-D convolution; `weight` of shape `[out, in, k, k]`, bias included.
+#[derive(Debug)]
+pub struct Conv2d {
+    weight: Tensor,
+    bias: Tensor,
+    stride: i64,
+    padding: i64,
+}
+
+impl Conv2d {
+    /// Starts as PyTorch's does: weight and bias uniform within `1 / sqrt(in * k * k)`.
+    pub fn new(params: &Params, input: i64, output: i64, kernel: i64, stride: i64, padding: i64) -> Self {
+        let bound = 1.0 / ((input * kernel * kernel) as f64).sqrt();
+        let shape = [output, input, kernel, kernel];
+        let weight = params.add("weight", &shape, Init::Uniform(bound), Group::Decay);
+        let bias = params.add("bias", &[output], Init::Uniform(bound), Group::NoDecay);
+        Self { weight, bias, stride, padding }
+    }
+
+    /// `[b, in, h, w] -> [b, out, h', w']` in the dtype of `x`.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        let (weight, bias) = (self.weight.to_kind(x.kind()), self.bias.to_kind(x.kind()));
+        let (s, p) = (self.stride, self.padding);
+        x.conv2d(&weight, Some(&bias), [s, s], [p, p], [1, 1], 1)
+    }
+
+    /// The kernel, for losses that balance gradients at the last layer.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    #[test]
+    fn initial_widths_are_pytorchs_and_not_tchs() {
+        let params = Params::new(Device::Cpu, 1);
+        let conv = Conv2d::new(&(&params / "conv"), 64, 64, 3, 1, 1);
+        let bound = 1.0 / (64.0f64 * 9.0).sqrt();
+        let widest = conv.weight.abs().max().double_value(&[]);
+        assert!(widest <= bound && widest > 0.99 * bound, "{widest} against {bound}");
+        let norm = GroupNorm::new(&(&params / "norm"), 32, 64, 1e-6);
+        assert_eq!(norm.weight.min().double_value(&[]), 1.0);
+    }
+
+    #[test]
+    fn compute_follows_the_input_and_gradients_reach_the_float32_weights() {
+        let params = Params::new(Device::Cpu, 1);
+        let linear = Linear::new(&params, 8, 4, Init::Normal(0.1));
+        let y = linear.forward(&Tensor::ones([2, 8], (Kind::BFloat16, Device::Cpu)));
+        assert_eq!(y.kind(), Kind::BFloat16);
+        y.sum(Kind::Float).backward();
+        assert_eq!(linear.weight.grad().kind(), Kind::Float);
+    }
+
+    #[test]
+    fn rms_norm_matches_its_formula() {
+        let params = Params::new(Device::Cpu, 1);
+        let norm = RmsNorm::new(&params, 16, 1e-6);
+        let x = Tensor::arange(32, (Kind::Float, Device::Cpu)).reshape([2, 16]) - 3.0;
+        let expected = &x / (x.square().mean_dim(-1, true, Kind::Float) + 1e-6).sqrt();
+        assert!((norm.forward(&x) - expected).abs().max().double_value(&[]) < 1e-5);
+    }
+}

@@ -1,0 +1,362 @@
+//! AdamW in one fused launch a group, gradient clipping without host synchronisation, and averaged weights.
+
+use std::collections::BTreeMap;
+
+use tch::{Kind, Tensor};
+
+use crate::error::{Result, RuntimeError};
+use crate::ffi;
+use crate::params::{Group, Params};
+
+/// Settings of AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization").
+#[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct AdamWConfig {
+    /// Decay of the gradient's running mean.
+    pub beta1: f64,
+    /// Decay of the squared gradient's running mean.
+    pub beta2: f64,
+    /// Added to the denominator.
+    pub eps: f64,
+    /// Decoupled weight decay of the matrices; biases, norms and embeddings have none.
+    pub weight_decay: f64,
+}
+
+impl Default for AdamWConfig {
+    fn default() -> Self {
+        Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.05 }
+    }
+}
+
+#[derive(Debug)]
+struct Slot {
+    name: String,
+    group: Group,
+    param: Tensor,
+    first: Tensor,
+    second: Tensor,
+    step: Tensor,
+}
+
+/// AdamW over the trained parameters of a registry; its state belongs to the checkpoint.
+#[derive(Debug)]
+pub struct AdamW {
+    config: AdamWConfig,
+    slots: Vec<Slot>,
+}
+
+impl AdamW {
+    /// An optimizer of everything trained under `params`, with zero moments.
+    pub fn new(params: &Params, config: AdamWConfig) -> Self {
+        let slots = params.trainable().into_iter().map(|(name, p)| Slot {
+            name,
+            group: p.group,
+            first: p.tensor.detach().zeros_like(),
+            second: p.tensor.detach().zeros_like(),
+            step: Tensor::zeros([], (Kind::Float, p.tensor.device())),
+            param: p.tensor,
+        });
+        Self { config, slots: slots.collect() }
+    }
+
+    /// Forgets all gradients: they are undefined until the next backward pass, which then writes them without
+    /// reading zeros first.
+    ///
+    /// # Errors
+    /// When libtorch refuses.
+    pub fn zero_grad(&self) -> Result<()> {
+        let params: Vec<_> = self.slots.iter().map(|slot| slot.param.as_ptr()).collect();
+        // SAFETY: live tensors; only their gradient slots are written.
+        ffi::check(unsafe { ffi::m6_clear_grads(params.len(), params.as_ptr()) })
+    }
+
+    /// Scales the gradients so that their global L2 norm is at most `max_norm`; returns the norm before, a
+    /// scalar on the device.
+    ///
+    /// # Errors
+    /// When no parameter has a gradient or libtorch refuses.
+    pub fn clip_grad_norm(&self, max_norm: f64) -> Result<Tensor> {
+        /// Keeps the ratio finite for a zero norm, as in `torch.nn.utils.clip_grad_norm_`.
+        const NORM_EPS: f64 = 1e-6;
+        let grads: Vec<Tensor> = self.with_grad().map(|(_, grad)| grad).collect();
+        if grads.is_empty() {
+            return Err(RuntimeError::Torch("no parameter has a gradient".into()));
+        }
+        let mut out = std::ptr::null_mut();
+        let list = ffi::pointers(&grads);
+        // SAFETY: `list` points to live tensors; `out` receives a new one on success.
+        ffi::check(unsafe { ffi::m6_foreach_l2_norm(list.len(), list.as_ptr(), &mut out) })?;
+        let norm = ffi::take(out);
+        let factor = ((&norm + NORM_EPS).reciprocal() * max_norm).clamp_max(1.0);
+        // SAFETY: as above; the factor is a scalar tensor on the gradients' device.
+        ffi::check(unsafe { ffi::m6_foreach_scale(list.len(), list.as_ptr(), factor.as_ptr()) })?;
+        Ok(norm)
+    }
+
+    /// One update. Where `grad_norm` is not finite the parameters stay as they are; that is decided on the
+    /// device, so a step never waits for the host. Parameters without a gradient are left alone.
+    ///
+    /// # Errors
+    /// When libtorch refuses.
+    pub fn step(&mut self, lr: f64, grad_norm: &Tensor) -> Result<()> {
+        let found_inf = grad_norm.isfinite().logical_not().to_kind(Kind::Float);
+        for group in [Group::Decay, Group::NoDecay] {
+            let slots: Vec<(&Slot, Tensor)> = self.with_grad().filter(|(s, _)| s.group == group).collect();
+            if slots.is_empty() {
+                continue;
+            }
+            let list = |pick: fn(&(&Slot, Tensor)) -> *const torch_sys::C_tensor| -> Vec<_> {
+                slots.iter().map(pick).collect()
+            };
+            let params = list(|s| s.0.param.as_ptr());
+            let grads = list(|s| s.1.as_ptr());
+            let first = list(|s| s.0.first.as_ptr());
+            let second = list(|s| s.0.second.as_ptr());
+            let steps = list(|s| s.0.step.as_ptr());
+            let decay = if group == Group::Decay { self.config.weight_decay } else { 0.0 };
+            // SAFETY: five lists of equal length of live tensors that only this optimizer and its layers share.
+            ffi::check(unsafe {
+                ffi::m6_fused_adamw(
+                    slots.len(),
+                    params.as_ptr(),
+                    grads.as_ptr(),
+                    first.as_ptr(),
+                    second.as_ptr(),
+                    steps.as_ptr(),
+                    lr,
+                    self.config.beta1,
+                    self.config.beta2,
+                    decay,
+                    self.config.eps,
+                    found_inf.as_ptr(),
+                )
+            })?;
+        }
+        Ok(())
+    }
+
+    fn with_grad(&self) -> impl Iterator<Item = (&Slot, Tensor)> {
+        self.slots.iter().map(|slot| (slot, slot.param.grad())).filter(|(_, grad)| grad.defined())
+    }
+
+    /// Moments and step counts by parameter name, for a checkpoint.
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        let entries = self.slots.iter().flat_map(|slot| {
+            [("first", &slot.first), ("second", &slot.second), ("step", &slot.step)]
+                .map(|(part, tensor)| (format!("{}.{part}", slot.name), tensor.shallow_clone()))
+        });
+        entries.collect()
+    }
+
+    /// Takes back what [`AdamW::state`] gave.
+    ///
+    /// # Errors
+    /// When a tensor is missing, unknown, or of another shape or dtype.
+    pub fn load_state(&mut self, state: Vec<(String, Tensor)>) -> Result<()> {
+        copy_named(self.state(), state, "optimizer state")
+    }
+}
+
+/// Exponential moving average of the trained parameters: `average = decay * average + (1 - decay) * value`.
+#[derive(Debug)]
+pub struct Ema {
+    decay: f64,
+    names: Vec<String>,
+    values: Vec<Tensor>,
+    averages: Vec<Tensor>,
+}
+
+impl Ema {
+    /// Starts from the present values.
+    pub fn new(params: &Params, decay: f64) -> Self {
+        let (names, values): (Vec<_>, Vec<_>) =
+            params.trainable().into_iter().map(|(name, p)| (name, p.tensor)).unzip();
+        let averages = values.iter().map(|v| v.detach().copy()).collect();
+        Self { decay, names, values, averages }
+    }
+
+    /// Takes the present values into the averages. Early on the decay is smaller, `(1 + step) / (10 + step)`,
+    /// so that the start is forgotten.
+    ///
+    /// # Errors
+    /// When libtorch refuses.
+    pub fn update(&mut self, step: u64) -> Result<()> {
+        let early = (1.0 + step as f64) / (10.0 + step as f64);
+        let weight = 1.0 - self.decay.min(early);
+        let (averages, values) = (ffi::pointers(&self.averages), ffi::pointers(&self.values));
+        // SAFETY: two lists of equal length of live tensors of equal shapes.
+        ffi::check(unsafe {
+            ffi::m6_foreach_lerp(averages.len(), averages.as_ptr(), values.as_ptr(), weight)
+        })
+    }
+
+    /// Exchanges averages and parameters: called once before sampling or saving with the averages, and once
+    /// after.
+    pub fn swap(&mut self) {
+        let _guard = tch::no_grad_guard();
+        for (average, value) in self.averages.iter_mut().zip(&mut self.values) {
+            let kept = value.copy();
+            value.copy_(average);
+            average.copy_(&kept);
+        }
+    }
+
+    /// The averages by parameter name, for a checkpoint.
+    pub fn state(&self) -> Vec<(String, Tensor)> {
+        self.names.iter().cloned().zip(self.averages.iter().map(Tensor::shallow_clone)).collect()
+    }
+
+    /// Takes back what [`Ema::state`] gave.
+    ///
+    /// # Errors
+    /// When a tensor is missing, unknown, or of another shape or dtype.
+    pub fn load_state(&mut self, state: Vec<(String, Tensor)>) -> Result<()> {
+        copy_named(self.state(), state, "averaged weights")
+    }
+}
+
+fn copy_named(targets: Vec<(String, Tensor)>, state: Vec<(String, Tensor)>, what: &str) -> Result<()> {
+    let mut state: BTreeMap<String, Tensor> = state.into_iter().collect();
+    let _guard = tch::no_grad_guard();
+    for (name, mut target) in targets {
+        let source = state
+            .remove(&name)
+            .filter(|t| t.size() == target.size() && t.kind() == target.kind())
+            .ok_or_else(|| {
+            RuntimeError::Torch(format!("{what}: `{name}` is missing or of another shape"))
+        })?;
+        target.f_copy_(&source)?;
+    }
+    match state.keys().next() {
+        None => Ok(()),
+        Some(name) => Err(RuntimeError::Torch(format!("{what}: `{name}` is not part of the model"))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::params::Init;
+
+    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    fn model() -> (Params, Tensor, Tensor) {
+        let params = Params::new(Device::Cpu, 3);
+        let w = params.add("w", &[4, 3], Init::Normal(1.0), Group::Decay);
+        let b = params.add("b", &[4], Init::Normal(1.0), Group::NoDecay);
+        (params, w, b)
+    }
+
+    fn loss(w: &Tensor, b: &Tensor) -> Tensor {
+        let x = Tensor::arange(6, FLOAT).reshape([2, 3]) / 5.0;
+        (x.matmul(&w.tr()) + b).square().sum(Kind::Float)
+    }
+
+    /// AdamW written out in f64, after the paper's algorithm 2.
+    #[test]
+    fn matches_the_formula() {
+        let (params, w, b) = model();
+        let config = AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() };
+        let mut optimizer = AdamW::new(&params, config);
+        let mut expected = [w.copy().to_kind(Kind::Double), b.copy().to_kind(Kind::Double)];
+        let mut moments = [0, 1].map(|i| (expected[i].zeros_like(), expected[i].zeros_like()));
+        for step in 1..=5 {
+            optimizer.zero_grad().unwrap();
+            loss(&w, &b).backward();
+            let lr = 0.01 * step as f64;
+            for (i, decay) in [(0, 0.1), (1, 0.0)] {
+                let grad = [&w, &b][i].grad().to_kind(Kind::Double);
+                moments[i].0 = &moments[i].0 * config.beta1 + &grad * (1.0 - config.beta1);
+                moments[i].1 = &moments[i].1 * config.beta2 + grad.square() * (1.0 - config.beta2);
+                let first = &moments[i].0 / (1.0 - config.beta1.powi(step));
+                let second = &moments[i].1 / (1.0 - config.beta2.powi(step));
+                expected[i] = &expected[i] * (1.0 - lr * decay) - first / (second.sqrt() + config.eps) * lr;
+            }
+            let norm = optimizer.clip_grad_norm(f64::INFINITY).unwrap();
+            optimizer.step(lr, &norm).unwrap();
+        }
+        for (actual, expected) in [&w, &b].into_iter().zip(&expected) {
+            let gap = (actual.detach().to_kind(Kind::Double) - expected).abs().max().double_value(&[]);
+            assert!(gap < 1e-5, "{gap}");
+        }
+    }
+
+    #[test]
+    fn clipping_bounds_the_norm_and_reports_the_one_before() {
+        let (params, w, b) = model();
+        let optimizer = AdamW::new(&params, AdamWConfig::default());
+        loss(&w, &b).backward();
+        let before = (w.grad().square().sum(Kind::Float) + b.grad().square().sum(Kind::Float)).sqrt();
+        let norm = optimizer.clip_grad_norm(0.5).unwrap();
+        assert!((norm - &before).abs().double_value(&[]) < 1e-4);
+        let after = (w.grad().square().sum(Kind::Float) + b.grad().square().sum(Kind::Float)).sqrt();
+        assert!((after.double_value(&[]) - 0.5).abs() < 1e-4);
+    }
+
+    #[test]
+    fn gradients_are_undefined_after_zero_grad_and_such_parameters_are_left_alone() {
+        let (params, w, b) = model();
+        let mut optimizer = AdamW::new(&params, AdamWConfig::default());
+        loss(&w, &b).backward();
+        optimizer.zero_grad().unwrap();
+        assert!(optimizer.clip_grad_norm(1.0).is_err());
+        w.square().sum(Kind::Float).backward();
+        let kept = b.copy();
+        let norm = optimizer.clip_grad_norm(1.0).unwrap();
+        optimizer.step(0.1, &norm).unwrap();
+        assert_eq!(kept, b);
+    }
+
+    #[test]
+    fn a_step_with_infinite_gradients_changes_nothing() {
+        let (params, w, b) = model();
+        let mut optimizer = AdamW::new(&params, AdamWConfig::default());
+        (loss(&w, &b) * f64::INFINITY).backward();
+        let kept = w.copy();
+        let norm = optimizer.clip_grad_norm(1.0).unwrap();
+        optimizer.step(0.1, &norm).unwrap();
+        assert_eq!(kept, w);
+        let steps = optimizer.state().into_iter().find(|(n, _)| n == "w.step").unwrap().1;
+        assert_eq!(steps.double_value(&[]), 0.0);
+    }
+
+    #[test]
+    fn state_returns_and_training_goes_on_bit_for_bit() {
+        let run = |interrupt: bool| {
+            let (params, w, b) = model();
+            let mut optimizer = AdamW::new(&params, AdamWConfig::default());
+            let mut ema = Ema::new(&params, 0.9);
+            for step in 0..6 {
+                if interrupt && step == 3 {
+                    let (state, averages) = (optimizer.state(), ema.state());
+                    let copied: Vec<_> = state.iter().map(|(n, t)| (n.clone(), t.copy())).collect();
+                    let averages: Vec<_> = averages.iter().map(|(n, t)| (n.clone(), t.copy())).collect();
+                    optimizer = AdamW::new(&params, AdamWConfig::default());
+                    optimizer.load_state(copied).unwrap();
+                    ema = Ema::new(&params, 0.9);
+                    ema.load_state(averages).unwrap();
+                }
+                optimizer.zero_grad().unwrap();
+                loss(&w, &b).backward();
+                let norm = optimizer.clip_grad_norm(1.0).unwrap();
+                optimizer.step(0.05, &norm).unwrap();
+                ema.update(step).unwrap();
+            }
+            ema.swap();
+            (w.copy(), b.copy())
+        };
+        assert_eq!(run(false), run(true));
+    }
+
+    #[test]
+    fn foreign_state_is_refused_by_name() {
+        let (params, ..) = model();
+        let mut optimizer = AdamW::new(&params, AdamWConfig::default());
+        let mut state = optimizer.state();
+        state.push(("x.first".into(), Tensor::zeros([1], FLOAT)));
+        let message = optimizer.load_state(state).unwrap_err().to_string();
+        assert!(message.contains("`x.first` is not part of the model"), "{message}");
+    }
+}
