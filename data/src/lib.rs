@@ -1,1 +1,45 @@
-//! Tar shards to decoded, tokenised, packed examples; no tensor library.
+//! Tar shards to samples: pictures, texts and token ids, in an order that can be resumed exactly.
+//!
+//! ```no_run
+//! use m6_data::{CaptionFields, Loader, SampleOrder, ShardSet, Transform, sample_image, sample_rng};
+//!
+//! let shards = ShardSet::open(&["datasets/emoji/train-*.tar".to_owned()])?;
+//! let captions: CaptionFields = serde_json::from_str(r#"[{"member": "json", "key": "zh", "lang": "zh"}]"#)?;
+//! let transform: Transform = "resize:72 | random_crop:64 | flip:0.5".parse()?;
+//! let (seed, order) = (1, SampleOrder::new(shards.len(), 1)?);
+//!
+//! // Eight samples ahead on two threads; the same pairs in the same order from any ordinal on.
+//! let loader = Loader::start(0, 2, 8, move |ordinal| {
+//!     let mut rng = sample_rng(seed, ordinal);
+//!     let sample = shards.sample(order.index(ordinal))?;
+//!     let picture = transform.apply(&sample_image(&sample)?, &mut rng)?;
+//!     Ok::<_, m6_data::DataError>((picture, captions.pick(&sample, &mut rng)?))
+//! })?;
+//! for item in loader.take(100) {
+//!     let (ordinal, made) = item?;
+//!     let (picture, caption) = made?;
+//!     println!("{ordinal}: {}x{} {caption:?}", picture.width, picture.height);
+//! }
+//! # Ok::<_, Box<dyn std::error::Error>>(())
+//! ```
+
+pub mod caption;
+pub mod error;
+pub mod loader;
+pub mod order;
+pub mod picture;
+pub mod shard;
+pub mod tar_index;
+pub mod tokenizer;
+pub mod transform;
+pub mod writer;
+
+pub use caption::{Caption, CaptionField, CaptionFields};
+pub use error::{DataError, Result};
+pub use loader::Loader;
+pub use order::{SampleOrder, sample_rng};
+pub use picture::{Rgb8, grid};
+pub use shard::{Sample, ShardSet, sample_image};
+pub use tokenizer::{Tokenizer, train_bpe};
+pub use transform::Transform;
+pub use writer::ShardWriter;

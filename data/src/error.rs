@@ -1,0 +1,118 @@
+//! Errors of this crate: each message is one line that names the file or value and what was expected.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+/// What can go wrong with data.
+#[derive(Debug, thiserror::Error)]
+pub enum DataError {
+    /// The operating system refused a file operation.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried, as a verb ("read", "create").
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// The system's reason.
+        source: io::Error,
+    },
+    /// A shard pattern that names no file, or is itself malformed.
+    #[error("shards \"{pattern}\": {reason}")]
+    Pattern {
+        /// The pattern as given.
+        pattern: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Bytes that are not a picture we can decode.
+    #[error("broken picture: {0}")]
+    Picture(String),
+    /// A picture operation asked for something outside the picture.
+    #[error("picture of {width}x{height}: {reason}")]
+    PictureSize {
+        /// Width in pixels.
+        width: u32,
+        /// Height in pixels.
+        height: u32,
+        /// What was asked and does not fit.
+        reason: String,
+    },
+    /// Something wrong inside one sample.
+    #[error("sample {key} of {}: {reason}", shard.display())]
+    Sample {
+        /// Key of the sample.
+        key: String,
+        /// The shard that holds it.
+        shard: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A caption field that contradicts itself.
+    #[error("caption field for member \"{member}\": {reason}")]
+    CaptionField {
+        /// The `member` of the field.
+        member: String,
+        /// What is wrong and what was expected.
+        reason: String,
+    },
+    /// A transform that does not parse.
+    #[error("transform \"{spec}\": {reason}")]
+    Transform {
+        /// The step or pipeline as given.
+        spec: String,
+        /// What is wrong and what was expected.
+        reason: String,
+    },
+    /// A tokenizer file that cannot be used.
+    #[error("tokenizer {}: {reason}", path.display())]
+    TokenizerFile {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong and what was expected.
+        reason: String,
+    },
+    /// Encoding, decoding or training failed.
+    #[error("tokenizer: {0}")]
+    Tokenizer(String),
+    /// A data set that cannot be walked in random order.
+    #[error("sample order over {len} samples: expected 1 to {}", u32::MAX)]
+    Order {
+        /// The number of samples.
+        len: usize,
+    },
+    /// A sample that cannot be written to a shard.
+    #[error("cannot write sample {key}: {reason}")]
+    Write {
+        /// Key of the sample.
+        key: String,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A source for packing that is malformed.
+    #[error("cannot pack {}: {reason}", path.display())]
+    Pack {
+        /// The folder, jsonl file or line.
+        path: PathBuf,
+        /// What is wrong and what was expected.
+        reason: String,
+    },
+    /// A loader's worker thread panicked while it made a sample.
+    #[error("data worker failed at ordinal {ordinal}: {message}")]
+    Worker {
+        /// The ordinal it was making.
+        ordinal: u64,
+        /// The panic message.
+        message: String,
+    },
+}
+
+/// Result of this crate.
+pub type Result<T> = std::result::Result<T, DataError>;
+
+impl DataError {
+    /// Names the file and the action of an I/O error, for `map_err`.
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DataError {
+        let path = path.to_owned();
+        move |source| DataError::Io { action, path, source }
+    }
+}

@@ -1,0 +1,282 @@
+//! RGB pictures: decoding, encoding and the few operations that training and grids need.
+
+use std::io::Cursor;
+use std::path::Path;
+
+use fast_image_resize as fir;
+use image::{DynamicImage, ImageDecoder, ImageEncoder, ImageReader};
+
+use crate::error::{DataError, Result};
+use crate::writer::write_atomic;
+
+/// Larger pictures are refused before they are decoded (a decompression bomb must not take the memory).
+pub const MAX_PIXELS: u64 = 1 << 28;
+const CHANNELS: usize = 3;
+const WHITE: u8 = 255;
+
+/// An 8-bit RGB picture.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Rgb8 {
+    /// Columns.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    /// `height * width * 3` bytes: rows from the top, pixels from the left, channels R, G, B.
+    pub pixels: Vec<u8>,
+}
+
+impl Rgb8 {
+    /// A picture of one colour.
+    pub fn filled(width: u32, height: u32, colour: [u8; 3]) -> Self {
+        let pixels = colour.repeat(width as usize * height as usize);
+        Self { width, height, pixels }
+    }
+
+    /// Decodes JPEG, PNG or WebP: upright as its EXIF orientation says, grey, CMYK and 16 bit converted to 8-bit RGB,
+    /// transparency put on white.
+    ///
+    /// # Errors
+    /// Another format, broken bytes, or more than [`MAX_PIXELS`].
+    pub fn decode(bytes: &[u8]) -> Result<Self> {
+        let broken = |e: image::ImageError| DataError::Picture(e.to_string());
+        let reader = ImageReader::new(Cursor::new(bytes))
+            .with_guessed_format()
+            .map_err(|e| DataError::Picture(e.to_string()))?;
+        if reader.format().is_none() {
+            return Err(DataError::Picture("neither JPEG, PNG nor WebP".to_owned()));
+        }
+        let mut decoder = reader.into_decoder().map_err(broken)?;
+        let (width, height) = decoder.dimensions();
+        if u64::from(width) * u64::from(height) > MAX_PIXELS {
+            return Err(DataError::Picture(format!("{width}x{height} is more than {MAX_PIXELS} pixels")));
+        }
+        let orientation = decoder.orientation().map_err(broken)?;
+        let mut picture = DynamicImage::from_decoder(decoder).map_err(broken)?;
+        picture.apply_orientation(orientation);
+        Ok(on_white(picture))
+    }
+
+    /// PNG bytes.
+    pub fn encode_png(&self) -> Result<Vec<u8>> {
+        let mut bytes = Vec::new();
+        image::codecs::png::PngEncoder::new(&mut bytes)
+            .write_image(&self.pixels, self.width, self.height, image::ExtendedColorType::Rgb8)
+            .map_err(|e| self.size_error(format!("cannot be written as PNG: {e}")))?;
+        Ok(bytes)
+    }
+
+    /// Writes a PNG file that appears whole or not at all.
+    pub fn save_png(&self, path: &Path) -> Result<()> {
+        write_atomic(path, &self.encode_png()?)
+    }
+
+    /// The rectangle of `width x height` whose upper left corner is (`x`, `y`).
+    ///
+    /// # Errors
+    /// The rectangle is empty or reaches outside.
+    pub fn crop(&self, x: u32, y: u32, width: u32, height: u32) -> Result<Self> {
+        let inside = |start: u32, length: u32, limit: u32| {
+            length > 0 && start.checked_add(length).is_some_and(|end| end <= limit)
+        };
+        if !inside(x, width, self.width) || !inside(y, height, self.height) {
+            return Err(self.size_error(format!("cannot crop {width}x{height} at ({x}, {y})")));
+        }
+        let mut pixels = Vec::with_capacity(width as usize * height as usize * CHANNELS);
+        for row in y..y + height {
+            pixels.extend_from_slice(&self.row(row)[x as usize * CHANNELS..][..width as usize * CHANNELS]);
+        }
+        Ok(Self { width, height, pixels })
+    }
+
+    /// Scales to exactly `width x height` (bilinear with antialiasing); keeping the aspect is the caller's business.
+    ///
+    /// # Errors
+    /// Either size is zero.
+    pub fn resize(&self, width: u32, height: u32) -> Result<Self> {
+        if (width, height) == (self.width, self.height) {
+            return Ok(self.clone());
+        }
+        let fail = |reason: String| self.size_error(format!("cannot resize to {width}x{height}: {reason}"));
+        if width == 0 || height == 0 {
+            return Err(fail("expected at least 1x1".to_owned()));
+        }
+        let source = fir::images::ImageRef::new(self.width, self.height, &self.pixels, fir::PixelType::U8x3)
+            .map_err(|e| fail(e.to_string()))?;
+        let mut target = fir::images::Image::new(width, height, fir::PixelType::U8x3);
+        let options =
+            fir::ResizeOptions::new().resize_alg(fir::ResizeAlg::Convolution(fir::FilterType::Bilinear));
+        fir::Resizer::new().resize(&source, &mut target, &options).map_err(|e| fail(e.to_string()))?;
+        Ok(Self { width, height, pixels: target.into_vec() })
+    }
+
+    /// Mirrors left and right.
+    pub fn flip_horizontal(&mut self) {
+        for row in self.pixels.chunks_exact_mut(self.width as usize * CHANNELS) {
+            let (pixels, _) = row.as_chunks_mut::<CHANNELS>();
+            pixels.reverse();
+        }
+    }
+
+    /// Copies `other` to (`x`, `y`); what does not fit is cut off.
+    pub fn paste(&mut self, other: &Rgb8, x: u32, y: u32) {
+        let columns = other.width.min(self.width.saturating_sub(x)) as usize * CHANNELS;
+        for row in 0..other.height.min(self.height.saturating_sub(y)) {
+            let at = ((y + row) as usize * self.width as usize + x as usize) * CHANNELS;
+            self.pixels[at..at + columns].copy_from_slice(&other.row(row)[..columns]);
+        }
+    }
+
+    pub(crate) fn size_error(&self, reason: String) -> DataError {
+        DataError::PictureSize { width: self.width, height: self.height, reason }
+    }
+
+    fn row(&self, row: u32) -> &[u8] {
+        let length = self.width as usize * CHANNELS;
+        &self.pixels[row as usize * length..][..length]
+    }
+}
+
+/// Arranges pictures row by row in `columns`, on white, `gap` pixels apart and from the border. Cells have the size of the
+/// largest picture.
+pub fn grid(pictures: &[Rgb8], columns: u32, gap: u32) -> Rgb8 {
+    let columns = columns.clamp(1, (pictures.len() as u32).max(1));
+    let rows = (pictures.len() as u32).div_ceil(columns);
+    let cell_width = gap + pictures.iter().map(|p| p.width).max().unwrap_or(0);
+    let cell_height = gap + pictures.iter().map(|p| p.height).max().unwrap_or(0);
+    let mut sheet = Rgb8::filled(gap + columns * cell_width, gap + rows * cell_height, [WHITE; 3]);
+    for (i, picture) in (0..).zip(pictures) {
+        sheet.paste(picture, gap + i % columns * cell_width, gap + i / columns * cell_height);
+    }
+    sheet
+}
+
+fn on_white(picture: DynamicImage) -> Rgb8 {
+    let (width, height) = (picture.width(), picture.height());
+    if !picture.color().has_alpha() {
+        return Rgb8 { width, height, pixels: picture.into_rgb8().into_raw() };
+    }
+    let blend = |value: u8, alpha: u8| {
+        let (value, alpha, white) = (u32::from(value), u32::from(alpha), u32::from(WHITE));
+        // At most 255, because it is a rounded mean of two bytes.
+        ((value * alpha + white * (white - alpha) + white / 2) / white) as u8
+    };
+    let pixels = picture.into_rgba8().pixels().flat_map(|p| [0, 1, 2].map(|c| blend(p[c], p[3]))).collect();
+    Rgb8 { width, height, pixels }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use image::{ExtendedColorType, ImageFormat};
+
+    fn encode(picture: impl Into<DynamicImage>, format: ImageFormat) -> Vec<u8> {
+        let mut bytes = Cursor::new(Vec::new());
+        picture.into().write_to(&mut bytes, format).unwrap();
+        bytes.into_inner()
+    }
+
+    fn gradient(width: u32, height: u32) -> Rgb8 {
+        let pixels = (0..width * height * 3).map(|i| (i % 251) as u8).collect();
+        Rgb8 { width, height, pixels }
+    }
+
+    #[test]
+    fn png_round_trip_and_lossless_webp() {
+        let picture = gradient(7, 5);
+        assert_eq!(Rgb8::decode(&picture.encode_png().unwrap()).unwrap(), picture);
+        let raw = image::RgbImage::from_raw(7, 5, picture.pixels.clone()).unwrap();
+        assert_eq!(Rgb8::decode(&encode(raw, ImageFormat::WebP)).unwrap(), picture);
+    }
+
+    #[test]
+    fn jpeg_is_near() {
+        let raw = image::RgbImage::from_pixel(16, 16, image::Rgb([200, 30, 60]));
+        let decoded = Rgb8::decode(&encode(raw, ImageFormat::Jpeg)).unwrap();
+        for pixel in decoded.pixels.chunks(3) {
+            assert!(pixel.iter().zip([200, 30, 60]).all(|(&got, want)| (i32::from(got) - want).abs() < 6));
+        }
+    }
+
+    #[test]
+    fn grey_sixteen_bit_and_alpha_become_rgb() {
+        let grey = image::GrayImage::from_pixel(1, 1, image::Luma([9]));
+        assert_eq!(Rgb8::decode(&encode(grey, ImageFormat::Png)).unwrap().pixels, [9, 9, 9]);
+        let deep = image::ImageBuffer::from_pixel(1, 1, image::Rgb([0u16, 32896, 65535]));
+        assert_eq!(Rgb8::decode(&encode(deep, ImageFormat::Png)).unwrap().pixels, [0, 128, 255]);
+        let mut clear = image::RgbaImage::from_pixel(2, 1, image::Rgba([255, 0, 0, 0]));
+        clear.put_pixel(1, 0, image::Rgba([255, 0, 100, 128]));
+        assert_eq!(
+            Rgb8::decode(&encode(clear, ImageFormat::Png)).unwrap().pixels,
+            [255, 255, 255, 255, 127, 177]
+        );
+    }
+
+    #[test]
+    fn broken_bytes_are_errors() {
+        let png = gradient(20, 20).encode_png().unwrap();
+        for bytes in [&png[..png.len() / 2], b"GIF89a", b"", b"\x89PNG\r\n\x1a\n"] {
+            assert!(Rgb8::decode(bytes).is_err());
+        }
+    }
+
+    #[test]
+    fn a_bomb_is_refused_before_it_is_decoded() {
+        let mut bytes = Vec::new();
+        image::codecs::png::PngEncoder::new(&mut bytes)
+            .write_image(&[0], 1, 1, ExtendedColorType::L8)
+            .unwrap();
+        // Width and height of the header chunk, and its checksum (CRC-32 of the 17 bytes before it).
+        bytes[16..24].copy_from_slice(&[0, 1, 0, 0, 0, 1, 0, 0]);
+        let crc = crc32(&bytes[12..29]);
+        bytes[29..33].copy_from_slice(&crc.to_be_bytes());
+        let error = Rgb8::decode(&bytes).unwrap_err().to_string();
+        assert!(error.contains("65536x65536 is more than"), "{error}");
+    }
+
+    fn crc32(bytes: &[u8]) -> u32 {
+        let step = |crc: u32| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
+        !bytes.iter().fold(!0, |crc, &b| (0..8).fold(crc ^ u32::from(b), |crc, _| step(crc)))
+    }
+
+    #[test]
+    fn crop_flip_and_resize() {
+        let picture = gradient(4, 3);
+        let cropped = picture.crop(1, 1, 2, 2).unwrap();
+        assert_eq!(cropped.pixels[..6], picture.pixels[15..21]);
+        assert_eq!(cropped.pixels[6..], picture.pixels[27..33]);
+        assert!(picture.crop(3, 0, 2, 1).unwrap_err().to_string().contains("cannot crop 2x1 at (3, 0)"));
+        assert!(picture.crop(u32::MAX, 0, 2, 1).is_err());
+
+        let mut flipped = picture.clone();
+        flipped.flip_horizontal();
+        assert_eq!(flipped.pixels[..3], picture.pixels[9..12]);
+        flipped.flip_horizontal();
+        assert_eq!(flipped, picture);
+
+        let plain = Rgb8::filled(9, 7, [10, 20, 30]);
+        assert_eq!(plain.resize(18, 3).unwrap(), Rgb8::filled(18, 3, [10, 20, 30]));
+        assert!(plain.resize(0, 3).is_err());
+    }
+
+    #[test]
+    fn grids_are_laid_out_on_white() {
+        let (red, blue) = (Rgb8::filled(2, 2, [255, 0, 0]), Rgb8::filled(1, 1, [0, 0, 255]));
+        let sheet = grid(&[red.clone(), blue, red], 2, 1);
+        assert_eq!((sheet.width, sheet.height), (7, 7));
+        let pixel = |x: usize, y: usize| &sheet.pixels[(y * 7 + x) * 3..][..3];
+        assert_eq!(
+            (pixel(1, 1), pixel(4, 1), pixel(5, 1)),
+            (&[255, 0, 0][..], &[0, 0, 255][..], &[255; 3][..])
+        );
+        assert_eq!((pixel(2, 5), pixel(4, 4), pixel(0, 0)), (&[255, 0, 0][..], &[255; 3][..], &[255; 3][..]));
+        assert_eq!(grid(&[], 3, 2).width, 4);
+    }
+
+    #[test]
+    fn saving_to_a_missing_folder_names_the_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("absent/out.png");
+        let error = gradient(1, 1).save_png(&path).unwrap_err().to_string();
+        assert!(error.contains("cannot write") && error.contains("absent/out.png"), "{error}");
+    }
+}

@@ -1,0 +1,228 @@
+//! Augmentation as a named pipeline: `"resize:144 | random_crop:128 | flip:0.5"`.
+
+use std::fmt;
+use std::str::FromStr;
+
+use rand::Rng;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{DataError, Result};
+use crate::picture::Rgb8;
+
+/// Steps that are applied to a picture from left to right. In a config it is a string of steps joined by `|`:
+///
+/// * `resize:N` scales the short side to N pixels and keeps the aspect,
+/// * `center_crop:N` and `random_crop:N` cut out N x N pixels,
+/// * `flip:P` mirrors left and right with probability P.
+///
+/// The empty string changes nothing.
+#[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Transform(Vec<Step>);
+
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Step {
+    Resize(u32),
+    CenterCrop(u32),
+    RandomCrop(u32),
+    Flip(f64),
+}
+
+impl Transform {
+    /// Applies the steps; `rng` decides crops and flips.
+    ///
+    /// # Errors
+    /// A crop that is larger than the picture at that point.
+    pub fn apply(&self, picture: &Rgb8, rng: &mut impl Rng) -> Result<Rgb8> {
+        let mut picture = picture.clone();
+        for step in &self.0 {
+            match *step {
+                Step::Resize(short) => picture = resize_short_side(&picture, short)?,
+                Step::CenterCrop(n) => {
+                    let margin = Margin::around(&picture, n, step)?;
+                    picture = picture.crop(margin.x / 2, margin.y / 2, n, n)?;
+                }
+                Step::RandomCrop(n) => {
+                    let margin = Margin::around(&picture, n, step)?;
+                    let (x, y) = (rng.random_range(0..=margin.x), rng.random_range(0..=margin.y));
+                    picture = picture.crop(x, y, n, n)?;
+                }
+                Step::Flip(probability) => {
+                    if rng.random_bool(probability) {
+                        picture.flip_horizontal();
+                    }
+                }
+            }
+        }
+        Ok(picture)
+    }
+
+    /// (width, height) of every result, when that does not depend on the picture: after a crop.
+    pub fn output_size(&self) -> Option<(u32, u32)> {
+        self.0.iter().fold(None, |size, step| match *step {
+            Step::CenterCrop(n) | Step::RandomCrop(n) => Some((n, n)),
+            Step::Resize(n) => size.map(|_| (n, n)),
+            Step::Flip(_) => size,
+        })
+    }
+}
+
+/// What is left of a picture outside an N x N square.
+struct Margin {
+    x: u32,
+    y: u32,
+}
+
+impl Margin {
+    fn around(picture: &Rgb8, n: u32, step: &Step) -> Result<Self> {
+        match (picture.width.checked_sub(n), picture.height.checked_sub(n)) {
+            (Some(x), Some(y)) => Ok(Self { x, y }),
+            _ => Err(picture.size_error(format!("too small for {step} (put resize:{n} before it)"))),
+        }
+    }
+}
+
+fn resize_short_side(picture: &Rgb8, short: u32) -> Result<Rgb8> {
+    let (width, height) = (u64::from(picture.width), u64::from(picture.height));
+    let from = width.min(height).max(1);
+    let scaled = |side: u64| u32::try_from((side * u64::from(short) + from / 2) / from).unwrap_or(u32::MAX);
+    picture.resize(scaled(width), scaled(height))
+}
+
+impl FromStr for Transform {
+    type Err = DataError;
+
+    fn from_str(spec: &str) -> Result<Self> {
+        if spec.trim().is_empty() {
+            return Ok(Self::default());
+        }
+        spec.split('|').map(|step| step.trim().parse()).collect::<Result<_>>().map(Self)
+    }
+}
+
+impl FromStr for Step {
+    type Err = DataError;
+
+    fn from_str(spec: &str) -> Result<Self> {
+        /// Far above any picture that fits [`crate::picture::MAX_PIXELS`].
+        const MAX_SIDE: u32 = 1 << 16;
+        let fail = |reason: &str| DataError::Transform { spec: spec.to_owned(), reason: reason.to_owned() };
+        let (name, value) = spec.split_once(':').unwrap_or((spec, ""));
+        let side = || {
+            let side = value.trim().parse().ok().filter(|n| (1..=MAX_SIDE).contains(n));
+            side.ok_or_else(|| fail("expected a size in pixels, such as 128"))
+        };
+        match name.trim() {
+            "resize" => side().map(Step::Resize),
+            "center_crop" => side().map(Step::CenterCrop),
+            "random_crop" => side().map(Step::RandomCrop),
+            "flip" => {
+                let probability = value.trim().parse().ok().filter(|p| (0.0..=1.0).contains(p));
+                probability.map(Step::Flip).ok_or_else(|| fail("expected a probability from 0 to 1"))
+            }
+            _ => Err(fail("expected resize:N, center_crop:N, random_crop:N or flip:P")),
+        }
+    }
+}
+
+impl fmt::Display for Step {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Step::Resize(n) => write!(f, "resize:{n}"),
+            Step::CenterCrop(n) => write!(f, "center_crop:{n}"),
+            Step::RandomCrop(n) => write!(f, "random_crop:{n}"),
+            Step::Flip(p) => write!(f, "flip:{p}"),
+        }
+    }
+}
+
+impl fmt::Display for Transform {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        for (i, step) in self.0.iter().enumerate() {
+            write!(f, "{}{step}", if i == 0 { "" } else { " | " })?;
+        }
+        Ok(())
+    }
+}
+
+impl TryFrom<String> for Transform {
+    type Error = DataError;
+
+    fn try_from(spec: String) -> Result<Self> {
+        spec.parse()
+    }
+}
+
+impl From<Transform> for String {
+    fn from(transform: Transform) -> Self {
+        transform.to_string()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::order::sample_rng;
+    use proptest::prelude::*;
+
+    fn parse(spec: &str) -> Transform {
+        spec.parse().unwrap()
+    }
+
+    fn apply(spec: &str, width: u32, height: u32, seed: u64) -> Result<Rgb8> {
+        let pixels = (0..width * height * 3).map(|i| (i % 253) as u8).collect();
+        parse(spec).apply(&Rgb8 { width, height, pixels }, &mut sample_rng(seed, 0))
+    }
+
+    #[test]
+    fn sizes() {
+        let size = |spec, width, height| apply(spec, width, height, 1).map(|p| (p.width, p.height)).unwrap();
+        assert_eq!(size("resize:72", 128, 128), (72, 72));
+        assert_eq!(size("resize:10", 30, 21), (14, 10));
+        assert_eq!(size("resize:144 | random_crop:128 | flip:0.5", 300, 200), (128, 128));
+        assert_eq!(size("", 3, 2), (3, 2));
+        assert_eq!(parse("resize:144 | random_crop:128 | flip:0.5").output_size(), Some((128, 128)));
+        assert_eq!(parse("center_crop:128|resize:64").output_size(), Some((64, 64)));
+        assert_eq!(parse("resize:64").output_size(), None);
+    }
+
+    #[test]
+    fn randomness_comes_from_the_generator_alone() {
+        let crop = |seed| apply("random_crop:8 | flip:0.5", 32, 32, seed).unwrap();
+        assert_eq!(crop(1), crop(1));
+        assert!((2..10).any(|seed| crop(seed) != crop(1)));
+        assert_eq!(apply("flip:0", 4, 4, 1).unwrap(), apply("", 4, 4, 1).unwrap());
+        assert_ne!(apply("flip:1", 4, 4, 1).unwrap(), apply("", 4, 4, 1).unwrap());
+    }
+
+    #[test]
+    fn a_crop_larger_than_the_picture_is_an_error() {
+        let error = apply("random_crop:128", 72, 200, 1).unwrap_err().to_string();
+        assert_eq!(error, "picture of 72x200: too small for random_crop:128 (put resize:128 before it)");
+    }
+
+    #[test]
+    fn bad_steps_are_named() {
+        for spec in
+            ["resize", "resize:0", "resize:-1", "resize:1e9", "flip:2", "flip:x", "rotate:9", "resize:8 | "]
+        {
+            assert!(spec.parse::<Transform>().is_err(), "{spec}");
+        }
+        let error = serde_json::from_str::<Transform>("\"resize:8 | spin:3\"").unwrap_err().to_string();
+        assert!(error.starts_with("transform \"spin:3\": expected resize:N"), "{error}");
+    }
+
+    proptest! {
+        #[test]
+        fn text_round_trip(sizes in proptest::collection::vec((0u8..4, 1u32..500, 0.0f64..=1.0), 0..5)) {
+            let step = |(kind, n, p)| [Step::Resize(n), Step::CenterCrop(n), Step::RandomCrop(n), Step::Flip(p)][usize::from(kind)];
+            let transform = Transform(sizes.into_iter().map(step).collect());
+            prop_assert_eq!(parse(&transform.to_string()), transform);
+        }
+
+        #[test]
+        fn any_text_is_survived(spec in ".{0,40}") {
+            let _ = spec.parse::<Transform>();
+        }
+    }
+}

@@ -1,0 +1,173 @@
+//! Writes webdataset shards: ustar, deterministic headers, files that appear by rename.
+
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use tempfile::NamedTempFile;
+
+use crate::error::{DataError, Result};
+use crate::shard::split_key;
+
+/// Bytes of header in front of each member.
+const HEADER_BYTES: u64 = 512;
+const FILE_MODE: u32 = 0o644;
+
+/// Writes samples into `PREFIX-000000.tar`, `PREFIX-000001.tar`, ...: the same samples give the same bytes.
+///
+/// A shard gets its name when it is whole; a writer dropped before [`ShardWriter::finish`] leaves no half shard behind.
+pub struct ShardWriter {
+    dir: PathBuf,
+    prefix: String,
+    max_bytes: u64,
+    open: Option<OpenShard>,
+    finished: Vec<PathBuf>,
+}
+
+struct OpenShard {
+    archive: tar::Builder<BufWriter<NamedTempFile>>,
+    bytes: u64,
+}
+
+impl ShardWriter {
+    /// Starts a set of shards in `dir` (made if absent). A shard is closed before it grows beyond `max_bytes_per_shard`,
+    /// unless one sample alone is larger.
+    pub fn create(dir: &Path, prefix: &str, max_bytes_per_shard: u64) -> Result<Self> {
+        std::fs::create_dir_all(dir).map_err(DataError::io("create", dir))?;
+        let (dir, prefix) = (dir.to_owned(), prefix.to_owned());
+        Ok(Self { dir, prefix, max_bytes: max_bytes_per_shard, open: None, finished: Vec::new() })
+    }
+
+    /// Appends one sample: members as (extension, bytes).
+    ///
+    /// # Errors
+    /// A key or extension that would not be read back as given, or a failing disk.
+    pub fn write(&mut self, key: &str, members: &[(&str, &[u8])]) -> Result<()> {
+        for (extension, _) in members {
+            let path = format!("{key}.{extension}");
+            if extension.is_empty() || split_key(&path).is_none_or(|(found, _)| found != key) {
+                let reason =
+                    format!("\"{path}\" does not split into this key and extension (no dot in a key)");
+                return Err(DataError::Write { key: key.to_owned(), reason });
+            }
+        }
+        let padded = |bytes: &[u8]| HEADER_BYTES + (bytes.len() as u64).next_multiple_of(HEADER_BYTES);
+        let needed: u64 = members.iter().map(|(_, bytes)| padded(bytes)).sum();
+        // The end-of-archive mark is two more blocks.
+        let limit = self.max_bytes.saturating_sub(2 * HEADER_BYTES);
+        if self.open.as_ref().is_some_and(|shard| shard.bytes + needed > limit) {
+            self.close()?;
+        }
+        let shard = match &mut self.open {
+            Some(shard) => shard,
+            None => self.open.insert(OpenShard::create(&self.dir)?),
+        };
+        shard.bytes += needed;
+        for (extension, bytes) in members {
+            let mut header = tar::Header::new_ustar();
+            header.set_size(bytes.len() as u64);
+            header.set_mode(FILE_MODE);
+            shard
+                .archive
+                .append_data(&mut header, format!("{key}.{extension}"), *bytes)
+                .map_err(|e| DataError::Write { key: key.to_owned(), reason: e.to_string() })?;
+        }
+        Ok(())
+    }
+
+    /// Closes the last shard and returns all of them in order.
+    pub fn finish(mut self) -> Result<Vec<PathBuf>> {
+        self.close()?;
+        Ok(std::mem::take(&mut self.finished))
+    }
+
+    fn close(&mut self) -> Result<()> {
+        let Some(shard) = self.open.take() else { return Ok(()) };
+        let path = self.dir.join(format!("{}-{:06}.tar", self.prefix, self.finished.len()));
+        let fail = || DataError::io("write", &path);
+        let file = shard
+            .archive
+            .into_inner()
+            .and_then(|w| w.into_inner().map_err(|e| e.into_error()))
+            .map_err(fail())?;
+        file.as_file().sync_all().map_err(fail())?;
+        file.persist(&path).map_err(|e| fail()(e.error))?;
+        self.finished.push(path);
+        Ok(())
+    }
+}
+
+impl OpenShard {
+    fn create(dir: &Path) -> Result<Self> {
+        let file = tempfile::Builder::new()
+            .prefix(".shard-")
+            .permissions(world_readable())
+            .tempfile_in(dir)
+            .map_err(DataError::io("create a shard in", dir))?;
+        Ok(Self { archive: tar::Builder::new(BufWriter::new(file)), bytes: 0 })
+    }
+}
+
+/// Temporary files are private by default; what we rename into place should look like any other file (the umask applies).
+pub(crate) fn world_readable() -> std::fs::Permissions {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::Permissions::from_mode(0o666)
+}
+
+/// Writes a whole file: temporary file in the same folder, flush to disk, rename.
+pub(crate) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<()> {
+    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let write = || {
+        let mut file =
+            tempfile::Builder::new().prefix(".tmp-").permissions(world_readable()).tempfile_in(dir)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        file.persist(path).map_err(|e| e.error).map(drop)
+    };
+    write().map_err(DataError::io("write", path))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::shard::ShardSet;
+
+    fn write_set(dir: &Path) -> Vec<PathBuf> {
+        let mut writer = ShardWriter::create(dir, "train", 4096).unwrap();
+        for n in 0..5 {
+            writer.write(&format!("{n:03}"), &[("bin", &[n; 600]), ("txt", b"text")]).unwrap();
+        }
+        writer.finish().unwrap()
+    }
+
+    #[test]
+    fn shards_are_split_readable_and_reproducible() {
+        let (first, second) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let paths = write_set(first.path());
+        assert_eq!(paths.len(), 5, "two samples of 2,560 bytes do not fit into 4,096");
+        for (a, b) in paths.iter().zip(write_set(second.path())) {
+            assert!(std::fs::metadata(a).unwrap().len() <= 4096);
+            assert_eq!(std::fs::read(a).unwrap(), std::fs::read(b).unwrap());
+        }
+        let set = ShardSet::open(&[first.path().join("train-*.tar").display().to_string()]).unwrap();
+        assert_eq!((set.len(), set.warnings()), (5, [].as_slice()));
+        assert_eq!(set.sample(3).unwrap().member("bin"), Some([3; 600].as_slice()));
+    }
+
+    #[test]
+    fn nothing_half_written_stays_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = ShardWriter::create(dir.path(), "train", u64::MAX).unwrap();
+        writer.write("a", &[("txt", b"x")]).unwrap();
+        drop(writer);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn keys_that_cannot_be_read_back_are_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = ShardWriter::create(dir.path(), "train", u64::MAX).unwrap();
+        for (key, extension) in [("a.b", "txt"), ("", "txt"), ("a", ""), ("__meta__", "txt")] {
+            assert!(writer.write(key, &[(extension, b"x")]).is_err(), "{key}.{extension}");
+        }
+    }
+}
