@@ -1,0 +1,42 @@
+# `make demo` shows the main job, `make test` runs the tests; both set everything up first.
+
+# The CUDA half where there is an NVIDIA driver; CUDA=0 or CUDA=1 decides otherwise.
+CUDA ?= $(if $(wildcard /proc/driver/nvidia/version /dev/nvidiactl),1,0)
+export CUDA
+
+TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
+FEATURES := $(if $(filter 1,$(CUDA)),--features cuda)
+# One profile for all, so that libtorch's bindings are compiled once.
+ALL := --release --workspace $(FEATURES)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench clean
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
+
+setup: ## libtorch into .libtorch
+	@scripts/setup_libtorch.sh
+
+demo: setup ## pretrain a tiny model, draw and caption pictures: out/demo/index.html
+	cargo build --release -p m6 $(FEATURES)
+	$(TARGET_DIR)/release/m6 demo --out out/demo
+
+test: setup ## all tests
+	@if cargo nextest --version >/dev/null 2>&1; then \
+		set -x; cargo nextest run $(ALL) && cargo test $(ALL) --doc; \
+	else \
+		set -x; cargo test $(ALL); \
+	fi
+
+check: setup ## formatting, lints, documentation
+	cargo fmt --all --check
+	cargo clippy $(ALL) --all-targets -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc $(ALL) --no-deps
+
+bench: setup ## benchmarks
+	cargo bench --workspace $(FEATURES)
+
+clean: ## remove what was built and the demo's output; .libtorch stays
+	cargo clean
+	rm -rf out/demo
