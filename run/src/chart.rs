@@ -11,6 +11,8 @@ const RIGHT: f64 = 16.0;
 const TOP: f64 = 40.0;
 const BOTTOM: f64 = 48.0;
 const LEGEND_LINE: f64 = 18.0;
+/// Keeps names in the legend readable where a line passes behind them.
+const HALO: &str = "paint-order=\"stroke\" stroke=\"#fff\" stroke-width=\"4\"";
 /// About how many ticks an axis gets.
 const TICKS: f64 = 6.0;
 /// Okabe & Ito 2008: colours that colour-blind readers can tell apart, without the yellow that white swallows.
@@ -63,7 +65,7 @@ pub fn line_chart_svg(title: &str, x_label: &str, series: &[(&str, &[(f64, f64)]
             WIDTH - RIGHT - 20.0,
             y - 5.5
         );
-        put_text(&mut svg, (WIDTH - RIGHT - 26.0, y), "end", "", name);
+        put_text(&mut svg, (WIDTH - RIGHT - 26.0, y), "end", HALO, name);
     }
     svg.push_str("</svg>\n");
     svg

@@ -83,7 +83,7 @@ impl Checkpoints {
         let written = fs::create_dir(&tmp)
             .context("create folder", &tmp)
             .map_err(|error| error.to_string())
-            .and_then(|()| write(&tmp).map_err(|error| error.to_string()))
+            .and_then(|()| write(&tmp).map_err(|error| format!("{error:#}")))
             .and_then(|()| seal(&tmp, step).map_err(|error| error.to_string()));
         if let Err(reason) = written {
             // The first failure is the one to report; what stays behind is removed at the next start.

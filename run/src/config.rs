@@ -61,17 +61,20 @@ fn key_error(path: &Path, overrides: &[String], key: &str, message: &str) -> Run
     let key = if key == "." { "" } else { key };
     let message = one_line(message);
     let hint = hint(&message).map_or_else(String::new, |known| format!("; did you mean `{known}`?"));
+    // A missing key is reported at its table, which an override of another key in it did not write.
+    let may_be_override = !message.starts_with("missing ");
     let origin = overrides
         .iter()
         .rev()
-        .find(|text| text.split_once('=').is_some_and(|(k, _)| names_same_key(k, key)))
+        .find(|text| may_be_override && text.split_once('=').is_some_and(|(given, _)| writes(given, key)))
         .map_or_else(|| path.display().to_string(), |text| format!("--set {text}"));
     RunError::ConfigKey { origin, key: key.to_owned(), message: message + &hint }
 }
 
-/// Whether `given`, the key of an override, names the key that serde calls `a.b[0].c`.
-fn names_same_key(given: &str, serde_path: &str) -> bool {
-    given.trim() == serde_path.replace('[', ".").replace(']', "")
+/// Whether an override of the key `given` writes the key that serde calls `a.b[0].c`, or something inside it.
+fn writes(given: &str, serde_path: &str) -> bool {
+    let key = serde_path.replace('[', ".").replace(']', "");
+    given.trim().strip_prefix(&key).is_some_and(|rest| rest.is_empty() || rest.starts_with('.'))
 }
 
 fn one_line(message: &str) -> String {
@@ -253,6 +256,7 @@ mod tests {
         );
         assert_error(&GOOD.replace("steps", "stesp"), &[], "; did you mean `steps`?");
         assert_error(GOOD, &["train.tasks.0.wieght=1"], "--set train.tasks.0.wieght=1: key ");
+        assert_error(GOOD, &["trian.steps=1"], "--set trian.steps=1: key `trian`: unknown field");
     }
 
     #[test]
@@ -285,6 +289,7 @@ mod tests {
     fn a_missing_key_is_named_with_its_table() {
         assert_error(&GOOD.replace("lr = 1\n", ""), &[], "run.toml: key `train`: missing field `lr`");
         assert_error("", &[], "run.toml: missing field `train`");
+        assert_error("", &["train.steps=1"], "run.toml: key `train`: missing field `lr`");
     }
 
     #[test]

@@ -19,7 +19,8 @@ struct Line {
 
 impl Line {
     fn new() -> Self {
-        let style = ProgressStyle::with_template("{msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
+        let style =
+            ProgressStyle::with_template("{wide_msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()).with_style(style);
         Self { bar }
     }
@@ -31,7 +32,6 @@ impl Line {
     fn show(&self, text: String) {
         if self.in_place() {
             self.bar.set_message(text);
-            self.bar.tick();
         } else {
             eprintln!("{text}");
         }
@@ -44,7 +44,11 @@ impl Line {
 
 impl Drop for Line {
     fn drop(&mut self) {
+        let leaves_a_line = self.in_place() && !self.bar.message().is_empty();
         self.bar.abandon();
+        if leaves_a_line {
+            eprintln!();
+        }
     }
 }
 
