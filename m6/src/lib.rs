@@ -1,1 +1,9 @@
-//! One multimodal transformer.
+//! One multimodal transformer: pretrain it on pictures and texts, let it caption pictures and draw them.
+
+pub mod error;
+pub mod generate;
+pub mod model;
+pub mod objectives;
+pub mod train;
+
+pub use error::{Error, Result};

@@ -1,0 +1,261 @@
+//! The static key/value cache: a prefix in one pass, then one target token a row at a time.
+//!
+//! Legend: `r` rows, `t` tokens, `d` model width, `h` heads, `k` head width.
+
+use m6_data::picture::Rgb8;
+use m6_vqgan::pictures_to_tensor;
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+use crate::model::{Mode, Sequence, Tokens, Transformer};
+use crate::objectives::Piece;
+
+/// Keys and values of every block for `r` rows whose prefixes may differ in length.
+///
+/// Prefixes are padded on the right to the longest of them; the padding is hidden from every query that counts, and
+/// the targets of all rows begin behind it. Rows share a batch without sharing anything else.
+#[derive(Debug)]
+pub struct KvCache {
+    blocks: Vec<BlockCache>,
+    /// `[r, 1, 1, t]`, true where a key may be seen; absent where no row is padded.
+    visible: Option<Tensor>,
+    filled: i64,
+}
+
+/// Keys and values of one block, `[r, h, t, k]`, written in place.
+#[derive(Debug)]
+struct BlockCache {
+    keys: Tensor,
+    values: Tensor,
+}
+
+impl KvCache {
+    /// Runs the prefix of each row, all of it in sight of all of it, and leaves room for `targets` more tokens a row.
+    /// Pictures must have the resolution that the transformer's patches are made for.
+    ///
+    /// # Errors
+    /// When libtorch refuses an operation.
+    pub fn prefill(
+        transformer: &Transformer,
+        device: Device,
+        prefixes: &[Vec<Piece>],
+        targets: i64,
+    ) -> Result<Self> {
+        let (sequence, lengths, pictures) = pad(transformer, prefixes);
+        let rows = prefixes.len() as i64;
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let config = transformer.config();
+        let shape = [rows, config.heads, longest + targets, config.head_width()];
+        let empty = || Tensor::zeros(shape, (transformer.compute(), device));
+        let uneven = lengths.iter().any(|&length| length != longest);
+        let mut cache = Self {
+            blocks: (0..config.layers).map(|_| BlockCache { keys: empty(), values: empty() }).collect(),
+            visible: uneven.then(|| visible(&lengths, longest, targets).to_device(device)),
+            filled: longest,
+        };
+        if longest > 0 {
+            let pictures = (!pictures.is_empty()).then(|| pictures_to_tensor(&pictures).to_device(device));
+            let x_nd = transformer.embed(&sequence.to_device(device), pictures.as_ref());
+            // A row without a prefix has no key to see; its padding, which nobody looks at, sees all padding instead.
+            let seen = uneven.then(|| {
+                let lengths: Vec<i64> = lengths.iter().map(|&n| if n == 0 { longest } else { n }).collect();
+                visible(&lengths, longest, 0).to_device(device)
+            });
+            cache.run(transformer, x_nd, 0, longest, seen.as_ref())?;
+        }
+        Ok(cache)
+    }
+
+    /// Runs one target token a row, `tokens` being of `r` tokens; returns their hidden rows `[r, d]`.
+    ///
+    /// # Errors
+    /// When libtorch refuses an operation.
+    pub fn step(&mut self, transformer: &Transformer, tokens: &Tokens) -> Result<Tensor> {
+        let at = self.filled;
+        self.filled += 1;
+        let seen = self.visible.as_ref().map(|visible| visible.narrow(3, 0, self.filled));
+        self.run(transformer, transformer.embed(tokens, None), at, 1, seen.as_ref())
+    }
+
+    /// Makes row `i` a copy of what row `rows[i]` was; the number of rows may change.
+    pub fn select(&mut self, rows: &[i64]) {
+        let Some(first) = self.blocks.first() else { return };
+        let rows = Tensor::from_slice(rows).to_device(first.keys.device());
+        for block in &mut self.blocks {
+            block.keys = block.keys.index_select(0, &rows);
+            block.values = block.values.index_select(0, &rows);
+        }
+        self.visible = self.visible.take().map(|visible| visible.index_select(0, &rows));
+    }
+
+    /// Runs `t` tokens a row, `[r * t, d]`, whose keys and values are put at place `at`.
+    fn run(
+        &self,
+        transformer: &Transformer,
+        x_nd: Tensor,
+        at: i64,
+        t: i64,
+        seen: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let real = x_nd.size()[0];
+        let hidden = transformer.run(x_nd, real, Mode::Infer, |index, q, k, v| {
+            let [q, k, v] = [q, k, v].map(|x_nhk| {
+                let size = x_nhk.size();
+                x_nhk.reshape([-1, t, size[1], size[2]]).transpose(1, 2) // [r, h, t, k]
+            });
+            let block = &self.blocks[index];
+            block.keys.narrow(2, at, t).copy_(&k);
+            block.values.narrow(2, at, t).copy_(&v);
+            let keys = block.keys.narrow(2, 0, at + t);
+            let values = block.values.narrow(2, 0, at + t);
+            let out = Tensor::scaled_dot_product_attention(&q, &keys, &values, seen, 0.0, false, None, false);
+            Ok(out.transpose(1, 2).flatten(0, 1)) // [r * t, h, k]
+        })?;
+        Ok(hidden.x_nd)
+    }
+}
+
+/// All prefixes as one sequence of rows of equal length, with the true lengths and the pictures in order.
+fn pad(transformer: &Transformer, prefixes: &[Vec<Piece>]) -> (Sequence, Vec<i64>, Vec<Rgb8>) {
+    let positions = transformer.positions();
+    let patches = (positions.patch_grid * positions.patch_grid) as usize;
+    let length = |prefix: &Vec<Piece>| -> usize {
+        prefix
+            .iter()
+            .map(|piece| match piece {
+                Piece::Text(ids) => ids.len(),
+                Piece::Picture(_) => patches,
+            })
+            .sum()
+    };
+    let lengths: Vec<usize> = prefixes.iter().map(length).collect();
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let mut sequence = Sequence::new(transformer.vocab(), positions);
+    let mut pictures = Vec::new();
+    for (prefix, length) in prefixes.iter().zip(&lengths) {
+        for piece in prefix {
+            match piece {
+                Piece::Text(ids) => sequence.prefix_text(ids),
+                Piece::Picture(picture) => {
+                    sequence.patches();
+                    pictures.push(picture.clone());
+                }
+            }
+        }
+        sequence.padding(longest - length);
+    }
+    (sequence, lengths.into_iter().map(|n| n as i64).collect(), pictures)
+}
+
+/// `[r, 1, 1, longest + targets]`, true for the keys of each row's own prefix and for all targets.
+fn visible(lengths: &[i64], longest: i64, targets: i64) -> Tensor {
+    let places = Tensor::arange(longest + targets, (Kind::Int64, Device::Cpu));
+    let own = places.lt_tensor(&Tensor::from_slice(lengths).unsqueeze(-1));
+    own.logical_or(&places.ge(longest)).view([lengths.len() as i64, 1, 1, -1])
+}
+
+#[cfg(test)]
+mod tests {
+    use m6_runtime::attention::{Layout, Span};
+
+    use super::*;
+    use crate::generate::testing::{picture, tiny};
+
+    /// Prefixes of three lengths, one of them with a picture and one empty, and three codes for each.
+    fn rows() -> Vec<(Vec<Piece>, [u32; 3])> {
+        vec![
+            (vec![Piece::Text(vec![1, 2, 3, 4])], [0, 5, 2]),
+            (vec![Piece::Text(vec![7])], [1, 1, 1]),
+            (vec![Piece::Picture(picture(3)), Piece::Text(vec![9])], [6, 7, 0]),
+            (vec![], [3, 4, 5]),
+        ]
+    }
+
+    /// Hidden rows of begin-of-image and the codes, from the training pass over one packed row.
+    fn packed(transformer: &Transformer, rows: &[(Vec<Piece>, [u32; 3])]) -> Tensor {
+        let mut sequence = Sequence::new(transformer.vocab(), transformer.positions());
+        let (mut spans, mut pictures, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        for (prefix, codes) in rows {
+            let start = sequence.len();
+            for piece in prefix {
+                match piece {
+                    Piece::Text(ids) => sequence.prefix_text(ids),
+                    Piece::Picture(picture) => {
+                        sequence.patches();
+                        pictures.push(picture.clone());
+                    }
+                }
+            }
+            let prefix = (sequence.len() - start) as i64;
+            targets.extend((0..4).map(|i| sequence.len() as i64 + i));
+            sequence.begin_of_image();
+            sequence.codes(codes, 0);
+            spans.push(Span { prefix, target: 4 });
+        }
+        let pictures = pictures_to_tensor(&pictures);
+        let layout = Layout::new(spans, Device::Cpu);
+        let tokens = sequence.to_device(Device::Cpu);
+        let real = sequence.len() as i64;
+        let hidden = transformer.forward(&tokens, Some(&pictures), &layout, real, Mode::Infer).unwrap();
+        let d = transformer.config().width;
+        hidden.x_nd.index_select(0, &Tensor::from_slice(&targets)).view([rows.len() as i64, 4, d])
+    }
+
+    fn step(cache: &mut KvCache, transformer: &Transformer, place: usize, codes: &[u32]) -> Tensor {
+        let mut sequence = Sequence::new(transformer.vocab(), transformer.positions());
+        for code in codes {
+            match place {
+                0 => sequence.begin_of_image(),
+                _ => sequence.codes(&[*code], place as i64 - 1),
+            }
+        }
+        cache.step(transformer, &sequence.to_device(Device::Cpu)).unwrap()
+    }
+
+    #[test]
+    fn steps_equal_the_training_pass_for_uneven_prefixes() {
+        let _guard = tch::no_grad_guard();
+        let (_params, transformer) = tiny();
+        let rows = rows();
+        let expected = packed(&transformer, &rows);
+        let prefixes: Vec<_> = rows.iter().map(|(prefix, _)| prefix.clone()).collect();
+        let mut cache = KvCache::prefill(&transformer, Device::Cpu, &prefixes, 4).unwrap();
+        for place in 0..4 {
+            let codes: Vec<u32> = rows.iter().map(|(_, codes)| codes[place.max(1) - 1]).collect();
+            let hidden = step(&mut cache, &transformer, place, &codes);
+            for logits in [Transformer::code_logits, Transformer::text_logits] {
+                let gap = logits(&transformer, &hidden) - logits(&transformer, &expected.select(1, place as i64));
+                let gap = gap.abs().max().double_value(&[]);
+                assert!(gap < 1e-4, "place {place}: {gap}");
+            }
+        }
+    }
+
+    #[test]
+    fn selected_rows_go_on_as_they_were() {
+        let _guard = tch::no_grad_guard();
+        let (_params, transformer) = tiny();
+        let rows = rows();
+        let expected = packed(&transformer, &rows);
+        let prefixes: Vec<_> = rows.iter().map(|(prefix, _)| prefix.clone()).collect();
+        let mut cache = KvCache::prefill(&transformer, Device::Cpu, &prefixes, 4).unwrap();
+        let firsts: Vec<u32> = rows.iter().map(|(_, codes)| codes[0]).collect();
+        let _ = step(&mut cache, &transformer, 0, &firsts);
+        let order = [2, 0, 2, 3, 1, 1];
+        cache.select(&order);
+        let codes = order.map(|row| rows[row as usize].1[0]);
+        let hidden = step(&mut cache, &transformer, 1, &codes);
+        let expected = expected.select(1, 1).index_select(0, &Tensor::from_slice(&order));
+        assert!((hidden - expected).abs().max().double_value(&[]) < 1e-4);
+    }
+
+    #[test]
+    fn all_prefixes_may_be_empty() {
+        let _guard = tch::no_grad_guard();
+        let (_params, transformer) = tiny();
+        let mut cache = KvCache::prefill(&transformer, Device::Cpu, &[vec![], vec![]], 1).unwrap();
+        let hidden = step(&mut cache, &transformer, 0, &[0, 0]);
+        assert_eq!(hidden.size(), [2, transformer.config().width]);
+        assert!((hidden.get(0) - hidden.get(1)).abs().max().double_value(&[]) < 1e-6);
+    }
+}

@@ -1,0 +1,141 @@
+//! A model folder: `config.json`, `model.safetensors`, `tokenizer.json` and the image tokenizer in `vqgan/`.
+
+use std::fs;
+use std::path::Path;
+
+use m6_data::tokenizer::Tokenizer;
+use m6_run::write_atomic;
+use m6_runtime::Params;
+use m6_vqgan::Vqgan;
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind};
+
+use super::{ModelConfig, Transformer, Vocab};
+use crate::error::{Error, Result};
+
+const CONFIG: &str = "config.json";
+const WEIGHTS: &str = "model.safetensors";
+const TOKENIZER: &str = "tokenizer.json";
+const VQGAN: &str = "vqgan";
+
+/// How floats are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum StoredKind {
+    /// bfloat16: half the bytes, for models that are only used.
+    Bf16,
+    /// float32.
+    F32,
+}
+
+impl StoredKind {
+    fn kind(self) -> Kind {
+        match self {
+            Self::Bf16 => Kind::BFloat16,
+            Self::F32 => Kind::Float,
+        }
+    }
+}
+
+/// What `config.json` holds: everything needed to rebuild the stack, and which tokenizers it was trained with.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ModelInfo {
+    /// Settings of the stack.
+    pub model: ModelConfig,
+    /// Sizes of the vocabulary.
+    pub vocab: Vocab,
+    /// Codes a side of a picture.
+    pub code_grid: i64,
+    /// How the weights are stored.
+    pub dtype: StoredKind,
+    /// Hash of the text tokenizer.
+    pub tokenizer: String,
+    /// Hash of the image tokenizer's weights.
+    pub vqgan: String,
+}
+
+/// A transformer with both of its tokenizers.
+#[derive(Debug)]
+pub struct Model {
+    /// Settings and hashes.
+    pub info: ModelInfo,
+    /// The weights by name.
+    pub params: Params,
+    /// The stack.
+    pub transformer: Transformer,
+    /// Text to ids and back.
+    pub tokenizer: Tokenizer,
+    /// Pictures to codes and back.
+    pub vqgan: Vqgan,
+}
+
+impl Model {
+    /// A model with fresh weights.
+    ///
+    /// # Errors
+    /// When the settings are wrong.
+    pub fn new(config: &ModelConfig, tokenizer: Tokenizer, vqgan: Vqgan, device: Device, seed: u64) -> Result<Self> {
+        config.validate().map_err(|problem| Error::Usage(format!("model.{problem}")))?;
+        let info = ModelInfo {
+            model: config.clone(),
+            vocab: Vocab { text: tokenizer.vocab_size() as i64, codes: vqgan.config().codebook_size },
+            code_grid: vqgan.config().grid(),
+            dtype: StoredKind::Bf16,
+            tokenizer: tokenizer.hash()?,
+            vqgan: vqgan.hash().to_string(),
+        };
+        let params = Params::new(device, seed);
+        let transformer = Transformer::new(&params, config, info.vocab, info.code_grid);
+        Ok(Self { info, params, transformer, tokenizer, vqgan })
+    }
+
+    /// Opens a model folder.
+    ///
+    /// # Errors
+    /// When a file is missing or damaged, or a tokenizer is not the one that the model was trained with.
+    pub fn load(dir: &Path, device: Device) -> Result<Self> {
+        if !dir.is_dir() {
+            return Err(Error::file(dir, "is not a folder; expected a model folder with config.json"));
+        }
+        let config = dir.join(CONFIG);
+        let text = fs::read_to_string(&config).map_err(|error| Error::file(&config, error))?;
+        let info: ModelInfo = serde_json::from_str(&text).map_err(|error| Error::file(&config, error))?;
+        info.model.validate().map_err(|problem| Error::file(&config, format!("model.{problem}")))?;
+        let tokenizer = Tokenizer::load(&dir.join(TOKENIZER))?;
+        let vqgan = Vqgan::load(&dir.join(VQGAN), device)?;
+        same(&dir.join(TOKENIZER), "text tokenizer", &tokenizer.hash()?, &info.tokenizer)?;
+        same(&dir.join(VQGAN), "image tokenizer", vqgan.hash(), &info.vqgan)?;
+        let params = Params::new(device, 0);
+        let transformer = Transformer::new(&params, &info.model, info.vocab, info.code_grid);
+        params.load(&dir.join(WEIGHTS), info.dtype.kind())?;
+        Ok(Self { info, params, transformer, tokenizer, vqgan })
+    }
+
+    /// Writes the model folder; `vqgan_dir` is the folder of its image tokenizer. Each file appears by rename, the
+    /// config last, so that a folder with a config is whole.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn save(&self, dir: &Path, vqgan_dir: &Path) -> Result<()> {
+        let target = dir.join(VQGAN);
+        fs::create_dir_all(&target).map_err(|error| Error::file(&target, error))?;
+        for entry in fs::read_dir(vqgan_dir).map_err(|error| Error::file(vqgan_dir, error))? {
+            let entry = entry.map_err(|error| Error::file(vqgan_dir, error))?;
+            let bytes = fs::read(entry.path()).map_err(|error| Error::file(&entry.path(), error))?;
+            write_atomic(target.join(entry.file_name()), &bytes)?;
+        }
+        self.tokenizer.save(&dir.join(TOKENIZER))?;
+        self.params.save(&dir.join(WEIGHTS), self.info.dtype.kind())?;
+        let text = serde_json::to_string_pretty(&self.info).expect("plain settings become JSON");
+        Ok(write_atomic(dir.join(CONFIG), text.as_bytes())?)
+    }
+}
+
+fn same(path: &Path, what: &str, found: &str, expected: &str) -> Result<()> {
+    if found == expected {
+        return Ok(());
+    }
+    let problem = format!("this {what} (hash {found}) is not the one that the model was trained with (hash {expected})");
+    Err(Error::file(path, problem))
+}

@@ -1,0 +1,219 @@
+//! The host side of a token sequence: ids, positions and segments, in training and in generation alike.
+
+use tch::{Device, Tensor};
+
+use super::vocab::{Special, Vocab};
+
+/// What kind of content a token belongs to (M6's segment embedding).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Segment {
+    PrefixText,
+    Patches,
+    TargetText,
+    Codes,
+}
+
+/// Number of segment embeddings.
+pub const SEGMENTS: i64 = 4;
+
+/// The rows of the position table. Text has one axis, pictures have two; a token sums two rows, and text takes
+/// the row `none` for its second.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Positions {
+    /// Longest text.
+    pub text: i64,
+    /// Patches a side.
+    pub patch_grid: i64,
+    /// Codes a side.
+    pub code_grid: i64,
+}
+
+impl Positions {
+    /// Rows of the table.
+    pub fn rows(&self) -> i64 {
+        self.code_row(0) + 2 * self.code_grid
+    }
+
+    fn none(&self) -> i64 {
+        self.text
+    }
+
+    fn patch_row(&self, row: i64) -> i64 {
+        self.text + 1 + row
+    }
+
+    fn code_row(&self, row: i64) -> i64 {
+        self.patch_row(0) + 2 * self.patch_grid + row
+    }
+}
+
+/// A growing sequence. The order of the calls is the order of the tokens.
+#[derive(Debug, Clone)]
+pub struct Sequence {
+    vocab: Vocab,
+    positions: Positions,
+    ids: Vec<i64>,
+    first_position: Vec<i64>,
+    second_position: Vec<i64>,
+    segments: Vec<i64>,
+    patch_rows: Vec<i64>,
+}
+
+impl Sequence {
+    /// An empty sequence of a model's vocabulary and position table.
+    pub fn new(vocab: Vocab, positions: Positions) -> Self {
+        let empty = Vec::new;
+        Self {
+            vocab,
+            positions,
+            ids: empty(),
+            first_position: empty(),
+            second_position: empty(),
+            segments: empty(),
+            patch_rows: empty(),
+        }
+    }
+
+    /// Tokens so far.
+    pub fn len(&self) -> usize {
+        self.ids.len()
+    }
+
+    /// Whether there is no token yet.
+    pub fn is_empty(&self) -> bool {
+        self.ids.is_empty()
+    }
+
+    /// A text that is seen whole: a prompt, or a text to restore.
+    pub fn prefix_text(&mut self, ids: &[i64]) {
+        for (position, &id) in ids.iter().enumerate() {
+            self.text_token(id, position as i64, Segment::PrefixText);
+        }
+    }
+
+    /// The patches of one picture, all seen.
+    pub fn patches(&mut self) {
+        let grid = self.positions.patch_grid;
+        for patch in 0..grid * grid {
+            self.patch_rows.push(self.ids.len() as i64);
+            let row = self.positions.patch_row(patch / grid);
+            let column = self.positions.patch_row(grid + patch % grid);
+            // The id is not looked at: the patch's feature takes the place of its embedding.
+            self.token(0, row, column, Segment::Patches);
+        }
+    }
+
+    /// Tokens of a target text, the first of which has this place in it.
+    pub fn target_text(&mut self, ids: &[i64], first: i64) {
+        for (offset, &id) in ids.iter().enumerate() {
+            self.text_token(id, first + offset as i64, Segment::TargetText);
+        }
+    }
+
+    /// The token that begins a picture's codes.
+    pub fn begin_of_image(&mut self) {
+        let id = self.vocab.special(Special::BeginOfImage);
+        self.text_token(id, 0, Segment::Codes);
+    }
+
+    /// Codes of a picture in row-major order, the first of which has this place in it.
+    pub fn codes(&mut self, codes: &[u32], first: i64) {
+        let grid = self.positions.code_grid;
+        for (offset, &code) in codes.iter().enumerate() {
+            let place = first + offset as i64;
+            let row = self.positions.code_row(place / grid);
+            let column = self.positions.code_row(grid + place % grid);
+            self.token(self.vocab.code(code), row, column, Segment::Codes);
+        }
+    }
+
+    /// Tokens that belong to nothing, to fill a row.
+    pub fn padding(&mut self, count: usize) {
+        for _ in 0..count {
+            self.text_token(self.vocab.special(Special::Null), 0, Segment::PrefixText);
+        }
+    }
+
+    fn text_token(&mut self, id: i64, position: i64, segment: Segment) {
+        let none = self.positions.none();
+        self.token(id, position, none, segment);
+    }
+
+    fn token(&mut self, id: i64, first: i64, second: i64, segment: Segment) {
+        self.ids.push(id);
+        self.first_position.push(first);
+        self.second_position.push(second);
+        self.segments.push(segment as i64);
+    }
+
+    /// The sequence on a device, in one copy.
+    pub fn to_device(&self, device: Device) -> Tokens {
+        let n = self.ids.len() as i64;
+        let mut all = Vec::with_capacity(4 * self.ids.len() + self.patch_rows.len());
+        for part in [&self.ids, &self.first_position, &self.second_position, &self.segments, &self.patch_rows] {
+            all.extend_from_slice(part);
+        }
+        let all = Tensor::from_slice(&all).to_device(device);
+        let part = |index: i64| all.narrow(0, index * n, n);
+        Tokens {
+            ids: part(0),
+            first_position: part(1),
+            second_position: part(2),
+            segments: part(3),
+            patch_rows: all.narrow(0, 4 * n, self.patch_rows.len() as i64),
+        }
+    }
+}
+
+/// A sequence of `n` tokens as index tensors.
+#[derive(Debug)]
+pub struct Tokens {
+    /// `[n]` rows of the input table.
+    pub ids: Tensor,
+    /// `[n]` rows of the position table.
+    pub first_position: Tensor,
+    /// `[n]` rows of the position table.
+    pub second_position: Tensor,
+    /// `[n]` rows of the segment table.
+    pub segments: Tensor,
+    /// Places in the sequence that take patch features, in the order of the pictures.
+    pub patch_rows: Tensor,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_token_lands_in_its_tables() {
+        let vocab = Vocab { text: 10, codes: 4 };
+        let positions = Positions { text: 5, patch_grid: 2, code_grid: 3 };
+        let mut sequence = Sequence::new(vocab, positions);
+        sequence.prefix_text(&[1, 2]);
+        sequence.patches();
+        sequence.begin_of_image();
+        sequence.codes(&[3, 0, 1, 2, 3, 0, 1, 2, 3], 0);
+        sequence.target_text(&[4], 4);
+        assert_eq!(sequence.len(), 2 + 4 + 1 + 9 + 1);
+        assert_eq!(sequence.patch_rows, [2, 3, 4, 5]);
+        let rows = positions.rows();
+        let used = sequence.first_position.iter().chain(&sequence.second_position);
+        assert!(used.clone().all(|&p| (0..rows).contains(&p)));
+        assert_eq!(used.max(), Some(&(rows - 1)), "the last code sits in the last column's row of the table");
+        assert!(sequence.ids.iter().all(|&id| (0..vocab.rows()).contains(&id)));
+    }
+
+    #[test]
+    fn pieces_equal_the_whole() {
+        let vocab = Vocab { text: 10, codes: 4 };
+        let positions = Positions { text: 5, patch_grid: 2, code_grid: 2 };
+        let mut whole = Sequence::new(vocab, positions);
+        whole.codes(&[0, 1, 2, 3], 0);
+        let mut pieces = Sequence::new(vocab, positions);
+        for (i, code) in [0, 1, 2, 3].iter().enumerate() {
+            pieces.codes(&[*code], i as i64);
+        }
+        assert_eq!(whole.first_position, pieces.first_position);
+        assert_eq!(whole.second_position, pieces.second_position);
+    }
+}

@@ -1,0 +1,207 @@
+//! Packing: examples are laid one after the other into a row of a fixed token budget.
+
+use m6_runtime::attention::{Layout, Span};
+use m6_vqgan::pictures_to_tensor;
+use tch::{Device, Kind, Tensor};
+
+use crate::error::Result;
+use crate::model::{Positions, Sequence, Tokens, Vocab};
+use crate::objectives::{Example, Piece, Target, Task};
+
+/// Targets of one head.
+#[derive(Debug)]
+pub struct Targets {
+    /// `[m]` places in the row whose output is scored.
+    pub rows: Tensor,
+    /// `[m]` the head's row that should win.
+    pub labels: Tensor,
+    /// `[m]` the task each belongs to, by its place in [`Task::ALL`].
+    pub tasks: Tensor,
+    /// `m`.
+    pub count: usize,
+}
+
+/// A packed micro-batch on its device.
+#[derive(Debug)]
+pub struct Batch {
+    /// The row.
+    pub tokens: Tokens,
+    /// `[b, 3, s, s]` bytes of the pictures seen as patches.
+    pub pictures: Option<Tensor>,
+    /// Where examples begin and end.
+    pub layout: Layout,
+    /// Tokens that are not padding.
+    pub real: i64,
+    /// Text targets.
+    pub texts: Targets,
+    /// Code targets.
+    pub codes: Targets,
+    /// Examples of each task.
+    pub examples: [u64; Task::ALL.len()],
+}
+
+/// Collects examples until the next does not fit.
+#[derive(Debug)]
+pub struct Packer {
+    vocab: Vocab,
+    positions: Positions,
+    budget: usize,
+    patches: usize,
+    examples: Vec<Example>,
+    used: usize,
+}
+
+impl Packer {
+    /// A packer of rows of `budget` tokens.
+    pub fn new(vocab: Vocab, positions: Positions, budget: usize) -> Self {
+        let patches = (positions.patch_grid * positions.patch_grid) as usize;
+        Self { vocab, positions, budget, patches, examples: Vec::new(), used: 0 }
+    }
+
+    /// Takes an example, or gives it back when the row is full. An example longer than a whole row gets a row of
+    /// its own.
+    pub fn push(&mut self, example: Example) -> Option<Example> {
+        let tokens = example.tokens(self.patches);
+        if !self.examples.is_empty() && self.used + tokens > self.budget {
+            return Some(example);
+        }
+        self.used += tokens;
+        self.examples.push(example);
+        None
+    }
+
+    /// Whether nothing was taken yet.
+    pub fn is_empty(&self) -> bool {
+        self.examples.is_empty()
+    }
+
+    /// The row so far, on `device`; the packer is empty afterwards. On a GPU the row is filled up to the budget,
+    /// so that its shape does not change from step to step.
+    ///
+    /// # Errors
+    /// When pictures differ in size.
+    pub fn finish(&mut self, device: Device) -> Result<Batch> {
+        let mut sequence = Sequence::new(self.vocab, self.positions);
+        let mut spans = Vec::new();
+        let mut pictures = Vec::new();
+        let (mut texts, mut codes) = (HostTargets::default(), HostTargets::default());
+        let mut examples = [0; Task::ALL.len()];
+        for example in std::mem::take(&mut self.examples) {
+            let start = sequence.len();
+            for piece in example.prefix {
+                match piece {
+                    Piece::Text(ids) => sequence.prefix_text(&ids),
+                    Piece::Picture(picture) => {
+                        sequence.patches();
+                        pictures.push(picture);
+                    }
+                }
+            }
+            let first = sequence.len();
+            example.target.append(&mut sequence, self.vocab);
+            spans.push(Span { prefix: (first - start) as i64, target: (sequence.len() - first) as i64 });
+            let labels = example.target.labels(self.vocab);
+            match example.target {
+                Target::Text { .. } => texts.push(first, labels, example.task),
+                Target::Codes { .. } => codes.push(first, labels, example.task),
+            }
+            examples[example.task as usize] += 1;
+        }
+        let real = sequence.len();
+        if device.is_cuda() && real < self.budget {
+            sequence.padding(self.budget - real);
+            spans.push(Span { prefix: 0, target: (self.budget - real) as i64 });
+        }
+        self.used = 0;
+        let pictures = if pictures.is_empty() { None } else { Some(pictures_to_tensor(&pictures)?.to_device(device)) };
+        Ok(Batch {
+            tokens: sequence.to_device(device),
+            pictures,
+            layout: Layout::new(spans, device),
+            real: real as i64,
+            texts: texts.to_device(device),
+            codes: codes.to_device(device),
+            examples,
+        })
+    }
+}
+
+#[derive(Debug, Default)]
+struct HostTargets {
+    rows: Vec<i64>,
+    labels: Vec<i64>,
+    tasks: Vec<i64>,
+}
+
+impl HostTargets {
+    fn push(&mut self, first: usize, labels: Vec<i64>, task: Task) {
+        self.rows.extend((first..first + labels.len()).map(|row| row as i64));
+        self.tasks.extend(labels.iter().map(|_| task as i64));
+        self.labels.extend(labels);
+    }
+
+    fn to_device(&self, device: Device) -> Targets {
+        let count = self.rows.len() as i64;
+        let all = [self.rows.as_slice(), &self.labels, &self.tasks].concat();
+        let all = Tensor::from_slice(&all).to_kind(Kind::Int64).to_device(device);
+        let part = |index: i64| all.narrow(0, index * count, count);
+        Targets { rows: part(0), labels: part(1), tasks: part(2), count: self.rows.len() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use m6_data::picture::Rgb8;
+
+    use super::*;
+    use crate::model::{Language, Special};
+
+    const VOCAB: Vocab = Vocab { text: 20, codes: 4 };
+    const POSITIONS: Positions = Positions { text: 8, patch_grid: 2, code_grid: 2 };
+
+    fn caption() -> Example {
+        Example {
+            task: Task::Captioning,
+            prefix: vec![Piece::Picture(Rgb8::filled(8, 8, [9; 3]))],
+            target: Target::Text { language: Language::Zh, ids: vec![5, 6] },
+        }
+    }
+
+    fn drawing() -> Example {
+        Example {
+            task: Task::TextToImage,
+            prefix: vec![Piece::Text(vec![1])],
+            target: Target::Codes { seen: vec![3, 3, 1, 0], codes: vec![3, 2, 1, 0] },
+        }
+    }
+
+    #[test]
+    fn targets_point_at_the_tokens_that_predict_them() {
+        let mut packer = Packer::new(VOCAB, POSITIONS, 64);
+        assert!(packer.push(caption()).is_none() && packer.push(drawing()).is_none());
+        let batch = packer.finish(Device::Cpu).unwrap();
+        assert!(packer.is_empty());
+        let list = |t: &Tensor| Vec::<i64>::try_from(t).unwrap();
+        assert_eq!(batch.real, 4 + 3 + 1 + 5);
+        assert_eq!(batch.layout.spans(), [Span { prefix: 4, target: 3 }, Span { prefix: 1, target: 5 }]);
+        assert_eq!(list(&batch.texts.rows), [4, 5, 6]);
+        assert_eq!(list(&batch.texts.labels), [5, 6, VOCAB.special(Special::EndOfText)]);
+        assert_eq!(list(&batch.codes.rows), [8, 9, 10, 11, 12]);
+        assert_eq!(list(&batch.codes.labels), [3, 2, 1, 0, VOCAB.end_of_image()]);
+        let ids = list(&batch.tokens.ids);
+        assert_eq!(ids[4..7], [VOCAB.special(Special::Chinese), 5, 6]);
+        assert_eq!(ids[8..], [VOCAB.special(Special::BeginOfImage), VOCAB.code(3), VOCAB.code(3), VOCAB.code(1), VOCAB.code(0)]);
+        assert_eq!(batch.pictures.unwrap().size(), [1, 3, 8, 8]);
+    }
+
+    #[test]
+    fn a_full_row_gives_the_example_back_and_a_long_one_gets_its_own() {
+        let mut packer = Packer::new(VOCAB, POSITIONS, 9);
+        assert!(packer.push(caption()).is_none());
+        assert!(packer.push(drawing()).is_some());
+        assert_eq!(packer.finish(Device::Cpu).unwrap().real, 7);
+        let mut tight = Packer::new(VOCAB, POSITIONS, 2);
+        assert!(tight.push(drawing()).is_none());
+        assert!(tight.push(drawing()).is_some());
+    }
+}

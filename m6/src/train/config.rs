@@ -1,0 +1,145 @@
+//! The settings of a training run, read from TOML.
+
+use std::path::PathBuf;
+
+use m6_runtime::optim::AdamWConfig;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::generate::Sampling;
+use crate::model::ModelConfig;
+use crate::objectives::{DataConfig, TasksConfig};
+
+/// A whole run: model, data, training.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TrainConfig {
+    /// Folder of the run.
+    pub run: PathBuf,
+    /// Seed of weights, order, augmentation and dropout.
+    pub seed: u64,
+    /// `cpu`, `auto` or `cuda:N`.
+    pub device: String,
+    /// Folder of the image tokenizer.
+    pub vqgan: PathBuf,
+    /// Text tokenizer.
+    pub tokenizer: TokenizerConfig,
+    /// The transformer.
+    pub model: ModelConfig,
+    /// Training data.
+    pub data: DataConfig,
+    /// Shares of the tasks.
+    pub tasks: TasksConfig,
+    /// Length, batch and learning rate.
+    pub schedule: ScheduleConfig,
+    /// AdamW.
+    #[serde(default)]
+    pub optimizer: AdamWConfig,
+    /// Decay of the averaged weights, which are the ones that are evaluated and exported.
+    pub ema: f64,
+    /// Validation data and how often it is used.
+    #[serde(default)]
+    pub validation: Option<ValidationConfig>,
+    /// Pictures drawn while training.
+    #[serde(default)]
+    pub samples: Option<SamplesConfig>,
+    /// Steps between progress lines and rows of metrics.
+    pub log_every: u64,
+    /// Steps between checkpoints.
+    pub checkpoint_every: u64,
+    /// Checkpoints that stay on disk.
+    pub keep: usize,
+}
+
+/// Where the text tokenizer comes from: one of the two.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TokenizerConfig {
+    /// A `tokenizer.json`, a WordPiece `vocab.txt` or a tiktoken file.
+    #[serde(default)]
+    pub file: Option<PathBuf>,
+    /// Trains a byte-level BPE of this size on the captions and prompts.
+    #[serde(default)]
+    pub train: Option<usize>,
+}
+
+/// Length, batch and learning rate of a run.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ScheduleConfig {
+    /// Updates.
+    pub steps: u64,
+    /// Tokens of one micro-batch; examples are packed until the next would not fit.
+    pub tokens: usize,
+    /// Micro-batches of one update.
+    pub accumulation: u64,
+    /// Highest learning rate.
+    pub lr: f64,
+    /// Steps of linear warm-up.
+    pub warmup: u64,
+    /// Last learning rate as a share of the highest.
+    pub min_ratio: f64,
+    /// Largest global norm of the gradients.
+    pub clip: f64,
+}
+
+/// Validation while training.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ValidationConfig {
+    /// Shards, with the captions and transforms of the training data.
+    pub shards: Vec<String>,
+    /// Steps between validations.
+    pub every: u64,
+    /// Examples of each task.
+    pub examples: u64,
+}
+
+/// Pictures drawn while training.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SamplesConfig {
+    /// Steps between grids.
+    pub every: u64,
+    /// One row of pictures each.
+    pub prompts: Vec<String>,
+    /// Pictures of each prompt.
+    pub count: usize,
+    /// Classifier-free guidance.
+    pub guidance: f64,
+    /// Sampling of the codes.
+    pub sampling: Sampling,
+}
+
+impl TrainConfig {
+    /// Finds what no single key shows to be wrong.
+    ///
+    /// # Errors
+    /// One line that names the key, its value and what was expected.
+    pub fn validate(&self) -> Result<()> {
+        let usage = |problem: String| Err(Error::Usage(problem));
+        self.model.validate().map_err(|problem| Error::Usage(format!("model.{problem}")))?;
+        self.tasks.validate().map_err(Error::Usage)?;
+        let positive = [
+            ("schedule.steps", self.schedule.steps),
+            ("schedule.accumulation", self.schedule.accumulation),
+            ("log_every", self.log_every),
+            ("checkpoint_every", self.checkpoint_every),
+            ("data.code_views", self.data.code_views as u64),
+            ("data.workers", self.data.workers as u64),
+        ];
+        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
+            return usage(format!("{key} = 0: expected 1 or more"));
+        }
+        if self.tokenizer.file.is_some() == self.tokenizer.train.is_some() {
+            return usage("tokenizer: expected either `file` or `train`, not both".into());
+        }
+        if !(0.0..1.0).contains(&self.ema) {
+            return usage(format!("ema = {}: expected 0 <= ema < 1", self.ema));
+        }
+        if !(self.schedule.lr > 0.0 && self.schedule.clip > 0.0) {
+            return usage("schedule.lr, schedule.clip: expected positive numbers".into());
+        }
+        Ok(())
+    }
+}

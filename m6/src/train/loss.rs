@@ -1,0 +1,49 @@
+//! Cross-entropy of a packed batch, by head and by task.
+
+use tch::{Kind, Reduction, Tensor};
+
+use super::batch::{Batch, Targets};
+use crate::error::Result;
+use crate::model::{Mode, Transformer};
+use crate::objectives::Task;
+
+/// Losses of one micro-batch, all on the device.
+#[derive(Debug)]
+pub struct Losses {
+    /// What is minimised: mean over code targets, plus mean over text targets, plus the routers' losses. The two
+    /// means are taken apart, or the few text targets would drown among the codes.
+    pub total: Tensor,
+    /// `[tasks]` sums of the targets' cross-entropies, in nats.
+    pub task_sums: Tensor,
+    /// `[tasks]` numbers of targets.
+    pub task_counts: Tensor,
+    /// Share of routed rows of each expert, where there are experts.
+    pub expert_load: Option<Tensor>,
+}
+
+/// Runs the stack over a batch and scores its targets.
+///
+/// # Errors
+/// When libtorch refuses an attention call.
+pub fn losses(transformer: &Transformer, batch: &Batch, mode: Mode) -> Result<Losses> {
+    let hidden = transformer.forward(&batch.tokens, batch.pictures.as_ref(), &batch.layout, batch.real, mode)?;
+    let device = hidden.x_nd.device();
+    let zeros = || Tensor::zeros([Task::ALL.len() as i64], (Kind::Float, device));
+    let (mut task_sums, mut task_counts) = (zeros(), zeros());
+    let mut total = hidden.router_loss.unwrap_or_else(|| Tensor::zeros([], (Kind::Float, device)));
+    type Head = fn(&Transformer, &Tensor) -> Tensor;
+    let heads: [(&Targets, Head); 2] =
+        [(&batch.texts, Transformer::text_logits), (&batch.codes, Transformer::code_logits)];
+    for (targets, head) in heads {
+        if targets.count == 0 {
+            continue;
+        }
+        let logits = head(transformer, &hidden.x_nd.index_select(0, &targets.rows));
+        let each = logits.cross_entropy_loss(&targets.labels, None::<Tensor>, Reduction::None, -100, 0.0);
+        total = total + each.mean(Kind::Float);
+        let each = each.detach();
+        task_sums = task_sums.index_add(0, &targets.tasks, &each);
+        task_counts = task_counts.index_add(0, &targets.tasks, &each.ones_like());
+    }
+    Ok(Losses { total, task_sums, task_counts, expert_load: hidden.expert_load.map(|load| load.detach()) })
+}

@@ -1,0 +1,303 @@
+//! The training loop: next batch, forward, backward, clip, step, log, validate, draw, save, stop.
+
+mod batch;
+mod checkpoint;
+mod codes;
+mod config;
+mod feed;
+mod loss;
+mod validation;
+mod window;
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use m6_data::tokenizer::{Tokenizer, train_bpe};
+use m6_data::{Rgb8, ShardSet};
+use m6_run::{Checkpoints, MetricLog, Progress, RunDir, Schedule, StopFlag};
+use m6_runtime::device::{device, memory, set_tf32};
+use m6_runtime::optim::{AdamW, Ema};
+use m6_vqgan::Vqgan;
+use tch::{Device, Tensor};
+
+pub use batch::{Batch, Packer, Targets};
+pub use codes::{CodeRecipe, CodeTable};
+pub use config::{SamplesConfig, ScheduleConfig, TokenizerConfig, TrainConfig, ValidationConfig};
+pub use loss::{Losses, losses};
+
+use crate::error::{Error, Result};
+use crate::generate::{DrawRequest, draw, rows_grid};
+use crate::model::{Mode, Model};
+use crate::objectives::{ExampleSource, ModelView, Task};
+use feed::Feed;
+use validation::Validation;
+use window::Window;
+
+const TOKENIZER: &str = "tokenizer.json";
+const MODEL: &str = "model";
+
+/// What a run came to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Outcome {
+    /// The run's folder.
+    pub run: PathBuf,
+    /// The exported model, unless the run was stopped before its end.
+    pub model: Option<PathBuf>,
+    /// Updates made.
+    pub step: u64,
+}
+
+/// Trains as the config says; a run folder that holds a run is taken up from its newest checkpoint.
+///
+/// # Errors
+/// When a setting is wrong, data or tokenizers cannot be read, a file cannot be written, or the loss is no number.
+pub fn run(config_path: &Path, overrides: &[String]) -> Result<Outcome> {
+    let loaded = m6_run::config::load::<TrainConfig>(config_path, overrides)?;
+    loaded.config.validate()?;
+    let resumes = RunDir::exists(&loaded.config.run);
+    let run = if resumes {
+        RunDir::open(&loaded.config.run)?
+    } else {
+        RunDir::create(&loaded.config.run, &loaded.table)?
+    };
+    Trainer::start(loaded.config, run)?.train()
+}
+
+struct Trainer {
+    config: TrainConfig,
+    device: Device,
+    run: RunDir,
+    model: Model,
+    optimizer: AdamW,
+    ema: Ema,
+    source: Arc<ExampleSource>,
+    validation: Option<Validation>,
+    checkpoints: Checkpoints,
+    log: MetricLog,
+    progress: Progress,
+    step: u64,
+    position: u64,
+}
+
+impl Trainer {
+    fn start(config: TrainConfig, run: RunDir) -> Result<Self> {
+        let device = device(&config.device)?;
+        set_tf32(true)?;
+        tch::manual_seed(config.seed as i64);
+        let shards = ShardSet::open(&config.data.shards)?;
+        for warning in shards.warnings() {
+            eprintln!("m6: {warning}");
+        }
+        let vqgan = Vqgan::load(&config.vqgan, device)?;
+        let tokenizer = open_tokenizer(&config, &run, &shards)?;
+        let codes = if config.tasks.weight(Task::TextToImage) > 0.0 {
+            let recipe = CodeRecipe {
+                shards: &shards,
+                transform: &config.data.code_transform,
+                views: config.data.code_views,
+                seed: config.seed,
+                workers: config.data.workers,
+                patterns: &config.data.shards,
+            };
+            Some(Arc::new(CodeTable::open_or_make(run.path(), &recipe, &vqgan, device)?))
+        } else {
+            None
+        };
+        let model = Model::new(&config.model, tokenizer, vqgan, device, config.seed)?;
+        let view = ModelView {
+            vocab: model.info.vocab,
+            max_text: config.model.max_text,
+            resolution: config.model.patches.resolution,
+        };
+        let source = ExampleSource::new(
+            shards,
+            config.seed,
+            config.data.clone(),
+            config.tasks.clone(),
+            model.tokenizer.clone(),
+            codes,
+            view,
+        )?;
+        let validation =
+            config.validation.as_ref().map(|v| Validation::open(&config, v, &run, &model)).transpose()?;
+
+        let mut optimizer = AdamW::new(&model.params, config.optimizer);
+        let mut ema = Ema::new(&model.params, config.ema);
+        let checkpoints = Checkpoints::new(run.checkpoints(), config.keep)?;
+        let (mut step, mut position) = (0, 0);
+        if let Some((saved, dir)) = checkpoints.latest()? {
+            position = checkpoint::read(&dir, &model.params, &mut optimizer, &mut ema)?;
+            step = saved;
+        }
+        let log = MetricLog::open(&run, (step > 0).then_some(step))?;
+        let progress = Progress::new(config.schedule.steps, step);
+        progress.note(&format!(
+            "{} parameters on {device:?}, {} samples, from step {step} of {}",
+            model.params.count(),
+            source.samples(),
+            config.schedule.steps
+        ));
+        Ok(Self {
+            config,
+            device,
+            run,
+            model,
+            optimizer,
+            ema,
+            source: Arc::new(source),
+            validation,
+            checkpoints,
+            log,
+            progress,
+            step,
+            position,
+        })
+    }
+
+    fn train(mut self) -> Result<Outcome> {
+        let stop = StopFlag::install()?;
+        let plan = self.config.schedule.clone();
+        let schedule = Schedule {
+            lr: plan.lr,
+            warmup_steps: plan.warmup,
+            total_steps: plan.steps,
+            min_ratio: plan.min_ratio,
+        };
+        let transformer = &self.model.transformer;
+        let packer = Packer::new(transformer.vocab(), transformer.positions(), plan.tokens);
+        let mut feed = Feed::start(self.source.clone(), self.position, self.config.data.workers, packer)?;
+        let mut window = Window::new(self.device);
+        while self.step < plan.steps && !stop.requested() {
+            self.optimizer.zero_grad()?;
+            for _ in 0..plan.accumulation {
+                let batch = feed.next_batch(self.device)?;
+                let losses = losses(&self.model.transformer, &batch, Mode::Train)?;
+                (&losses.total / plan.accumulation as f64).backward();
+                window.add(&losses, &batch);
+            }
+            let grad_norm = self.optimizer.clip_grad_norm(plan.clip)?;
+            let lr = schedule.at(self.step);
+            self.optimizer.step(lr, &grad_norm)?;
+            self.ema.update(self.step)?;
+            self.step += 1;
+            self.position = feed.position();
+            if self.due(self.config.log_every) {
+                self.report(&mut window, &mut feed, lr, &grad_norm)?;
+            }
+            self.look_at_the_model()?;
+            if self.due(self.config.checkpoint_every) || self.step == plan.steps {
+                self.save()?;
+            }
+        }
+        if self.step < plan.steps {
+            self.save()?;
+            self.progress.note(&format!("stopped at step {}; the same command goes on from there", self.step));
+            return Ok(Outcome { run: self.run.path().to_path_buf(), model: None, step: self.step });
+        }
+        let target = self.run.path().join(MODEL);
+        self.ema.swap();
+        self.model.save(&target, &self.config.vqgan)?;
+        Ok(Outcome { run: self.run.path().to_path_buf(), model: Some(target), step: self.step })
+    }
+
+    fn due(&self, every: u64) -> bool {
+        every > 0 && self.step.is_multiple_of(every)
+    }
+
+    fn report(&mut self, window: &mut Window, feed: &mut Feed, lr: f64, grad_norm: &Tensor) -> Result<()> {
+        let report = window.read(grad_norm)?;
+        if !report.loss.is_finite() {
+            let problem = format!("the loss is {} at step {} (lr {lr:.2e})", report.loss, self.step);
+            return Err(Error::file(self.run.path(), problem));
+        }
+        let mut shown = vec![("loss", report.loss)];
+        shown.extend(report.tasks.iter().map(|(task, loss)| (task.name(), *loss)));
+        let rate = self.progress.report(self.step, &shown, report.tokens, "tokens");
+        let mut row: Vec<(String, f64)> = vec![
+            ("loss".into(), report.loss),
+            ("lr".into(), lr),
+            ("grad_norm".into(), report.grad_norm),
+            ("tokens_per_s".into(), rate),
+            ("data_wait".into(), feed.take_waited().as_secs_f64() / report.seconds),
+            ("skipped_samples".into(), feed.failures() as f64),
+            ("memory_peak_bytes".into(), memory(self.device)?.peak as f64),
+        ];
+        row.extend(report.tasks.iter().map(|(task, loss)| (format!("loss/{}", task.name()), *loss)));
+        row.extend(report.expert_spread.map(|spread| ("expert_load_cv".to_string(), spread)));
+        self.scalars(&row)
+    }
+
+    fn scalars(&mut self, row: &[(String, f64)]) -> Result<()> {
+        let row: Vec<(&str, f64)> = row.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+        Ok(self.log.scalars(self.step, &row)?)
+    }
+
+    /// Validation and drawings, with the averaged weights.
+    fn look_at_the_model(&mut self) -> Result<()> {
+        let end = self.step == self.config.schedule.steps;
+        let validates = self.config.validation.as_ref().is_some_and(|v| end || self.due(v.every));
+        let draws = self.config.samples.as_ref().is_some_and(|s| end || self.due(s.every));
+        if !(validates || draws) {
+            return Ok(());
+        }
+        self.ema.swap();
+        if validates && let Some(validation) = &self.validation {
+            let losses = validation.losses(&self.model, self.device)?;
+            let row: Vec<(String, f64)> =
+                losses.iter().map(|(task, loss)| (format!("validation/{}", task.name()), *loss)).collect();
+            let text: Vec<String> = row.iter().map(|(name, loss)| format!("{name} {loss:.4}")).collect();
+            self.progress.note(&format!("step {}: {}", self.step, text.join("  ")));
+            self.scalars(&row)?;
+        }
+        if draws && let Some(samples) = self.config.samples.clone() {
+            let grid = self.draw(&samples)?;
+            let png = grid.encode_png()?;
+            self.log.picture(self.step, "samples", &png, grid.width, grid.height)?;
+        }
+        self.ema.swap();
+        Ok(())
+    }
+
+    fn draw(&self, samples: &SamplesConfig) -> Result<Rgb8> {
+        let request = DrawRequest {
+            prompts: samples.prompts.clone(),
+            count: samples.count,
+            seed: self.config.seed,
+            sampling: samples.sampling,
+            guidance: samples.guidance,
+        };
+        let drawings = draw(&self.model, &request, |_, _| {})?;
+        Ok(rows_grid(&drawings, samples.count))
+    }
+
+    fn save(&mut self) -> Result<()> {
+        let (model, optimizer, ema, position) = (&self.model, &self.optimizer, &self.ema, self.position);
+        self.checkpoints
+            .save(self.step, |dir| checkpoint::write(dir, &model.params, optimizer, ema, position))?;
+        Ok(())
+    }
+}
+
+/// The run's text tokenizer: the one it started with, else the one of the config.
+fn open_tokenizer(config: &TrainConfig, run: &RunDir, shards: &ShardSet) -> Result<Tokenizer> {
+    let kept = run.path().join(TOKENIZER);
+    if kept.is_file() {
+        return Ok(Tokenizer::load(&kept)?);
+    }
+    let tokenizer = match (&config.tokenizer.file, config.tokenizer.train) {
+        (Some(file), _) => Tokenizer::load(file)?,
+        (None, size) => {
+            let fields = [Some(&config.data.captions), config.data.prompts.as_ref()];
+            let mut texts = Vec::new();
+            for index in 0..shards.len() {
+                let sample = shards.sample(index)?;
+                for fields in fields.into_iter().flatten() {
+                    texts.extend(fields.all(&sample)?.into_iter().map(|caption| caption.text));
+                }
+            }
+            train_bpe(texts.into_iter(), size.unwrap_or_default())?
+        }
+    };
+    tokenizer.save(&kept)?;
+    Ok(tokenizer)
+}

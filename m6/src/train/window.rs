@@ -1,0 +1,100 @@
+//! Running sums between two reports, kept on the device and read back once.
+
+use std::time::Instant;
+
+use tch::{Device, Kind, Tensor};
+
+use super::batch::Batch;
+use super::loss::Losses;
+use crate::error::Result;
+use crate::objectives::Task;
+
+const TASKS: i64 = Task::ALL.len() as i64;
+
+/// Sums since the last report.
+pub(super) struct Window {
+    device: Device,
+    loss: Tensor,
+    task_sums: Tensor,
+    task_counts: Tensor,
+    expert_load: Option<Tensor>,
+    batches: u64,
+    tokens: u64,
+    start: Instant,
+}
+
+/// What a window came to.
+pub(super) struct Report {
+    /// Mean of the minimised loss.
+    pub loss: f64,
+    /// Mean cross-entropy of each task that had targets, in nats a token.
+    pub tasks: Vec<(Task, f64)>,
+    /// Norm of the last update's gradients before clipping.
+    pub grad_norm: f64,
+    /// Tokens that were not padding.
+    pub tokens: u64,
+    /// Length of the window.
+    pub seconds: f64,
+    /// Coefficient of variation of the experts' loads, mean over blocks.
+    pub expert_spread: Option<f64>,
+}
+
+impl Window {
+    pub(super) fn new(device: Device) -> Self {
+        let zeros = |n: &[i64]| Tensor::zeros(n, (Kind::Float, device));
+        Self {
+            device,
+            loss: zeros(&[]),
+            task_sums: zeros(&[TASKS]),
+            task_counts: zeros(&[TASKS]),
+            expert_load: None,
+            batches: 0,
+            tokens: 0,
+            start: Instant::now(),
+        }
+    }
+
+    pub(super) fn add(&mut self, losses: &Losses, batch: &Batch) {
+        self.loss += losses.total.detach();
+        self.task_sums += &losses.task_sums;
+        self.task_counts += &losses.task_counts;
+        if let Some(load) = &losses.expert_load {
+            self.expert_load = Some(self.expert_load.take().map_or_else(|| load.copy(), |sum| sum + load));
+        }
+        self.batches += 1;
+        self.tokens += batch.real as u64;
+    }
+
+    /// Reads everything in one copy and starts anew.
+    pub(super) fn read(&mut self, grad_norm: &Tensor) -> Result<Report> {
+        let spread = self.expert_load.as_ref().map(|load| {
+            let load = load / self.batches as f64;
+            (load.std_dim([-1].as_slice(), false, false) / load.mean_dim([-1].as_slice(), false, Kind::Float))
+                .mean(Kind::Float)
+        });
+        let has_experts = spread.is_some();
+        let scalars = [&self.loss, grad_norm].map(|t| t.reshape([1]));
+        let spread = spread.map(|t| t.reshape([1]));
+        let parts: Vec<&Tensor> =
+            scalars.iter().chain([&self.task_sums, &self.task_counts]).chain(spread.as_ref()).collect();
+        let values = Tensor::cat(&parts, 0).to_device(Device::Cpu).to_kind(Kind::Double);
+        let values = Vec::<f64>::try_from(values).map_err(m6_runtime::RuntimeError::from)?;
+        let tasks = TASKS as usize;
+        let (sums, counts) = (&values[2..2 + tasks], &values[2 + tasks..2 + 2 * tasks]);
+        let report = Report {
+            loss: values[0] / self.batches.max(1) as f64,
+            grad_norm: values[1],
+            tasks: Task::ALL
+                .into_iter()
+                .enumerate()
+                .filter(|(i, _)| counts[*i] > 0.0)
+                .map(|(i, task)| (task, sums[i] / counts[i]))
+                .collect(),
+            tokens: self.tokens,
+            seconds: self.start.elapsed().as_secs_f64(),
+            expert_spread: has_experts.then(|| values[2 + 2 * tasks]),
+        };
+        *self = Self::new(self.device);
+        Ok(report)
+    }
+}
