@@ -236,4 +236,33 @@ mod tests {
             assert_eq!(*change > 0.0, (5..8).contains(&token), "token {token}: {change}");
         }
     }
+
+    /// Needs a GPU; run with `cargo test --features cuda`.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn flash_calls_match_the_definition_gradients_included() {
+        tch::manual_seed(3);
+        let device = Device::Cuda(0);
+        let mut spans = spans();
+        spans.extend((0..20).map(|i| Span { prefix: (i * 7) % 65, target: 1 + (i * 31) % 257 }));
+        let n = spans.iter().map(Span::len).sum::<i64>();
+        let draw = || Tensor::randn([n, 6, 64], FLOAT).to_kind(Kind::BFloat16);
+        let inputs = [draw(), draw(), draw()];
+        let probe = draw();
+        let run = |device: Device, kind: Kind, spans: Vec<Span>| {
+            let leaves = inputs.each_ref().map(|t| t.to_device(device).to_kind(kind).set_requires_grad(true));
+            let [q, k, v] = &leaves;
+            let out = prefix_attention(q, k, v, &Layout::new(spans, device)).unwrap();
+            (&out * probe.to_device(device).to_kind(kind)).sum(Kind::Float).backward();
+            let host = |t: Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
+            [host(out), host(q.grad()), host(k.grad()), host(v.grad())]
+        };
+        /// bf16 keeps eight bits.
+        const BF16_ERROR: f64 = 1e-2;
+        let reference = run(Device::Cpu, Kind::Float, spans.clone());
+        for (flash, exact) in run(device, Kind::BFloat16, spans).iter().zip(&reference) {
+            let gap = ((flash - exact).norm() / exact.norm()).double_value(&[]);
+            assert!(gap < BF16_ERROR, "{gap}");
+        }
+    }
 }

@@ -153,4 +153,21 @@ mod tests {
         let memory = memory(Device::Cpu).unwrap();
         assert!(memory.current > 0 && memory.peak >= memory.current);
     }
+
+    /// Needs a GPU; run with `cargo test --features cuda`.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn a_gpu_has_random_state_and_memory_figures() {
+        let device = device("cuda:0").unwrap();
+        let state = rng_state(device).unwrap();
+        let draw = || Tensor::rand([16], (Kind::Float, device)).to_device(Device::Cpu);
+        let first = draw();
+        set_rng_state(device, &state).unwrap();
+        assert_eq!(first, draw());
+        let before = memory(device).unwrap();
+        let held = Tensor::zeros([1 << 20], (Kind::Float, device));
+        assert!(memory(device).unwrap().current >= before.current + (4 << 20));
+        drop(held);
+        assert!(memory(device).unwrap().peak >= before.current + (4 << 20));
+    }
 }

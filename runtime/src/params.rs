@@ -244,8 +244,8 @@ mod tests {
     fn sample(seed: u64) -> Params {
         let params = Params::new(Device::Cpu, seed);
         let layer = &params / "h" / 0;
-        layer.add("weight", &[3, 4], Init::Normal(0.02), Group::Decay);
-        layer.add("bias", &[3], Init::Zeros, Group::NoDecay);
+        let _ = layer.add("weight", &[3, 4], Init::Normal(0.02), Group::Decay);
+        let _ = layer.add("bias", &[3], Init::Zeros, Group::NoDecay);
         params
     }
 
@@ -253,8 +253,8 @@ mod tests {
     fn initial_values_depend_on_seed_and_name_alone() {
         let plain = sample(1);
         let grown = Params::new(Device::Cpu, 1);
-        (&grown / "a_new_layer").add("weight", &[8], Init::Normal(1.0), Group::Decay);
-        (&grown / "h" / 0).add("weight", &[3, 4], Init::Normal(0.02), Group::Decay);
+        let _ = (&grown / "a_new_layer").add("weight", &[8], Init::Normal(1.0), Group::Decay);
+        let _ = (&grown / "h" / 0).add("weight", &[3, 4], Init::Normal(0.02), Group::Decay);
         let value = |p: &Params| p.entries().into_iter().find(|(n, _)| n == "h.0.weight").unwrap().1.tensor;
         assert_eq!(value(&plain), value(&grown));
         assert_ne!(value(&plain), value(&sample(2)));
@@ -264,7 +264,7 @@ mod tests {
     #[should_panic(expected = "used twice")]
     fn a_name_is_used_once() {
         let params = sample(1);
-        (&params / "h" / 0).add("bias", &[3], Init::Zeros, Group::NoDecay);
+        let _ = (&params / "h" / 0).add("bias", &[3], Init::Zeros, Group::NoDecay);
     }
 
     #[test]
@@ -291,8 +291,8 @@ mod tests {
         let file = dir.path().join("model.safetensors");
         let broadcastable = Params::new(Device::Cpu, 1);
         let layer = &broadcastable / "h" / 0;
-        layer.add("weight", &[1], Init::Ones, Group::Decay);
-        layer.add("stray", &[1], Init::Ones, Group::Decay);
+        let _ = layer.add("weight", &[1], Init::Ones, Group::Decay);
+        let _ = layer.add("stray", &[1], Init::Ones, Group::Decay);
         broadcastable.save(&file, Kind::Float).unwrap();
         let params = sample(1);
         let before = params.entries()[1].1.tensor.copy();
@@ -306,8 +306,8 @@ mod tests {
     #[test]
     fn a_cursor_covers_whole_components_only() {
         let params = Params::new(Device::Cpu, 1);
-        (&params / "enc").add("weight", &[1], Init::Ones, Group::Decay);
-        (&params / "encoder").add("weight", &[1], Init::Ones, Group::Decay);
+        let _ = (&params / "enc").add("weight", &[1], Init::Ones, Group::Decay);
+        let _ = (&params / "encoder").add("weight", &[1], Init::Ones, Group::Decay);
         assert_eq!((&params / "enc").entries().len(), 1);
     }
 }

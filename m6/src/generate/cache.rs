@@ -34,7 +34,7 @@ impl KvCache {
     /// Pictures must have the resolution that the transformer's patches are made for.
     ///
     /// # Errors
-    /// When libtorch refuses an operation.
+    /// When pictures differ in size, or libtorch refuses an operation.
     pub fn prefill(
         transformer: &Transformer,
         device: Device,
@@ -54,7 +54,10 @@ impl KvCache {
             filled: longest,
         };
         if longest > 0 {
-            let pictures = (!pictures.is_empty()).then(|| pictures_to_tensor(&pictures).to_device(device));
+            let pictures = match pictures.as_slice() {
+                [] => None,
+                some => Some(pictures_to_tensor(some)?.to_device(device)),
+            };
             let x_nd = transformer.embed(&sequence.to_device(device), pictures.as_ref());
             // A row without a prefix has no key to see; its padding, which nobody looks at, sees all padding instead.
             let seen = uneven.then(|| {
@@ -156,10 +159,10 @@ fn visible(lengths: &[i64], longest: i64, targets: i64) -> Tensor {
 
 #[cfg(test)]
 mod tests {
-    use m6_runtime::attention::{Layout, Span};
-
     use super::*;
     use crate::generate::testing::{picture, tiny};
+    use crate::objectives::{Example, Target, Task};
+    use crate::train::Packer;
 
     /// Prefixes of three lengths, one of them with a picture and one empty, and three codes for each.
     fn rows() -> Vec<(Vec<Piece>, [u32; 3])> {
@@ -171,34 +174,19 @@ mod tests {
         ]
     }
 
-    /// Hidden rows of begin-of-image and the codes, from the training pass over one packed row.
+    /// Hidden rows `[r, 4, d]` of begin-of-image and the codes, from the training pass over one packed row.
     fn packed(transformer: &Transformer, rows: &[(Vec<Piece>, [u32; 3])]) -> Tensor {
-        let mut sequence = Sequence::new(transformer.vocab(), transformer.positions());
-        let (mut spans, mut pictures, mut targets) = (Vec::new(), Vec::new(), Vec::new());
+        let mut packer = Packer::new(transformer.vocab(), transformer.positions(), 1000);
         for (prefix, codes) in rows {
-            let start = sequence.len();
-            for piece in prefix {
-                match piece {
-                    Piece::Text(ids) => sequence.prefix_text(ids),
-                    Piece::Picture(picture) => {
-                        sequence.patches();
-                        pictures.push(picture.clone());
-                    }
-                }
-            }
-            let prefix = (sequence.len() - start) as i64;
-            targets.extend((0..4).map(|i| sequence.len() as i64 + i));
-            sequence.begin_of_image();
-            sequence.codes(codes, 0);
-            spans.push(Span { prefix, target: 4 });
+            let target = Target::Codes { seen: codes.to_vec(), codes: codes.to_vec() };
+            let example = Example { task: Task::TextToImage, prefix: prefix.clone(), target };
+            assert!(packer.push(example).is_none());
         }
-        let pictures = pictures_to_tensor(&pictures);
-        let layout = Layout::new(spans, Device::Cpu);
-        let tokens = sequence.to_device(Device::Cpu);
-        let real = sequence.len() as i64;
-        let hidden = transformer.forward(&tokens, Some(&pictures), &layout, real, Mode::Infer).unwrap();
-        let d = transformer.config().width;
-        hidden.x_nd.index_select(0, &Tensor::from_slice(&targets)).view([rows.len() as i64, 4, d])
+        let batch = packer.finish(Device::Cpu).unwrap();
+        let (tokens, pictures) = (&batch.tokens, batch.pictures.as_ref());
+        let hidden = transformer.forward(tokens, pictures, &batch.layout, batch.real, Mode::Infer).unwrap();
+        let x_rtd = hidden.x_nd.index_select(0, &batch.codes.rows);
+        x_rtd.view([rows.len() as i64, 4, transformer.config().width])
     }
 
     fn step(cache: &mut KvCache, transformer: &Transformer, place: usize, codes: &[u32]) -> Tensor {

@@ -1,13 +1,14 @@
 //! Choosing the next code from its logits.
 
 use rand::Rng;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
 /// How a code is chosen: logits are divided by the temperature, the `top_k` most likely codes are kept, of these the
 /// most likely ones whose probabilities reach `top_p` together, and one of the rest is drawn.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 pub struct Sampling {
     /// Below 1 sharpens, above 1 flattens the distribution; 0 takes the most likely code.
     pub temperature: f64,
@@ -15,6 +16,12 @@ pub struct Sampling {
     pub top_k: usize,
     /// Probability kept (nucleus sampling, Holtzman et al. 2020); 1 keeps all.
     pub top_p: f64,
+}
+
+impl Default for Sampling {
+    fn default() -> Self {
+        Self { temperature: 1.0, top_k: 256, top_p: 1.0 }
+    }
 }
 
 impl Sampling {

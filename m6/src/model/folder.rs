@@ -77,13 +77,14 @@ impl Model {
     /// When the settings are wrong.
     pub fn new(config: &ModelConfig, tokenizer: Tokenizer, vqgan: Vqgan, device: Device, seed: u64) -> Result<Self> {
         config.validate().map_err(|problem| Error::Usage(format!("model.{problem}")))?;
+        let vqgan_hash = vqgan.hash().ok_or_else(|| Error::Usage("vqgan: has no weight file yet".into()))?;
         let info = ModelInfo {
             model: config.clone(),
             vocab: Vocab { text: tokenizer.vocab_size() as i64, codes: vqgan.config().codebook_size },
             code_grid: vqgan.config().grid(),
             dtype: StoredKind::Bf16,
             tokenizer: tokenizer.hash()?,
-            vqgan: vqgan.hash().to_string(),
+            vqgan: vqgan_hash.to_string(),
         };
         let params = Params::new(device, seed);
         let transformer = Transformer::new(&params, config, info.vocab, info.code_grid);
@@ -105,7 +106,7 @@ impl Model {
         let tokenizer = Tokenizer::load(&dir.join(TOKENIZER))?;
         let vqgan = Vqgan::load(&dir.join(VQGAN), device)?;
         same(&dir.join(TOKENIZER), "text tokenizer", &tokenizer.hash()?, &info.tokenizer)?;
-        same(&dir.join(VQGAN), "image tokenizer", vqgan.hash(), &info.vqgan)?;
+        same(&dir.join(VQGAN), "image tokenizer", vqgan.hash().unwrap_or_default(), &info.vqgan)?;
         let params = Params::new(device, 0);
         let transformer = Transformer::new(&params, &info.model, info.vocab, info.code_grid);
         params.load(&dir.join(WEIGHTS), info.dtype.kind())?;

@@ -93,7 +93,7 @@ mod tests {
 
     use super::*;
 
-    fn build(active: i64) -> (Params, Moe) {
+    fn build(active: i64, device: Device) -> (Params, Moe) {
         let moe = MoeConfig { experts: 4, active, every: 1, balance_loss: 0.01, z_loss: 0.001 };
         let model = ModelConfig {
             width: 16,
@@ -105,7 +105,7 @@ mod tests {
             patches: PatchConfig { resolution: 16, channels: vec![16] },
             moe: Some(moe.clone()),
         };
-        let params = Params::new(Device::Cpu, 5);
+        let params = Params::new(device, 5);
         let layer = Moe::new(&params, &model, &moe, 0.2);
         // A wide router, so that the experts' loads differ and one may be empty.
         let _guard = tch::no_grad_guard();
@@ -133,7 +133,7 @@ mod tests {
     fn matches_a_loop_over_experts_gradients_included() {
         tch::manual_seed(3);
         for active in 1..=4 {
-            let (params, moe) = build(active);
+            let (params, moe) = build(active, Device::Cpu);
             let x = Tensor::randn([11, 16], (Kind::Float, Device::Cpu));
             let probe = Tensor::randn([11, 16], (Kind::Float, Device::Cpu));
             let gradients = |y: Tensor| {
@@ -151,12 +151,29 @@ mod tests {
     #[test]
     fn padding_does_not_count_for_load_and_losses() {
         tch::manual_seed(4);
-        let (_params, moe) = build(2);
+        let (_params, moe) = build(2, Device::Cpu);
         let x = Tensor::randn([9, 16], (Kind::Float, Device::Cpu));
         let padded = Tensor::cat(&[x.shallow_clone(), Tensor::ones([7, 16], (Kind::Float, Device::Cpu))], 0);
         let (plain, filled) = (moe.forward(&x, 9), moe.forward(&padded, 9));
         assert!((plain.loss - filled.loss).abs().double_value(&[]) < 1e-6);
         assert_eq!(plain.load_e, filled.load_e);
         assert!((plain.load_e.sum(Kind::Float).double_value(&[]) - 1.0).abs() < 1e-6);
+    }
+
+    /// Needs a GPU; run with `cargo test --features cuda`.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn bf16_on_a_gpu_matches_float32_on_the_cpu() {
+        tch::manual_seed(6);
+        let (params, moe) = build(2, Device::Cpu);
+        let (on_gpu, gpu_moe) = build(2, Device::Cuda(0));
+        for ((_, mut to), (_, from)) in on_gpu.entries().into_iter().zip(params.entries()) {
+            tch::no_grad(|| to.tensor.copy_(&from.tensor));
+        }
+        let x = Tensor::randn([64, 16], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
+        let exact = moe.forward(&x.to_kind(Kind::Float), 64).y_nd;
+        let fast = gpu_moe.forward(&x.to_device(Device::Cuda(0)), 64).y_nd.to_device(Device::Cpu);
+        let gap = ((fast.to_kind(Kind::Float) - &exact).norm() / exact.norm()).double_value(&[]);
+        assert!(gap < 1e-2, "{gap}");
     }
 }

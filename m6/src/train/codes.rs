@@ -88,7 +88,7 @@ fn fingerprint(recipe: &CodeRecipe, vqgan: &Vqgan) -> String {
     let mut hasher = blake3::Hasher::new();
     let transform = String::from(recipe.transform.clone());
     let sizes = format!("{} {} {} {}", recipe.shards.len(), recipe.shards.bytes(), recipe.views, recipe.seed);
-    for part in [vqgan.hash(), &transform, &sizes, &recipe.patterns.join("\n")] {
+    for part in [vqgan.hash().unwrap_or_default(), &transform, &sizes, &recipe.patterns.join("\n")] {
         hasher.update(part.as_bytes());
         hasher.update(b"\0");
     }
@@ -133,8 +133,8 @@ fn make(recipe: &CodeRecipe, vqgan: &Vqgan, device: Device) -> Result<Vec<i16>> 
         }));
         if batch.len() == BATCH || ordinal + 1 == total as u64 {
             let _guard = tch::no_grad_guard();
-            let pictures = to_unit(&pictures_to_tensor(&batch)?.to_device(device));
-            let encoded = vqgan.encode(&pictures).to_kind(Kind::Int16).flatten(0, -1).to_device(Device::Cpu);
+            let pictures = to_unit(&pictures_to_tensor(&batch)?, device);
+            let encoded = vqgan.encode(&pictures)?.to_kind(Kind::Int16).flatten(0, -1).to_device(Device::Cpu);
             codes.extend(Vec::<i16>::try_from(encoded).map_err(m6_runtime::RuntimeError::from)?);
             job.advance(batch.len() as u64);
             batch.clear();

@@ -1,0 +1,305 @@
+//! Pictures from prompts: codes one at a time, then the image tokenizer's decoder.
+
+use m6_data::picture::Rgb8;
+use m6_vqgan::to_pictures;
+use rand::SeedableRng;
+use rand_chacha::ChaCha8Rng;
+use tch::{Device, Tensor};
+
+use super::cache::KvCache;
+use super::sampler::{Sampling, guide};
+use crate::error::{Error, Result};
+use crate::model::{Model, Sequence, Transformer};
+use crate::objectives::{Piece, null_prompt};
+
+/// Rows that go through the transformer at once on the CPU: more gain no speed there and take memory.
+const ROWS_CPU: usize = 32;
+/// Rows that go through the transformer at once on a GPU.
+const ROWS_GPU: usize = 256;
+/// Pictures that are decoded at once; the decoder's activations are far larger than the transformer's.
+const DECODE_BATCH: usize = 8;
+
+/// What to draw.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DrawRequest {
+    /// What the pictures show; an empty prompt draws anything.
+    pub prompts: Vec<String>,
+    /// Pictures of each prompt.
+    pub count: usize,
+    /// Picture `i` of every prompt is drawn from the random stream of `seed + i` (wrapping), so that it can be
+    /// drawn again alone.
+    pub seed: u64,
+    /// How codes are chosen.
+    pub sampling: Sampling,
+    /// Guidance scale: 1 draws from the prompt alone, larger follows it more closely, 0 ignores it.
+    pub guidance: f64,
+}
+
+/// A picture and what it was drawn from.
+#[derive(Debug, Clone)]
+pub struct Drawing {
+    /// Its prompt.
+    pub prompt: String,
+    /// Its own seed.
+    pub seed: u64,
+    /// Its codes, row-major.
+    pub codes: Vec<u32>,
+    /// The decoded picture.
+    pub picture: Rgb8,
+}
+
+impl DrawRequest {
+    /// Checks the settings and turns the prompts into ids; an empty prompt becomes the null prompt.
+    ///
+    /// # Errors
+    /// When a setting is out of its range or a prompt is too long.
+    fn prefixes(&self, model: &Model) -> Result<Vec<Vec<i64>>> {
+        self.sampling.validate()?;
+        if !(self.guidance >= 0.0 && self.guidance.is_finite()) {
+            return Err(Error::Usage(format!("--guidance {}: expected 0 or more", self.guidance)));
+        }
+        let limit = model.info.model.max_text as usize;
+        let ids = |prompt: &String| {
+            let ids = model.tokenizer.encode(prompt.trim())?;
+            match ids.len() {
+                0 => Ok(null_prompt(model.info.vocab)),
+                n if n > limit => Err(Error::Usage(format!(
+                    "the prompt {prompt:?} has {n} tokens; this model takes at most {limit}"
+                ))),
+                _ => Ok(ids.into_iter().map(i64::from).collect()),
+            }
+        };
+        self.prompts.iter().map(ids).collect()
+    }
+}
+
+/// Draws `count` pictures of each prompt, prompt after prompt. `on_progress` is called with the number of codes chosen
+/// so far and in all.
+///
+/// Pictures are drawn in groups, but each from a random stream of its own: apart from the rounding of matrix
+/// products of other sizes, a picture is the same whatever is drawn beside it.
+///
+/// # Errors
+/// When a setting is out of its range, a prompt is longer than the model takes, or libtorch refuses an operation.
+pub fn draw(model: &Model, request: &DrawRequest, mut on_progress: impl FnMut(u64, u64)) -> Result<Vec<Drawing>> {
+    let _guard = tch::no_grad_guard();
+    let prefixes = request.prefixes(model)?;
+    let jobs: Vec<Job> = prefixes
+        .iter()
+        .flat_map(|prefix| (0..request.count).map(move |i| Job { prefix, seed: request.seed.wrapping_add(i as u64) }))
+        .collect();
+    let sampler = Sampler {
+        transformer: &model.transformer,
+        device: model.params.device(),
+        sampling: request.sampling,
+        guidance: request.guidance,
+    };
+    let all = jobs.len() as u64 * (model.info.code_grid * model.info.code_grid) as u64;
+    let mut done = 0;
+    let codes = sampler.codes(&jobs, &mut |chosen| {
+        done += chosen;
+        on_progress(done, all);
+    })?;
+    let pictures = decode(model, &codes)?;
+    let drawings = jobs.iter().zip(codes).zip(pictures).enumerate();
+    Ok(drawings
+        .map(|(i, ((job, codes), picture))| Drawing {
+            prompt: request.prompts[i / request.count].clone(),
+            seed: job.seed,
+            codes,
+            picture,
+        })
+        .collect())
+}
+
+/// One picture to draw.
+#[derive(Debug, Clone, Copy)]
+struct Job<'a> {
+    prefix: &'a [i64],
+    seed: u64,
+}
+
+/// Draws codes; what all pictures of a request have in common.
+struct Sampler<'a> {
+    transformer: &'a Transformer,
+    device: Device,
+    sampling: Sampling,
+    guidance: f64,
+}
+
+impl Sampler<'_> {
+    /// Codes of each job, in groups that fit the row budget.
+    fn codes(&self, jobs: &[Job], on_progress: &mut impl FnMut(u64)) -> Result<Vec<Vec<u32>>> {
+        let budget = if self.device.is_cuda() { ROWS_GPU } else { ROWS_CPU };
+        let mut codes = Vec::with_capacity(jobs.len());
+        let mut rest = jobs;
+        while !rest.is_empty() {
+            let mut rows = 0;
+            let fits = rest.iter().take_while(|job| {
+                rows += 1 + usize::from(self.is_guided(job));
+                rows <= budget
+            });
+            let (group, later) = rest.split_at(fits.count());
+            codes.extend(self.group(group, on_progress)?);
+            rest = later;
+        }
+        Ok(codes)
+    }
+
+    /// Whether a picture needs a second row, without its prompt: a null prompt is that row, and at scale 1 the
+    /// mixture is the guided row alone.
+    fn is_guided(&self, job: &Job) -> bool {
+        self.guidance != 1.0 && job.prefix != null_prompt(self.transformer.vocab())
+    }
+
+    /// Codes of the pictures of one batch: a row for each, then one more for each that is guided.
+    fn group(&self, jobs: &[Job], on_progress: &mut impl FnMut(u64)) -> Result<Vec<Vec<u32>>> {
+        let vocab = self.transformer.vocab();
+        let guided: Vec<usize> = (0..jobs.len()).filter(|&i| self.is_guided(&jobs[i])).collect();
+        let prompts = jobs.iter().map(|job| vec![Piece::Text(job.prefix.to_vec())]);
+        let nulls = guided.iter().map(|_| vec![Piece::Text(null_prompt(vocab))]);
+        let prefixes: Vec<Vec<Piece>> = prompts.chain(nulls).collect();
+
+        let grid = self.transformer.positions().code_grid;
+        let length = (grid * grid) as usize;
+        let mut cache = KvCache::prefill(self.transformer, self.device, &prefixes, length as i64)?;
+        let mut rngs: Vec<ChaCha8Rng> = jobs.iter().map(|job| ChaCha8Rng::seed_from_u64(job.seed)).collect();
+        let mut codes = vec![Vec::with_capacity(length); jobs.len()];
+        for place in 0..length {
+            let mut tokens = Sequence::new(vocab, self.transformer.positions());
+            for drawn in codes.iter().chain(guided.iter().map(|&i| &codes[i])) {
+                match drawn.last() {
+                    None => tokens.begin_of_image(),
+                    Some(&code) => tokens.codes(&[code], place as i64 - 1),
+                }
+            }
+            let hidden = cache.step(self.transformer, &tokens.to_device(self.device))?;
+            // The picture ends where its grid is full, so the end of the image is no choice.
+            let logits = self.transformer.code_logits(&hidden).narrow(1, 0, vocab.codes);
+            let mut logits = host_rows(&logits)?;
+            let unguided = logits.split_off(jobs.len());
+            for (&i, unguided) in guided.iter().zip(&unguided) {
+                guide(&mut logits[i], unguided, self.guidance);
+            }
+            for ((drawn, logits), rng) in codes.iter_mut().zip(&logits).zip(&mut rngs) {
+                drawn.push(self.sampling.sample(logits, rng) as u32);
+            }
+            on_progress(jobs.len() as u64);
+        }
+        Ok(codes)
+    }
+}
+
+/// A float32 matrix as rows on the host.
+fn host_rows(matrix: &Tensor) -> Result<Vec<Vec<f32>>> {
+    let width = matrix.size()[1] as usize;
+    let flat = Vec::<f32>::try_from(matrix.flatten(0, 1)).map_err(m6_runtime::RuntimeError::from)?;
+    Ok(flat.chunks(width).map(<[f32]>::to_vec).collect())
+}
+
+fn decode(model: &Model, codes: &[Vec<u32>]) -> Result<Vec<Rgb8>> {
+    let grid = model.info.code_grid;
+    let mut pictures = Vec::with_capacity(codes.len());
+    for batch in codes.chunks(DECODE_BATCH) {
+        let flat: Vec<i64> = batch.iter().flatten().map(|&code| i64::from(code)).collect();
+        let codes = Tensor::from_slice(&flat).view([-1, grid * grid]).to_device(model.params.device());
+        pictures.extend(to_pictures(&model.vqgan.decode_codes(&codes, grid, grid)?));
+    }
+    Ok(pictures)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::generate::testing::{SIDE, tiny, tiny_model};
+
+    const SAMPLING: Sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0 };
+
+    fn request(prompts: &[&str], count: usize, seed: u64) -> DrawRequest {
+        let prompts = prompts.iter().map(|p| (*p).to_owned()).collect();
+        DrawRequest { prompts, count, seed, sampling: SAMPLING, guidance: 3.0 }
+    }
+
+    #[test]
+    fn a_picture_does_not_depend_on_those_beside_it() {
+        let model = tiny_model();
+        let many = draw(&model, &request(&["a red heart", "", "红"], 3, 7), |_, _| ()).unwrap();
+        assert_eq!(many.len(), 9);
+        for drawing in &many {
+            let alone = draw(&model, &request(&[&drawing.prompt], 1, drawing.seed), |_, _| ()).unwrap();
+            assert_eq!(alone[0].codes, drawing.codes, "{:?} with seed {}", drawing.prompt, drawing.seed);
+            assert_eq!((drawing.picture.width, drawing.picture.height), (SIDE, SIDE));
+        }
+        assert_eq!(many.iter().map(|d| d.seed).collect::<Vec<_>>(), [7, 8, 9, 7, 8, 9, 7, 8, 9]);
+        assert_ne!(many[0].codes, many[1].codes);
+        assert_ne!(many[0].codes, many[6].codes);
+    }
+
+    #[test]
+    fn progress_counts_every_code_once() {
+        let model = tiny_model();
+        let mut calls = Vec::new();
+        let drawings = draw(&model, &request(&["a", "b"], 20, 1), |done, all| calls.push((done, all))).unwrap();
+        let all = drawings.iter().map(|d| d.codes.len() as u64).sum();
+        assert!(calls.is_sorted() && calls.last() == Some(&(all, all)), "{calls:?}");
+    }
+
+    /// The codes that greedy choice takes from mixed logits, by running the whole sequence anew for each code.
+    fn by_definition(transformer: &Transformer, prompt: &[i64], guidance: f64) -> Vec<u32> {
+        let logits = |prefix: &[i64], codes: &[u32]| {
+            let prefix = [vec![Piece::Text(prefix.to_vec())]];
+            let mut cache = KvCache::prefill(transformer, Device::Cpu, &prefix, 17).unwrap();
+            let mut last = Tensor::new();
+            for place in 0..=codes.len() {
+                let mut tokens = Sequence::new(transformer.vocab(), transformer.positions());
+                match place {
+                    0 => tokens.begin_of_image(),
+                    _ => tokens.codes(&[codes[place - 1]], place as i64 - 1),
+                }
+                last = cache.step(transformer, &tokens.to_device(Device::Cpu)).unwrap();
+            }
+            transformer.code_logits(&last).narrow(1, 0, transformer.vocab().codes)
+        };
+        let mut codes = Vec::new();
+        for _ in 0..16 {
+            let (with, without) = (logits(prompt, &codes), logits(&null_prompt(transformer.vocab()), &codes));
+            let mixed = &without + (with - &without) * guidance;
+            codes.push(mixed.argmax(-1, false).int64_value(&[0]) as u32);
+        }
+        codes
+    }
+
+    #[test]
+    fn guidance_mixes_each_picture_with_its_own_unguided_row() {
+        let _guard = tch::no_grad_guard();
+        let (_params, transformer) = tiny();
+        let (first, second, null) = (vec![1, 2, 3], vec![9], null_prompt(transformer.vocab()));
+        let sampler = |guidance| Sampler {
+            transformer: &transformer,
+            device: Device::Cpu,
+            sampling: Sampling { temperature: 0.0, ..SAMPLING },
+            guidance,
+        };
+        let jobs = [&null, &first, &second].map(|prefix| Job { prefix, seed: 0 });
+        for guidance in [1.0, 2.5] {
+            let drawn = sampler(guidance).codes(&jobs, &mut |_| ()).unwrap();
+            for (job, drawn) in jobs.iter().zip(drawn) {
+                assert_eq!(drawn, by_definition(&transformer, job.prefix, guidance), "guidance {guidance}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_long_prompt_and_bad_settings_are_named() {
+        let model = tiny_model();
+        let message = |request: &DrawRequest| draw(&model, request, |_, _| ()).unwrap_err().to_string();
+        assert_eq!(
+            message(&request(&["a", "seventeen letters"], 1, 1)),
+            "the prompt \"seventeen letters\" has 17 tokens; this model takes at most 16"
+        );
+        let negative = DrawRequest { guidance: -1.0, ..request(&["a"], 1, 1) };
+        assert_eq!(message(&negative), "--guidance -1: expected 0 or more");
+        let cold = Sampling { temperature: -0.5, ..SAMPLING };
+        assert!(message(&DrawRequest { sampling: cold, ..request(&["a"], 1, 1) }).starts_with("--temperature -0.5"));
+    }
+}
