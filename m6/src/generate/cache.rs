@@ -212,7 +212,8 @@ mod tests {
             let codes: Vec<u32> = rows.iter().map(|(_, codes)| codes[place.max(1) - 1]).collect();
             let hidden = step(&mut cache, &transformer, place, &codes);
             for logits in [Transformer::code_logits, Transformer::text_logits] {
-                let gap = logits(&transformer, &hidden) - logits(&transformer, &expected.select(1, place as i64));
+                let gap =
+                    logits(&transformer, &hidden) - logits(&transformer, &expected.select(1, place as i64));
                 let gap = gap.abs().max().double_value(&[]);
                 assert!(gap < 1e-4, "place {place}: {gap}");
             }

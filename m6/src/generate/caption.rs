@@ -82,7 +82,9 @@ pub fn score_texts(model: &Model, pairs: &[(&Rgb8, &str)], language: Language) -
         let ids: Vec<i64> = model.tokenizer.encode(text)?.into_iter().map(i64::from).collect();
         if ids.len() > limit {
             let n = ids.len();
-            return Err(Error::Usage(format!("the text {text:?} has {n} tokens; this model takes at most {limit}")));
+            return Err(Error::Usage(format!(
+                "the text {text:?} has {n} tokens; this model takes at most {limit}"
+            )));
         }
         let prefix = vec![Piece::Picture(fit(picture, model)?)];
         let example = Example { task: Task::Captioning, prefix, target: Target::Text { language, ids } };
@@ -101,14 +103,20 @@ pub fn score_texts(model: &Model, pairs: &[(&Rgb8, &str)], language: Language) -
 }
 
 /// Scores the packed texts of these lengths in one pass.
-fn score_row(model: &Model, packer: &mut Packer, lengths: &mut Vec<usize>, scores: &mut Vec<f64>) -> Result<()> {
+fn score_row(
+    model: &Model,
+    packer: &mut Packer,
+    lengths: &mut Vec<usize>,
+    scores: &mut Vec<f64>,
+) -> Result<()> {
     let device = model.params.device();
     let batch = packer.finish(device)?;
     let (tokens, pictures) = (&batch.tokens, batch.pictures.as_ref());
     let hidden = model.transformer.forward(tokens, pictures, &batch.layout, batch.real, Mode::Infer)?;
     let logprobs = logprobs(model, &hidden.x_nd.index_select(0, &batch.texts.rows));
     let chosen = logprobs.gather(1, &batch.texts.labels.unsqueeze(-1), false).squeeze_dim(1);
-    let chosen = Vec::<f64>::try_from(chosen.to_kind(Kind::Double)).map_err(m6_runtime::RuntimeError::from)?;
+    let chosen =
+        Vec::<f64>::try_from(chosen.to_kind(Kind::Double)).map_err(m6_runtime::RuntimeError::from)?;
     let mut rest = chosen.as_slice();
     for length in lengths.drain(..) {
         let (text, later) = rest.split_at(length);
@@ -221,8 +229,10 @@ fn search(
 ) -> Result<Vec<Vec<Caption>>> {
     let (vocab, transformer, device) = (model.info.vocab, &model.transformer, model.params.device());
     let end = vocab.special(Special::EndOfText);
-    let prefixes: Vec<Vec<Piece>> =
-        pictures.iter().map(|picture| Ok(vec![Piece::Picture(fit(picture, model)?)])).collect::<Result<_>>()?;
+    let prefixes: Vec<Vec<Piece>> = pictures
+        .iter()
+        .map(|picture| Ok(vec![Piece::Picture(fit(picture, model)?)]))
+        .collect::<Result<_>>()?;
     let mut cache = KvCache::prefill(transformer, device, &prefixes, max_tokens as i64)?;
     let rows_each = languages.len() * beams;
     cache.select(&(0..pictures.len() * rows_each).map(|row| (row / rows_each) as i64).collect::<Vec<_>>());
@@ -249,7 +259,11 @@ fn search(
             }
             let candidates = search.live.iter().enumerate().flat_map(|(parent, text)| {
                 let logprob = text.logprob;
-                best.row(first + parent).map(move |(id, step)| Candidate { parent, id, logprob: logprob + step })
+                best.row(first + parent).map(move |(id, step)| Candidate {
+                    parent,
+                    id,
+                    logprob: logprob + step,
+                })
             });
             let parents = search.advance(candidates.collect(), end, beams);
             order.extend((0..beams).map(|row| (first + parents[row.min(parents.len() - 1)]) as i64));
@@ -346,7 +360,8 @@ mod tests {
                         let longer = if ended { ids.clone() } else { [ids.as_slice(), &[id]].concat() };
                         packed_logprob(&model, picture, found.language, &longer, ended)
                     };
-                    let best = tokens.into_iter().map(|id| (id, after(id))).max_by(|a, b| a.1.total_cmp(&b.1));
+                    let best =
+                        tokens.into_iter().map(|id| (id, after(id))).max_by(|a, b| a.1.total_cmp(&b.1));
                     let (id, best) = best.unwrap();
                     logprob = best;
                     ended = id == vocab.special(Special::EndOfText);
@@ -369,7 +384,9 @@ mod tests {
         let wide = caption(&model, &pictures, Some(Language::Zh), 16, 4).unwrap();
         for (greedy, wide) in greedy.iter().zip(&wide) {
             assert_eq!(wide.len(), 16);
-            assert!(wide[0].logprob / 4.0 >= greedy[0].logprob / 4.0 - 1e-4 || wide[0].text != greedy[0].text);
+            assert!(
+                wide[0].logprob / 4.0 >= greedy[0].logprob / 4.0 - 1e-4 || wide[0].text != greedy[0].text
+            );
         }
     }
 
@@ -390,7 +407,8 @@ mod tests {
 
     #[test]
     fn the_mean_ranks_and_a_better_unfinished_text_keeps_the_search_going() {
-        let text = |tokens: usize, logprob: f64, finished| Hypothesis { ids: vec![0; tokens], logprob, finished };
+        let text =
+            |tokens: usize, logprob: f64, finished| Hypothesis { ids: vec![0; tokens], logprob, finished };
         let mut search = Search {
             live: vec![text(3, -2.0, false)],
             finished: vec![text(1, -2.0, true), text(3, -3.0, true)],
@@ -415,7 +433,10 @@ mod tests {
             assert!((score - expected).abs() < 1e-3, "{text}: {score} against {expected}");
         }
         let long = score_texts(&model, &[(&pictures[0], "sixteen letters.")], Language::En).unwrap_err();
-        assert_eq!(long.to_string(), "the text \"sixteen letters.\" has 16 tokens; this model takes at most 15");
+        assert_eq!(
+            long.to_string(),
+            "the text \"sixteen letters.\" has 16 tokens; this model takes at most 15"
+        );
     }
 
     #[test]

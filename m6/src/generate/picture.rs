@@ -81,12 +81,18 @@ impl DrawRequest {
 ///
 /// # Errors
 /// When a setting is out of its range, a prompt is longer than the model takes, or libtorch refuses an operation.
-pub fn draw(model: &Model, request: &DrawRequest, mut on_progress: impl FnMut(u64, u64)) -> Result<Vec<Drawing>> {
+pub fn draw(
+    model: &Model,
+    request: &DrawRequest,
+    mut on_progress: impl FnMut(u64, u64),
+) -> Result<Vec<Drawing>> {
     let _guard = tch::no_grad_guard();
     let prefixes = request.prefixes(model)?;
     let jobs: Vec<Job> = prefixes
         .iter()
-        .flat_map(|prefix| (0..request.count).map(move |i| Job { prefix, seed: request.seed.wrapping_add(i as u64) }))
+        .flat_map(|prefix| {
+            (0..request.count).map(move |i| Job { prefix, seed: request.seed.wrapping_add(i as u64) })
+        })
         .collect();
     let sampler = Sampler {
         transformer: &model.transformer,
@@ -239,7 +245,8 @@ mod tests {
     fn progress_counts_every_code_once() {
         let model = tiny_model();
         let mut calls = Vec::new();
-        let drawings = draw(&model, &request(&["a", "b"], 20, 1), |done, all| calls.push((done, all))).unwrap();
+        let drawings =
+            draw(&model, &request(&["a", "b"], 20, 1), |done, all| calls.push((done, all))).unwrap();
         let all = drawings.iter().map(|d| d.codes.len() as u64).sum();
         assert!(calls.is_sorted() && calls.last() == Some(&(all, all)), "{calls:?}");
     }
@@ -300,6 +307,9 @@ mod tests {
         let negative = DrawRequest { guidance: -1.0, ..request(&["a"], 1, 1) };
         assert_eq!(message(&negative), "--guidance -1: expected 0 or more");
         let cold = Sampling { temperature: -0.5, ..SAMPLING };
-        assert!(message(&DrawRequest { sampling: cold, ..request(&["a"], 1, 1) }).starts_with("--temperature -0.5"));
+        assert!(
+            message(&DrawRequest { sampling: cold, ..request(&["a"], 1, 1) })
+                .starts_with("--temperature -0.5")
+        );
     }
 }
