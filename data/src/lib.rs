@@ -25,10 +25,13 @@
 
 pub mod caption;
 pub mod error;
+pub mod info;
 pub mod loader;
 pub mod order;
+pub mod pack;
 pub mod picture;
 pub mod shard;
+pub mod sheet;
 pub mod tar_index;
 pub mod tokenizer;
 pub mod transform;
@@ -36,10 +39,13 @@ pub mod writer;
 
 pub use caption::{Caption, CaptionField, CaptionFields};
 pub use error::{DataError, Result};
+pub use info::DatasetInfo;
 pub use loader::Loader;
 pub use order::{SampleOrder, sample_rng};
+pub use pack::{PackReport, pack};
 pub use picture::{Rgb8, grid};
 pub use shard::{Sample, ShardSet, sample_image};
+pub use sheet::contact_sheet;
 pub use tokenizer::{Tokenizer, train_bpe};
 pub use transform::Transform;
 pub use writer::ShardWriter;

@@ -4,7 +4,7 @@ use std::io::Cursor;
 use std::path::Path;
 
 use fast_image_resize as fir;
-use image::{DynamicImage, ImageDecoder, ImageEncoder, ImageReader};
+use image::{DynamicImage, ImageDecoder, ImageEncoder, ImageFormat, ImageReader};
 
 use crate::error::{DataError, Result};
 use crate::writer::write_atomic;
@@ -42,8 +42,8 @@ impl Rgb8 {
         let reader = ImageReader::new(Cursor::new(bytes))
             .with_guessed_format()
             .map_err(|e| DataError::Picture(e.to_string()))?;
-        if reader.format().is_none() {
-            return Err(DataError::Picture("neither JPEG, PNG nor WebP".to_owned()));
+        if !matches!(reader.format(), Some(ImageFormat::Jpeg | ImageFormat::Png | ImageFormat::WebP)) {
+            return Err(DataError::Picture("expected JPEG, PNG or WebP".to_owned()));
         }
         let mut decoder = reader.into_decoder().map_err(broken)?;
         let (width, height) = decoder.dimensions();
@@ -167,7 +167,7 @@ fn on_white(picture: DynamicImage) -> Rgb8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use image::{ExtendedColorType, ImageFormat};
+    use image::ExtendedColorType;
 
     fn encode(picture: impl Into<DynamicImage>, format: ImageFormat) -> Vec<u8> {
         let mut bytes = Cursor::new(Vec::new());

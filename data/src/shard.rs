@@ -275,7 +275,9 @@ mod tests {
     use crate::writer::ShardWriter;
     use proptest::prelude::*;
 
-    fn shard(dir: &Path, samples: &[(&str, &[(&str, &[u8])])]) -> PathBuf {
+    type Members<'a> = &'a [(&'a str, &'a [u8])];
+
+    fn shard(dir: &Path, samples: &[(&str, Members)]) -> PathBuf {
         let mut writer = ShardWriter::create(dir, "test", u64::MAX).unwrap();
         for (key, members) in samples {
             writer.write(key, members).unwrap();
@@ -312,7 +314,7 @@ mod tests {
     #[test]
     fn a_truncated_shard_keeps_its_whole_samples() {
         let dir = tempfile::tempdir().unwrap();
-        let members: &[(&str, &[u8])] = &[("webp", &[1; 1000]), ("json", b"{}")];
+        let members: Members = &[("webp", &[1; 1000]), ("json", b"{}")];
         let path = shard(dir.path(), &[("a", members), ("b", members), ("c", members)]);
         let bytes = std::fs::read(&path).unwrap();
         let sample = 512 + 1024 + 512 + 512;

@@ -329,7 +329,6 @@ mod tests {
     fn pax_path_and_size_win_over_the_header() {
         let record = |text: &str| format!("{} {text}\n", text.len() + 4);
         let (path, size) = (record("path=图.webp"), record("size=000000005"));
-        assert!(path.starts_with("19 ") && path.len() == 19 && size.starts_with("18 ") && size.len() == 18);
         let mut builder = tar::Builder::new(Vec::new());
         let mut header = tar::Header::new_ustar();
         header.set_entry_type(tar::EntryType::XHeader);

@@ -22,6 +22,7 @@ const SPLIT_PATTERN: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{
 #[derive(Clone)]
 pub struct Tokenizer {
     inner: tokenizers::Tokenizer,
+    vocab_size: usize,
 }
 
 impl Tokenizer {
@@ -64,9 +65,9 @@ impl Tokenizer {
         self.inner.decode(ids, true).map_err(|e| DataError::Tokenizer(e.to_string()))
     }
 
-    /// Number of tokens, special ones included.
+    /// One more than the largest token id, special tokens included: the rows that an embedding needs.
     pub fn vocab_size(&self) -> usize {
-        self.inner.get_vocab_size(true)
+        self.vocab_size
     }
 
     /// Id of a token by its name, such as `<|endoftext|>` or `[SEP]`.
@@ -97,7 +98,8 @@ impl Tokenizer {
 
     fn from_engine(mut inner: tokenizers::Tokenizer) -> Self {
         inner.set_encode_special_tokens(true);
-        Self { inner }
+        let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
+        Self { inner, vocab_size }
     }
 }
 

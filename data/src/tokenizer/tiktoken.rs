@@ -35,8 +35,14 @@ pub(super) fn to_json(text: &str) -> Result<Value, String> {
     let first_special = by_rank.last().map_or(0, |(_, rank)| *rank as usize + 1);
     let extra = (0..EXTRA_TOKENS).map(|n| format!("<|extra_{n}|>"));
     let names = SPECIAL.iter().map(|name| (*name).to_owned()).chain(extra);
-    let added = (first_special..).zip(names).map(|(id, name)| special_token(id, &name)).collect();
-    Ok(byte_level_bpe(vocab.into(), merges.into(), added))
+    let mut added = Vec::new();
+    for (id, name) in (first_special..).zip(names) {
+        added.push(special_token(id, &name));
+        // The engine numbers added tokens itself unless the model knows them; the split pattern cuts these names apart,
+        // so that no text is taken for one.
+        vocab.insert(name, id.into());
+    }
+    Ok(byte_level_bpe(vocab.into(), merges.into(), added.into()))
 }
 
 fn parse_ranks(text: &str) -> Result<HashMap<Vec<u8>, u32>, String> {
