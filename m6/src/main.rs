@@ -1,2 +1,9 @@
-//! The m6 command.
-fn main() {}
+//! The `m6` command.
+
+use std::process::ExitCode;
+
+mod cli;
+
+fn main() -> ExitCode {
+    cli::main()
+}

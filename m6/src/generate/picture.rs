@@ -49,15 +49,20 @@ pub struct Drawing {
 }
 
 impl DrawRequest {
-    /// Checks the settings and turns the prompts into ids; an empty prompt becomes the null prompt.
+    /// Checks what does not depend on a model; values are named as the flags of the command.
     ///
     /// # Errors
-    /// When a setting is out of its range or a prompt is too long.
-    fn prefixes(&self, model: &Model) -> Result<Vec<Vec<i64>>> {
+    /// When a setting is out of its range.
+    pub fn validate(&self) -> Result<()> {
         self.sampling.validate()?;
-        if !(self.guidance >= 0.0 && self.guidance.is_finite()) {
-            return Err(Error::Usage(format!("--guidance {}: expected 0 or more", self.guidance)));
+        if self.guidance >= 0.0 && self.guidance.is_finite() {
+            return Ok(());
         }
+        Err(Error::Usage(format!("--guidance {}: expected 0 or more", self.guidance)))
+    }
+
+    /// The prompts as ids; an empty prompt becomes the null prompt.
+    fn prefixes(&self, model: &Model) -> Result<Vec<Vec<i64>>> {
         let limit = model.info.model.max_text as usize;
         let ids = |prompt: &String| {
             let ids = model.tokenizer.encode(prompt.trim())?;
@@ -87,6 +92,7 @@ pub fn draw(
     mut on_progress: impl FnMut(u64, u64),
 ) -> Result<Vec<Drawing>> {
     let _guard = tch::no_grad_guard();
+    request.validate()?;
     let prefixes = request.prefixes(model)?;
     let jobs: Vec<Job> = prefixes
         .iter()
