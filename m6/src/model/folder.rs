@@ -56,7 +56,6 @@ pub struct ModelInfo {
 }
 
 /// A transformer with both of its tokenizers.
-#[derive(Debug)]
 pub struct Model {
     /// Settings and hashes.
     pub info: ModelInfo,
