@@ -48,7 +48,7 @@ impl KvCache {
         let shape = [rows, config.heads, longest + targets, config.head_width()];
         let empty = || Tensor::zeros(shape, (transformer.compute(), device));
         let uneven = lengths.iter().any(|&length| length != longest);
-        let mut cache = Self {
+        let cache = Self {
             blocks: (0..config.layers).map(|_| BlockCache { keys: empty(), values: empty() }).collect(),
             visible: uneven.then(|| visible(&lengths, longest, targets).to_device(device)),
             filled: longest,

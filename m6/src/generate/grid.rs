@@ -50,7 +50,7 @@ mod tests {
         for (x, y, shade) in corners {
             assert_eq!(pixel(GAP + x * (10 + GAP), GAP + LINE_HEIGHT + y * row), shade);
         }
-        let label = |y: u32| (0..sheet.width).flat_map(|x| (0..LINE_HEIGHT).map(move |dy| (x, y + dy)));
+        let label = |y: u32| (0..sheet.width).flat_map(move |x| (0..LINE_HEIGHT).map(move |dy| (x, y + dy)));
         assert!(label(GAP).any(|(x, y)| pixel(x, y) == INK[0]));
         assert!(label(GAP + row).all(|(x, y)| pixel(x, y) == 255));
     }
