@@ -1,1 +1,37 @@
-//! Pictures to discrete codes and back.
+//! Pictures to discrete codes and back: the VQGAN image tokenizer (Esser et al. 2021) with the narrow, normalised
+//! codebook of LlamaGen (Sun et al. 2024), its losses, its training and its scores.
+//!
+//! ```no_run
+//! use m6_vqgan::{Vqgan, pictures_to_tensor, to_pictures, to_unit};
+//! # fn pictures() -> Vec<m6_data::Rgb8> { Vec::new() }
+//! let model = Vqgan::load("out/vqgan/model".as_ref(), tch::Device::Cpu)?;
+//! let x = to_unit(&pictures_to_tensor(&pictures())?, model.device());
+//! let codes = model.encode(&x)?;
+//! let grid = model.config().grid();
+//! let reconstructions = to_pictures(&model.decode_codes(&codes, grid, grid)?);
+//! # Ok::<_, m6_vqgan::VqganError>(())
+//! ```
+
+mod augment;
+mod config;
+mod discriminator;
+mod error;
+pub mod eval;
+mod layers;
+mod loss;
+pub mod metrics;
+mod model;
+mod pictures;
+mod quantize;
+mod revive;
+mod stream;
+pub mod train;
+
+pub use config::{ConfigProblem, VqganConfig};
+pub use error::{Result, VqganError};
+pub use eval::VqganReport;
+pub use loss::LossWeights;
+pub use model::{Bottleneck, Dtype, Vqgan, VqganOutput};
+pub use pictures::{pictures_to_tensor, to_bytes, to_pictures, to_unit};
+pub use quantize::Quantized;
+pub use revive::RevivalConfig;

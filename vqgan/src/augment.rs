@@ -1,0 +1,130 @@
+//! Differentiable augmentation of what the discriminator sees (DiffAugment, Zhao et al. 2020), which keeps it from
+//! learning a small data set by heart.
+
+use tch::{Device, Kind, Tensor};
+
+/// Shift along each side, as a part of it.
+const SHIFT: f64 = 0.125;
+/// Side of the square that is cut out, as a part of the picture's.
+const CUTOUT: f64 = 0.5;
+/// Axes of a picture batch along which it is moved and cut.
+const SIDES: [i64; 2] = [2, 3];
+
+/// One random change of colour, place and visible part for each picture of a batch. The same draw can be applied to
+/// several batches, so that originals and reconstructions stay comparable.
+#[derive(Debug)]
+pub(crate) struct Augmentation {
+    /// Added; within 0.5.
+    brightness: Tensor,
+    /// Factor on the distance to grey, 0 to 2.
+    saturation: Tensor,
+    /// Factor on the distance to the mean colour, 0.5 to 1.5.
+    contrast: Tensor,
+    /// Pixels by which a picture is moved, for each of [`SIDES`].
+    shift: [Tensor; 2],
+    /// Middle of the square that is cut out, for each of [`SIDES`].
+    hole: [Tensor; 2],
+}
+
+impl Augmentation {
+    /// Draws for a batch of shape `[b, 3, h, w]` on `device`, without waiting for it.
+    pub(crate) fn draw(shape: &[i64], device: Device) -> Self {
+        let one_each = [shape[0], 1, 1, 1];
+        let uniform = || Tensor::rand(one_each, (Kind::Float, device));
+        let integers =
+            |low: i64, high: i64| Tensor::randint_low(low, high + 1, one_each, (Kind::Int64, device));
+        let side = |dim: i64| shape[dim as usize];
+        Self {
+            brightness: uniform() - 0.5,
+            saturation: uniform() * 2.0,
+            contrast: uniform() + 0.5,
+            shift: SIDES.map(|dim| {
+                let limit = (side(dim) as f64 * SHIFT).round() as i64;
+                integers(-limit, limit)
+            }),
+            hole: SIDES.map(|dim| integers(0, side(dim) - 1)),
+        }
+    }
+
+    /// Changes pictures `[b, 3, h, w]`, float32; what comes in from outside or is cut out is 0.
+    pub(crate) fn apply(&self, x: &Tensor) -> Tensor {
+        let mut x = self.recolour(x);
+        for (dim, shift) in SIDES.into_iter().zip(&self.shift) {
+            x = translate(&x, dim, shift);
+        }
+        self.cut_out(&x)
+    }
+
+    fn recolour(&self, x: &Tensor) -> Tensor {
+        let x = x + &self.brightness;
+        let grey = x.mean_dim([1].as_slice(), true, Kind::Float);
+        let x = (x - &grey) * &self.saturation + grey;
+        let mean = x.mean_dim([1, 2, 3].as_slice(), true, Kind::Float);
+        (x - &mean) * &self.contrast + mean
+    }
+
+    fn cut_out(&self, x: &Tensor) -> Tensor {
+        let hidden = |index: usize| {
+            let dim = SIDES[index];
+            let half = (x.size()[dim as usize] as f64 * CUTOUT / 2.0).round() as i64;
+            (positions(x, dim) - &self.hole[index]).abs().le(half)
+        };
+        x * hidden(0).logical_and(&hidden(1)).logical_not().to_kind(x.kind())
+    }
+}
+
+/// Moves each picture along axis `dim` by its number of pixels.
+fn translate(x: &Tensor, dim: i64, shift: &Tensor) -> Tensor {
+    let (size, side) = (x.size(), x.size()[dim as usize]);
+    let source = positions(x, dim) + shift;
+    let inside = source.ge(0).logical_and(&source.lt(side)).to_kind(x.kind());
+    x.gather(dim, &source.clamp(0, side - 1).expand(&size, false), false) * inside
+}
+
+/// 0, 1, 2, ... along axis `dim` of a tensor of four axes.
+fn positions(x: &Tensor, dim: i64) -> Tensor {
+    let mut shape = [1; 4];
+    shape[dim as usize] = -1;
+    Tensor::arange(x.size()[dim as usize], (Kind::Int64, x.device())).view(shape)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    #[test]
+    fn a_translated_picture_keeps_its_order_and_is_filled_with_zeros() {
+        let x = Tensor::arange_start(1, 9, FLOAT).view([1, 1, 1, 8]).expand([3, 3, 2, 8], false);
+        let moved = translate(&x, 3, &Tensor::from_slice(&[-2i64, 0, 3]).view([3, 1, 1, 1]));
+        let row = |picture| Vec::<f32>::try_from(moved.get(picture).get(2).get(1)).unwrap();
+        assert_eq!(row(0), [0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0]);
+        assert_eq!(row(1), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
+        assert_eq!(row(2), [4.0, 5.0, 6.0, 7.0, 8.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn draws_are_in_range_and_a_square_is_cut_out() {
+        let shape = [64, 3, 16, 16];
+        let drawn = Augmentation::draw(&shape, Device::Cpu);
+        let bounds = |t: &Tensor| (t.min().double_value(&[]), t.max().double_value(&[]));
+        assert_eq!(bounds(&drawn.shift[0]), (-2.0, 2.0));
+        let (low, high) = bounds(&drawn.contrast);
+        assert!((0.5..0.7).contains(&low) && (1.3..1.5).contains(&high));
+        let cut = drawn.cut_out(&Tensor::ones(shape, FLOAT));
+        let hidden = 256.0 - cut.select(1, 0).sum_dim_intlist([1, 2].as_slice(), false, Kind::Float);
+        // A corner leaves 5 x 5 of the 9 x 9 pixels around its middle inside.
+        let (low, high) = bounds(&hidden);
+        assert!(low >= 25.0 && high <= 81.0, "{low} {high}");
+    }
+
+    #[test]
+    fn one_draw_changes_equal_pictures_alike_and_gradients_pass() {
+        let x = Tensor::linspace(-1, 1, 2 * 3 * 16 * 16, FLOAT).view([2, 3, 16, 16]).set_requires_grad(true);
+        let drawn = Augmentation::draw(&x.size(), Device::Cpu);
+        assert_eq!(drawn.apply(&x), drawn.apply(&x.copy()));
+        drawn.apply(&x).square().sum(Kind::Float).backward();
+        assert!(x.grad().abs().sum(Kind::Float).double_value(&[]) > 0.0);
+    }
+}

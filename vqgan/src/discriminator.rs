@@ -1,0 +1,136 @@
+//! The PatchGAN discriminator (Isola et al. 2017): tells real patches from reconstructed ones.
+
+use m6_runtime::Params;
+use m6_runtime::nn::{Conv2d, GroupNorm};
+use tch::{Kind, Tensor};
+
+use crate::config::{COLOURS, NORM_GROUPS};
+
+/// Channels of the first layer, doubled by each further one up to eight times.
+pub(crate) const WIDTH: i64 = 64;
+const MAX_MULTIPLE: i64 = 8;
+const KERNEL: i64 = 4;
+const LEAK: f64 = 0.2;
+const NORM_EPS: f64 = 1e-5;
+
+/// Convolutions of kernel 4. Group norms instead of the original's batch norms, so that one picture's verdict does not
+/// depend on its neighbours in the batch.
+#[derive(Debug)]
+pub(crate) struct Discriminator {
+    hidden: Vec<Hidden>,
+    verdict: Conv2d,
+}
+
+#[derive(Debug)]
+struct Hidden {
+    conv: Conv2d,
+    norm: Option<GroupNorm>,
+}
+
+/// What the discriminator makes of a batch.
+#[derive(Debug)]
+pub(crate) struct Verdict {
+    /// Activations of each hidden layer.
+    features: Vec<Tensor>,
+    /// One score a patch, float32 `[b, 1, h', w']`; real patches should have 1 or more, others -1 or less.
+    pub(crate) logits: Tensor,
+}
+
+impl Discriminator {
+    /// `layers` of stride 2, then one of stride 1 and the scores.
+    pub(crate) fn new(params: &Params, layers: i64) -> Self {
+        let mut width = COLOURS;
+        let hidden = (0..=layers).map(|layer| {
+            let input = std::mem::replace(&mut width, WIDTH * (1 << layer).min(MAX_MULTIPLE));
+            let stride = if layer < layers { 2 } else { 1 };
+            Hidden {
+                conv: Conv2d::new(&(params / "conv" / layer), input, width, KERNEL, stride, 1),
+                norm: (layer > 0)
+                    .then(|| GroupNorm::new(&(params / "norm" / layer), NORM_GROUPS, width, NORM_EPS)),
+            }
+        });
+        let hidden = hidden.collect();
+        Self { hidden, verdict: Conv2d::new(&(params / "verdict"), width, 1, KERNEL, 1, 1) }
+    }
+
+    /// Judges pictures `[b, 3, h, w]` from -1 to 1 in their dtype.
+    pub(crate) fn forward(&self, x: &Tensor) -> Verdict {
+        let mut features: Vec<Tensor> = Vec::with_capacity(self.hidden.len());
+        for Hidden { conv, norm } in &self.hidden {
+            let x = conv.forward(features.last().unwrap_or(x));
+            let x = norm.as_ref().map_or_else(|| x.shallow_clone(), |norm| norm.forward(&x));
+            // leaky_relu(x) = max(x, leak x); tch binds the function with its default slope only.
+            features.push(x.maximum(&(&x * LEAK)));
+        }
+        let logits = self.verdict.forward(features.last().unwrap_or(x)).to_kind(Kind::Float);
+        Verdict { features, logits }
+    }
+}
+
+impl Verdict {
+    /// What the discriminator minimises (hinge, Lim and Ye 2017); `self` judges real pictures.
+    pub(crate) fn discriminator_loss(&self, fake: &Verdict) -> Tensor {
+        let real = (1.0f64 - &self.logits).relu().mean(Kind::Float);
+        let fake = (1.0f64 + &fake.logits).relu().mean(Kind::Float);
+        (real + fake) * 0.5
+    }
+
+    /// What the generator minimises; `self` judges its pictures.
+    pub(crate) fn generator_loss(&self) -> Tensor {
+        -self.logits.mean(Kind::Float)
+    }
+
+    /// Mean absolute difference to the activations of the real pictures, averaged over layers (feature matching,
+    /// Salimans et al. 2016; no gradient to the real side).
+    pub(crate) fn feature_loss(&self, real: &Verdict) -> Tensor {
+        let gaps = self.features.iter().zip(&real.features);
+        let gaps: Vec<Tensor> = gaps
+            .map(|(fake, real)| (fake - real.detach()).to_kind(Kind::Float).abs().mean(Kind::Float))
+            .collect();
+        Tensor::stack(&gaps, 0).mean(Kind::Float)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use m6_runtime::{Group, Init};
+    use tch::Device;
+
+    use super::*;
+
+    fn verdict(logits: &[f32]) -> Verdict {
+        Verdict { features: Vec::new(), logits: Tensor::from_slice(logits) }
+    }
+
+    #[test]
+    fn hinge_losses_match_their_formulas() {
+        let (real, fake) = (verdict(&[2.0, 0.5, -1.0]), verdict(&[-2.0, 0.5]));
+        // real: (0 + 0.5 + 2) / 3; fake: (0 + 1.5) / 2
+        let loss = real.discriminator_loss(&fake).double_value(&[]);
+        assert!((loss - 0.5 * (2.5 / 3.0 + 0.75)).abs() < 1e-6, "{loss}");
+        assert!((fake.generator_loss().double_value(&[]) - 0.75).abs() < 1e-6);
+    }
+
+    #[test]
+    fn scores_are_one_a_patch_and_features_can_be_matched() {
+        let params = Params::new(Device::Cpu, 1);
+        let discriminator = Discriminator::new(&(&params / "d"), 2);
+        let x = params.add("x", &[2, 3, 32, 32], Init::Uniform(1.0), Group::Decay);
+        let fake = discriminator.forward(&x);
+        assert_eq!(fake.logits.size(), [2, 1, 6, 6]);
+        let real = discriminator.forward(&(&x * 0.5).detach());
+        assert_eq!(fake.feature_loss(&fake).double_value(&[]), 0.0);
+        fake.feature_loss(&real).backward();
+        assert!(x.grad().abs().sum(Kind::Float).double_value(&[]) > 0.0);
+    }
+
+    #[test]
+    fn one_picture_does_not_depend_on_its_neighbours() {
+        let params = Params::new(Device::Cpu, 1);
+        let discriminator = Discriminator::new(&(&params / "d"), 2);
+        let x = params.add("x", &[2, 3, 32, 32], Init::Uniform(1.0), Group::Buffer);
+        let together = discriminator.forward(&x).logits.get(0);
+        let alone = discriminator.forward(&x.narrow(0, 0, 1)).logits.get(0);
+        assert!((together - alone).abs().max().double_value(&[]) < 1e-5);
+    }
+}

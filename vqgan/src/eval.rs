@@ -1,0 +1,197 @@
+//! Scores of a tokenizer on pictures: how near its reconstructions are and how much of the codebook they use.
+
+use std::num::NonZero;
+use std::path::Path;
+use std::thread::available_parallelism;
+
+use m6_data::{Rgb8, ShardSet, Transform, grid};
+use m6_run::Task;
+use m6_runtime::device::device;
+use serde::{Deserialize, Serialize};
+use tch::{Kind, Tensor};
+
+use crate::error::{Result, VqganError};
+use crate::metrics::{Ssim, perplexity, psnr};
+use crate::model::Vqgan;
+use crate::pictures::{pictures_to_tensor, to_bytes, to_pictures, to_unit};
+use crate::revive::counts;
+use crate::stream::PictureStream;
+
+/// Pictures in one pass.
+const BATCH: usize = 32;
+/// Pictures of the reconstruction grid of [`run`].
+const GRID_PICTURES: usize = 12;
+const GRID_GAP: u32 = 2;
+/// Nothing is random in the pipeline of [`run`].
+const UNUSED_SEED: u64 = 0;
+
+/// Scores over a set of pictures.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct VqganReport {
+    /// Pictures.
+    pub samples: u64,
+    /// Mean over pictures of the peak signal-to-noise ratio in decibels, of pictures rounded to bytes.
+    pub psnr: f64,
+    /// Mean structural similarity ([`Ssim`]), of pictures rounded to bytes.
+    pub ssim: f64,
+    /// Part of the codebook that occurs in the codes of the pictures.
+    pub codebook_usage: f64,
+    /// Exponential of the entropy of the codes; at most the size of the codebook.
+    pub perplexity: f64,
+}
+
+/// Scores `model` on pictures, bytes `[n, 3, h, w]` on the CPU.
+///
+/// # Errors
+/// When there is no picture or the model cannot take their size.
+pub fn evaluate(model: &Vqgan, pictures: &Tensor) -> Result<VqganReport> {
+    let mut sums = Sums::new(model);
+    for batch in pictures.split(BATCH as i64, 0) {
+        sums.add(model, &batch)?;
+    }
+    sums.report()
+}
+
+/// Originals in the first row, reconstructions below; `pictures` are bytes `[n, 3, h, w]`.
+///
+/// # Errors
+/// When the model cannot take their size.
+pub fn reconstruction_grid(model: &Vqgan, pictures: &Tensor) -> Result<Rgb8> {
+    let x = to_unit(pictures, model.device());
+    let mut tiles = to_pictures(&x);
+    let columns = tiles.len() as u32;
+    tiles.extend(to_pictures(&reconstruct(model, &x)?.0));
+    Ok(grid(&tiles, columns, GRID_GAP))
+}
+
+/// Scores the tokenizer in folder `dir` on the pictures of `shards`, at most `limit` of them, each resized and cropped
+/// to the model's resolution. With `grid`, also writes originals above reconstructions as a PNG.
+///
+/// # Errors
+/// When the model, a shard or a picture cannot be read, or the grid cannot be written.
+pub fn run(
+    dir: &Path,
+    shards: &[String],
+    device_name: &str,
+    limit: Option<usize>,
+    grid: Option<&Path>,
+) -> Result<VqganReport> {
+    let model = Vqgan::load(dir, device(device_name)?)?;
+    let side = model.config().resolution;
+    let transform: Transform = format!("resize:{side} | center_crop:{side}").parse()?;
+    let shards = ShardSet::open(shards)?;
+    let total = limit.unwrap_or(usize::MAX).min(shards.len()) as u64;
+    let last = shards.len() - 1;
+    let workers = available_parallelism().map_or(1, NonZero::get);
+    let index = move |ordinal| (ordinal as usize).min(last);
+    let mut stream = PictureStream::start(shards, transform, UNUSED_SEED, index, (0, workers, 2 * BATCH))?;
+
+    let mut sums = Sums::new(&model);
+    let mut task = Task::new("score reconstructions", total, "images");
+    while stream.next_ordinal() < total {
+        let done = stream.next_ordinal();
+        let batch = stream.batch(BATCH, total, |note| eprintln!("{note}"))?;
+        if batch.is_empty() {
+            break;
+        }
+        let bytes = pictures_to_tensor(&batch)?;
+        if let Some(path) = grid.filter(|_| sums.samples == 0) {
+            let shown = bytes.narrow(0, 0, batch.len().min(GRID_PICTURES) as i64);
+            reconstruction_grid(&model, &shown)?.save_png(path)?;
+        }
+        sums.add(&model, &bytes)?;
+        task.advance(stream.next_ordinal() - done);
+    }
+    task.finish();
+    sums.report()
+}
+
+/// Reconstructions of `x` and their codes.
+fn reconstruct(model: &Vqgan, x: &Tensor) -> Result<(Tensor, Tensor)> {
+    let factor = model.config().downsample();
+    let codes = model.encode(x)?;
+    let (height, width) = (x.size()[2], x.size()[3]);
+    Ok((model.decode_codes(&codes, height / factor, width / factor)?, codes))
+}
+
+/// Running sums, on the model's device.
+struct Sums {
+    samples: u64,
+    psnr: Tensor,
+    ssim: Tensor,
+    counts_k: Tensor,
+}
+
+impl Sums {
+    fn new(model: &Vqgan) -> Self {
+        let options = (Kind::Double, model.device());
+        let zero = || Tensor::zeros([], options);
+        let counts_k = Tensor::zeros([model.config().codebook_size], options);
+        Self { samples: 0, psnr: zero(), ssim: zero(), counts_k }
+    }
+
+    fn add(&mut self, model: &Vqgan, bytes: &Tensor) -> Result<()> {
+        let x = to_unit(bytes, model.device());
+        let (y, codes) = reconstruct(model, &x)?;
+        let (x, y) = (to_bytes(&x), to_bytes(&y));
+        let unit = |bytes: &Tensor| bytes.to_kind(Kind::Float) / 255.0;
+        let (height, width) = (x.size()[2], x.size()[3]);
+        let ssim = Ssim::new(height, width, model.device()).forward(&unit(&x), &unit(&y));
+        self.samples += bytes.size()[0] as u64;
+        self.psnr += psnr(&x, &y).sum(Kind::Double);
+        self.ssim += ssim.sum(Kind::Double);
+        self.counts_k += counts(&codes.flatten(0, 1), model.config().codebook_size);
+        Ok(())
+    }
+
+    fn report(self) -> Result<VqganReport> {
+        if self.samples == 0 {
+            return Err(VqganError::Pictures("none, expected at least one".into()));
+        }
+        let samples = self.samples as f64;
+        let used = self.counts_k.gt(0.0).to_kind(Kind::Double).mean(Kind::Double);
+        Ok(VqganReport {
+            samples: self.samples,
+            psnr: self.psnr.double_value(&[]) / samples,
+            ssim: self.ssim.double_value(&[]) / samples,
+            codebook_usage: used.double_value(&[]),
+            perplexity: perplexity(&self.counts_k).double_value(&[]),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use m6_data::ShardWriter;
+    use m6_runtime::Params;
+    use tch::Device;
+
+    use super::*;
+    use crate::config::tests::tiny;
+    use crate::model::Dtype;
+
+    #[test]
+    fn a_folder_is_scored_and_shown() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut writer = ShardWriter::create(dir.path(), "val", u64::MAX).unwrap();
+        for n in 0..3u8 {
+            let picture = Rgb8::filled(20, 20, [n * 50, 128, 255 - n * 50]);
+            writer.write(&n.to_string(), &[("png", &picture.encode_png().unwrap())]).unwrap();
+        }
+        let shards = [writer.finish().unwrap()[0].display().to_string()];
+        let model = Vqgan::new(&Params::new(Device::Cpu, 1), &tiny());
+        model.save(dir.path(), Dtype::Float32).unwrap();
+        let png = dir.path().join("grid.png");
+        let report = run(dir.path(), &shards, "cpu", None, Some(&png)).unwrap();
+        assert_eq!(report.samples, 3);
+        assert!(report.psnr > 0.0 && report.ssim < 1.0, "{report:?}");
+        // A used code is at least one of 32, and the perplexity is at most the number of used ones.
+        assert!(
+            report.codebook_usage >= 1.0 / 32.0 && report.perplexity <= report.codebook_usage * 32.0 + 1e-9
+        );
+        let grid = Rgb8::decode(&std::fs::read(png).unwrap()).unwrap();
+        assert!(grid.width >= 3 * 16 && grid.height >= 2 * 16);
+        assert_eq!(run(dir.path(), &shards, "cpu", Some(2), None).unwrap().samples, 2);
+    }
+}

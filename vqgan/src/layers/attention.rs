@@ -1,0 +1,70 @@
+//! Attention over the positions of a feature map.
+
+use m6_runtime::Params;
+use m6_runtime::nn::{Conv2d, GroupNorm};
+use tch::Tensor;
+
+use super::norm;
+
+/// One head over all positions, with 1x1 convolutions as projections.
+#[derive(Debug)]
+pub(super) struct AttnBlock {
+    norm: GroupNorm,
+    q: Conv2d,
+    k: Conv2d,
+    v: Conv2d,
+    proj_out: Conv2d,
+}
+
+impl AttnBlock {
+    pub(super) fn new(params: &Params, channels: i64) -> Self {
+        let projection = |name: &str| Conv2d::new(&(params / name), channels, channels, 1, 1, 0);
+        Self {
+            norm: norm(&(params / "norm"), channels),
+            q: projection("q"),
+            k: projection("k"),
+            v: projection("v"),
+            proj_out: projection("proj_out"),
+        }
+    }
+
+    /// Same shape and dtype as `x`, `[b, c, h, w]`.
+    pub(super) fn forward(&self, x: &Tensor) -> Tensor {
+        let normed = self.norm.forward(x);
+        // [b, c, h, w] -> [b, 1 head, t, c]
+        let heads = |conv: &Conv2d| conv.forward(&normed).flatten(2, 3).transpose(1, 2).unsqueeze(1);
+        let attended = Tensor::scaled_dot_product_attention::<Tensor>(
+            &heads(&self.q),
+            &heads(&self.k),
+            &heads(&self.v),
+            None,
+            0.0,
+            false,
+            None,
+            false,
+        );
+        x + self.proj_out.forward(&attended.squeeze_dim(1).transpose(1, 2).reshape_as(x))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use m6_runtime::{Group, Init};
+    use tch::{Device, Kind};
+
+    use super::*;
+
+    #[test]
+    fn matches_softmax_of_scaled_products() {
+        let params = Params::new(Device::Cpu, 1);
+        let block = AttnBlock::new(&(&params / "attn"), 32);
+        let x = params.add("x", &[2, 32, 3, 4], Init::Normal(1.0), Group::Buffer);
+        let normed = block.norm.forward(&x);
+        let flat = |conv: &Conv2d| conv.forward(&normed).flatten(2, 3);
+        let weights = flat(&block.q).transpose(1, 2).matmul(&flat(&block.k)) / 32f64.sqrt();
+        let weights = weights.softmax(-1, Kind::Float);
+        let attended = flat(&block.v).matmul(&weights.transpose(1, 2)).reshape_as(&x);
+        let expected = &x + block.proj_out.forward(&attended);
+        assert!((block.forward(&x) - expected).abs().max().double_value(&[]) < 1e-5);
+    }
+}

@@ -1,0 +1,64 @@
+//! Features to pictures.
+
+use m6_runtime::Params;
+use m6_runtime::nn::{Conv2d, GroupNorm};
+use tch::Tensor;
+
+use super::resample::Upsample;
+use super::{Middle, Stage, activate, norm};
+use crate::config::{COLOURS, VqganConfig};
+
+/// The decoder; `up` is in the order of use, innermost level first, while names count from the outermost.
+#[derive(Debug)]
+pub(crate) struct Decoder {
+    conv_in: Conv2d,
+    mid: Middle,
+    up: Vec<UpLevel>,
+    norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+#[derive(Debug)]
+struct UpLevel {
+    stages: Vec<Stage>,
+    upsample: Option<Upsample>,
+}
+
+impl Decoder {
+    pub(crate) fn new(params: &Params, config: &VqganConfig) -> Self {
+        let inner = config.inner_width();
+        let mut width = inner;
+        let up = (0..config.ch_mult.len()).rev().map(|level| {
+            let path = params / "up" / level;
+            let stages = (0..=config.num_res_blocks).map(|index| {
+                let input = std::mem::replace(&mut width, config.width(level));
+                Stage::new(&path, index, input, width, config.has_attention(level))
+            });
+            let stages = stages.collect();
+            let upsample = (level > 0).then(|| Upsample::new(&(&path / "upsample"), width));
+            UpLevel { stages, upsample }
+        });
+        let up = up.collect();
+        Self {
+            conv_in: Conv2d::new(&(params / "conv_in"), config.z_channels, inner, 3, 1, 1),
+            mid: Middle::new(&(params / "mid"), inner),
+            up,
+            norm_out: norm(&(params / "norm_out"), width),
+            conv_out: Conv2d::new(&(params / "conv_out"), width, COLOURS, 3, 1, 1),
+        }
+    }
+
+    /// `[b, z_channels, h, w] -> [b, 3, h f, w f]` for the downsampling factor `f`.
+    pub(crate) fn forward(&self, z: &Tensor) -> Tensor {
+        let mut x = self.mid.forward(&self.conv_in.forward(z));
+        for level in &self.up {
+            for stage in &level.stages {
+                x = stage.forward(&x);
+            }
+            if let Some(upsample) = &level.upsample {
+                x = upsample.forward(&x);
+            }
+        }
+        self.conv_out.forward(&activate(&self.norm_out, &x))
+    }
+}

@@ -1,0 +1,399 @@
+//! The training loop of the image tokenizer.
+
+mod config;
+mod critic;
+mod state;
+
+use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
+
+use m6_data::{SampleOrder, ShardSet};
+use m6_run::config::Loaded;
+use m6_run::{Checkpoints, MetricLog, Progress, RunDir, StopFlag};
+use m6_runtime::device::device;
+use m6_runtime::named_seed;
+use tch::{Device, Kind, Tensor};
+
+pub use config::{DataConfig, DiscriminatorConfig, ScheduleConfig, TrainConfig, ValidationConfig};
+
+use crate::error::{Result, VqganError};
+use crate::eval::{VqganReport, evaluate, reconstruction_grid};
+use crate::loss::{ReconstructionLoss, Term};
+use crate::metrics::perplexity;
+use crate::model::{Bottleneck, Dtype, Vqgan};
+use crate::pictures::{pictures_to_tensor, to_unit};
+use crate::revive::initialise;
+use crate::stream::PictureStream;
+use state::State;
+
+/// Folder of the finished model inside of the run.
+const MODEL_DIR: &str = "model";
+/// Held-out pictures that are shown at each validation.
+const SHOWN: i64 = 8;
+/// Batches that the data threads may be ahead.
+const BATCHES_AHEAD: usize = 4;
+/// Keys that may change when a run goes on: they do not touch what it computes.
+const FREE_KEYS: [&str; 7] =
+    ["device", "log_every", "checkpoint_every", "keep", "data.workers", "validation", "run"];
+
+/// What a training run made.
+#[derive(Debug)]
+pub struct TrainOutcome {
+    /// The run folder.
+    pub run: PathBuf,
+    /// Updates done.
+    pub steps: u64,
+    /// The finished model and its scores on the held-out pictures; `None` when the run was stopped before its end and
+    /// can be gone on with.
+    pub finished: Option<(PathBuf, VqganReport)>,
+}
+
+/// Trains the run that the config at `config_path` describes, with `overrides` such as `schedule.steps=100`. A run
+/// folder that holds checkpoints is gone on with from its newest. SIGINT and SIGTERM save a checkpoint and stop.
+///
+/// # Errors
+/// When config, data, run folder or device are not as expected, or the loss leaves the numbers.
+pub fn run(config_path: &Path, overrides: &[String]) -> Result<TrainOutcome> {
+    let loaded = m6_run::config::load(config_path, overrides)?;
+    let stop = StopFlag::install()?;
+    train(config_path, &loaded, |_| stop.requested())
+}
+
+/// [`run`] without the signals; `stop` is asked after each step with the number of steps done.
+fn train(
+    config_path: &Path,
+    loaded: &Loaded<TrainConfig>,
+    stop: impl Fn(u64) -> bool,
+) -> Result<TrainOutcome> {
+    let config = &loaded.config;
+    config.validate(config_path)?;
+    let device = device(&config.device)?;
+    if device.is_cuda() {
+        tch::Cuda::cudnn_set_benchmark(true);
+    }
+    let shards = ShardSet::open(&config.data.shards)?;
+    let validation = validation_pictures(config)?;
+    let run = open_run(config, &loaded.table)?;
+    let checkpoints = Checkpoints::new(run.checkpoints(), config.keep)?;
+    let mut state = State::new(config, device)?;
+    let resumed = checkpoints.latest()?;
+    let (mut step, first_ordinal) = match &resumed {
+        Some((step, dir)) => (*step, state.load(dir)?),
+        None => (0, 0),
+    };
+    let mut metrics = MetricLog::open(&run, resumed.as_ref().map(|(step, _)| *step))?;
+    let mut progress = Progress::new(config.schedule.steps, step);
+    for warning in shards.warnings() {
+        progress.note(warning);
+    }
+    progress.note(&format!(
+        "{} at step {step}: {:.2} M parameters on {device:?}, {} training pictures",
+        run.path().display(),
+        state.parameters() as f64 / 1e6,
+        shards.len()
+    ));
+    let mut pictures = training_stream(config, shards, first_ordinal)?;
+    let reconstruction = ReconstructionLoss::new(config.model.resolution, config.loss, device);
+    let schedule = config.schedule();
+    let ScheduleConfig { steps, batch, accumulation, clip, .. } = config.schedule;
+    let mut images = 0;
+    let mut stopped = false;
+
+    while step < steps && !stopped {
+        tch::manual_seed(named_seed(config.seed, &format!("step {step}")) as i64);
+        let bottleneck = if step < config.codes_from() { Bottleneck::Continuous } else { Bottleneck::Codes };
+        let critic = state.critic.as_mut().filter(|critic| critic.is_on(step));
+        let mut terms = Vec::new();
+        let mut rows = None;
+        for micro_batch in 0..accumulation {
+            let batch = pictures.batch(batch, u64::MAX, |note| progress.note(note))?;
+            let x = to_unit(&pictures_to_tensor(&batch)?, device);
+            if config.init.is_none() && step == config.codebook.warmup && micro_batch == 0 {
+                initialise(&encoder_rows(&state.model, &x), &mut state.codebooks);
+            }
+            let output = state.model.forward(&x, bottleneck);
+            let y = &output.reconstruction;
+            terms = reconstruction.terms(&x, y);
+            if let Some(quantized) = &output.quantized {
+                let (codebook, commitment) =
+                    (quantized.codebook_loss(&output.rows_nd), quantized.commitment_loss(&output.rows_nd));
+                terms.push(Term { name: "codebook", weight: config.loss.codebook, value: codebook });
+                terms.push(Term { name: "commitment", weight: config.loss.commitment, value: commitment });
+                state.revival.observe(&quantized.codes_n);
+                rows = Some(output.rows_nd.detach());
+            }
+            if let Some(critic) = critic.as_ref().filter(|critic| critic.ratio(step) > 0.0) {
+                terms.extend(critic.model_terms(&x, y, critic.ratio(step)));
+            }
+            (Term::total(&terms) / accumulation as f64).backward();
+            if let Some(critic) = &critic {
+                let own = critic.own_terms(&x, y);
+                (Term::total(&own) / accumulation as f64).backward();
+                terms.extend(own);
+            }
+            images += batch.len() as u64;
+        }
+        let lr = schedule.at(step);
+        let grad_norm = state.optimizer.clip_grad_norm(clip)?;
+        state.optimizer.step(lr, &grad_norm)?;
+        state.optimizer.zero_grad()?;
+        if let Some(critic) = critic {
+            critic.step(clip)?;
+        }
+        state.ema.update(step)?;
+        if let Some(rows) = rows.filter(|_| step < config.revive_until()) {
+            state.revival.revive(&rows, &mut state.codebooks);
+        }
+
+        step += 1;
+        if step % config.log_every == 0 || step == steps {
+            let values = read_terms(&state, &terms, &grad_norm);
+            let l1 = values[0].1;
+            if !l1.is_finite() {
+                return Err(VqganError::Diverged { step });
+            }
+            let rate = progress.report(step, &[("l1", l1)], std::mem::take(&mut images), "images");
+            let mut row: Vec<(&str, f64)> =
+                values.iter().map(|(name, value)| (name.as_str(), *value)).collect();
+            row.extend([("lr", lr), ("images_per_second", rate)]);
+            metrics.scalars(step, &row)?;
+        }
+        if step % config.validation.every == 0 && step < steps {
+            let report = state.with_averages(|model| validate(model, &validation, step, &mut metrics))?;
+            progress.note(&summary(step, &report));
+        }
+        stopped = stop(step);
+        if step % config.checkpoint_every == 0 || step == steps || stopped {
+            checkpoints.save(step, |dir| state.save(dir, pictures.next_ordinal()))?;
+        }
+    }
+
+    if step < steps {
+        progress.note(&format!("stopped and saved at step {step}; the same command goes on from there"));
+        return Ok(TrainOutcome { run: run.path().to_owned(), steps: step, finished: None });
+    }
+    let dir = run.path().join(MODEL_DIR);
+    state.with_averages(|model| model.save(&dir, Dtype::Bfloat16))?;
+    // The scores are those of the file, whose weights are rounded.
+    let report = validate(&Vqgan::load(&dir, device)?, &validation, step, &mut metrics)?;
+    progress.note(&summary(step, &report));
+    progress.note(&format!("model: {}", dir.display()));
+    Ok(TrainOutcome { run: run.path().to_owned(), steps: step, finished: Some((dir, report)) })
+}
+
+/// Opens the run folder, or starts it if it holds no run.
+fn open_run(config: &TrainConfig, table: &toml::Table) -> Result<RunDir> {
+    if !RunDir::exists(&config.run) {
+        return Ok(RunDir::create(&config.run, table)?);
+    }
+    let run = RunDir::open(&config.run)?;
+    let stored = m6_run::config::load::<TrainConfig>(run.config(), &[])?.table;
+    match first_difference(&stored, table, "") {
+        None => Ok(run),
+        Some(key) => Err(VqganError::OtherConfig { run: config.run.clone(), key }),
+    }
+}
+
+/// The first key that has another value in `b` than in `a`, except [`FREE_KEYS`].
+fn first_difference(a: &toml::Table, b: &toml::Table, prefix: &str) -> Option<String> {
+    let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+    keys.into_iter().find_map(|name| {
+        let key = format!("{prefix}{name}");
+        match (a.get(name), b.get(name)) {
+            _ if FREE_KEYS.contains(&key.as_str()) => None,
+            (Some(toml::Value::Table(a)), Some(toml::Value::Table(b))) => {
+                first_difference(a, b, &format!("{key}."))
+            }
+            (a, b) => (a != b).then_some(key),
+        }
+    })
+}
+
+fn training_stream(config: &TrainConfig, shards: ShardSet, first_ordinal: u64) -> Result<PictureStream> {
+    let order = SampleOrder::new(shards.len(), config.seed)?;
+    let DataConfig { transform, workers, .. } = &config.data;
+    let ahead = BATCHES_AHEAD * config.schedule.batch;
+    let index = move |ordinal| order.index(ordinal);
+    PictureStream::start(shards, transform.clone(), config.seed, index, (first_ordinal, *workers, ahead))
+}
+
+/// The held-out pictures, bytes `[n, 3, h, w]`.
+fn validation_pictures(config: &TrainConfig) -> Result<Tensor> {
+    let shards = ShardSet::open(&config.validation.shards)?;
+    let count = config.validation.samples.min(shards.len());
+    let ahead = (0, config.data.workers, count);
+    let transform = config.validation.transform.clone();
+    let mut stream =
+        PictureStream::start(shards, transform, config.seed, move |o| o as usize % count, ahead)?;
+    pictures_to_tensor(&stream.batch(count, count as u64, |note| eprintln!("{note}"))?)
+}
+
+/// Encoder outputs for the pictures `x`, without gradient.
+fn encoder_rows(model: &Vqgan, x: &Tensor) -> Tensor {
+    let _guard = tch::no_grad_guard();
+    model.forward(x, Bottleneck::Continuous).rows_nd
+}
+
+/// The values of `terms` and the state of the codebook, by their names in the metrics. Waits for the device, once.
+fn read_terms(state: &State, terms: &[Term], grad_norm: &Tensor) -> Vec<(String, f64)> {
+    let mut names: Vec<String> = terms.iter().map(|term| format!("loss/{}", term.name)).collect();
+    let mut values: Vec<Tensor> = terms.iter().map(|term| term.value.detach().to_kind(Kind::Float)).collect();
+    let usage = state.revival.usage();
+    let alive = state.revival.dead().logical_not().to_kind(Kind::Float).mean(Kind::Float);
+    for (name, value) in [
+        ("grad_norm", grad_norm.shallow_clone()),
+        ("codebook/alive", alive),
+        ("codebook/perplexity", perplexity(usage)),
+    ] {
+        names.push(name.to_owned());
+        values.push(value);
+    }
+    let values = Tensor::stack(&values, 0).to_kind(Kind::Double).to_device(Device::Cpu);
+    names.into_iter().zip((0..values.numel() as i64).map(|index| values.double_value(&[index]))).collect()
+}
+
+/// Scores `model` on the held-out pictures and shows some of them above their reconstructions.
+fn validate(model: &Vqgan, pictures: &Tensor, step: u64, metrics: &mut MetricLog) -> Result<VqganReport> {
+    let report = evaluate(model, pictures)?;
+    let row = [
+        ("validation/psnr", report.psnr),
+        ("validation/ssim", report.ssim),
+        ("validation/codebook_usage", report.codebook_usage),
+        ("validation/perplexity", report.perplexity),
+    ];
+    metrics.scalars(step, &row)?;
+    let shown = pictures.narrow(0, 0, SHOWN.min(pictures.size()[0]));
+    let grid = reconstruction_grid(model, &shown)?;
+    metrics.picture(step, "reconstructions", &grid.encode_png()?, grid.width, grid.height)?;
+    Ok(report)
+}
+
+fn summary(step: u64, report: &VqganReport) -> String {
+    format!(
+        "step {step}: held-out PSNR {:.2} dB, SSIM {:.4}, codebook usage {:.1} %, perplexity {:.0} ({} pictures)",
+        report.psnr,
+        report.ssim,
+        report.codebook_usage * 100.0,
+        report.perplexity,
+        report.samples
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::sync::{Mutex, PoisonError};
+
+    use super::*;
+    use crate::stream::tests::random_shard;
+
+    /// Steps seed the process's random generator, which tests on other threads would draw from too.
+    static GENERATOR: Mutex<()> = Mutex::new(());
+
+    /// Two steps of autoencoding, then codes; the discriminator is on from step 3 and heard from step 4.
+    const CONFIG: &str = r#"
+        seed = 5
+        device = "cpu"
+        ema = 0.9
+        log_every = 2
+        checkpoint_every = 3
+        keep = 2
+        data = { shards = ["SHARD"], transform = "random_crop:16", workers = 2 }
+        validation = { shards = ["SHARD"], transform = "center_crop:16", every = 3, samples = 6 }
+        model = { resolution = 16, ch = 32, ch_mult = [1, 1], num_res_blocks = 1, z_channels = 8, codebook_size = 16, code_dim = 4 }
+        loss = { l1 = 1.0, gradient = 0.5, ssim = 0.2, codebook = 1.0, commitment = 0.25 }
+        codebook = { warmup = 2, decay = 0.5, threshold = 0.5, until = 0.9 }
+        discriminator = { layers = 1, lr = 1e-4, start = 0.5, alone = 1, ramp = 2, weight = 0.1, feature_matching = 1.0 }
+        optimizer = { beta1 = 0.9, beta2 = 0.95, eps = 1e-8, weight_decay = 0.0 }
+        schedule = { steps = 7, batch = 3, accumulation = 2, lr = 1e-3, warmup = 1, min_ratio = 0.1, clip = 1.0 }
+    "#;
+
+    fn write_config(dir: &Path) -> PathBuf {
+        let shard = random_shard(dir, 20);
+        let path = dir.join("run.toml");
+        fs::write(&path, format!("run = \"{}/run\"\n{}", dir.display(), CONFIG.replace("SHARD", &shard)))
+            .unwrap();
+        path
+    }
+
+    fn train_until(path: &Path, overrides: &[&str], last: u64) -> Result<TrainOutcome> {
+        let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+        train(path, &m6_run::config::load(path, &overrides)?, |step| step >= last)
+    }
+
+    #[test]
+    fn a_resumed_run_equals_one_that_never_stopped_bit_for_bit() {
+        let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+        let finish = |stops: &[u64]| {
+            let dir = tempfile::tempdir().unwrap();
+            let path = write_config(dir.path());
+            for &stop in stops {
+                let outcome = train_until(&path, &["data.workers=1"], stop).unwrap();
+                assert!(outcome.finished.is_none() && outcome.steps == stop);
+            }
+            let outcome = train_until(&path, &[], u64::MAX).unwrap();
+            let (model, report) = outcome.finished.unwrap();
+            assert_eq!((outcome.steps, report.samples), (7, 6));
+            let newest = dir.path().join("run/checkpoints/step-00000007");
+            let mut files: Vec<(String, Vec<u8>)> = [model, newest]
+                .iter()
+                .flat_map(|dir| fs::read_dir(dir).unwrap())
+                .map(|entry| entry.unwrap())
+                .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
+                .collect();
+            files.sort();
+            let losses: Vec<String> = m6_run::read_metrics(dir.path().join("run/metrics.jsonl"))
+                .unwrap()
+                .into_iter()
+                .filter_map(|row| Some(format!("{} {}", row.step, row.values.get("loss/l1")?)))
+                .collect();
+            (files, losses, report)
+        };
+        let whole = finish(&[]);
+        assert_eq!(whole.0.len(), 2 + 8);
+        assert!(whole.1.len() == 4 && whole.2.psnr.is_finite());
+        let interrupted = finish(&[1, 5]);
+        assert_eq!(whole.1, interrupted.1);
+        assert!(whole.0 == interrupted.0, "a file differs");
+        assert_eq!(whole.2, interrupted.2);
+    }
+
+    #[test]
+    fn a_finished_run_gives_its_model_again_and_can_start_another() {
+        let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = tempfile::tempdir().unwrap();
+        let path = write_config(dir.path());
+        let small = ["schedule.steps=2", "schedule.accumulation=1", "codebook.warmup=0"];
+        let (model, report) = train_until(&path, &small, u64::MAX).unwrap().finished.unwrap();
+        let again = train_until(&path, &small, u64::MAX).unwrap().finished.unwrap();
+        assert_eq!((&model, report), (&again.0, again.1));
+        assert!(fs::read_dir(dir.path().join("run/samples")).unwrap().count() > 0);
+
+        let (init, run) =
+            (format!("init={}", model.display()), format!("run={}/tuned", dir.path().display()));
+        let tuned = [small.as_slice(), &["schedule.lr=0.0", "schedule.min_ratio=0.0", &init, &run]].concat();
+        let (_, tuned) = train_until(&path, &tuned, u64::MAX).unwrap().finished.unwrap();
+        assert!((tuned.psnr - report.psnr).abs() < 0.5, "{tuned:?} against {report:?}");
+    }
+
+    #[test]
+    fn another_config_is_refused_in_the_same_folder() {
+        let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = tempfile::tempdir().unwrap();
+        let path = write_config(dir.path());
+        train_until(&path, &[], 1).unwrap();
+        let message = train_until(&path, &["optimizer.beta2=0.99"], 2).unwrap_err().to_string();
+        assert!(message.contains("run was started with another `optimizer.beta2`"), "{message}");
+        train_until(&path, &["log_every=1", "validation.samples=2"], 2).unwrap();
+    }
+
+    #[test]
+    fn a_loss_that_leaves_the_numbers_ends_the_run() {
+        let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+        let dir = tempfile::tempdir().unwrap();
+        let path = write_config(dir.path());
+        let overrides = ["schedule.lr=1e30", "schedule.clip=1e30", "log_every=1"];
+        let error = train_until(&path, &overrides, u64::MAX).unwrap_err();
+        assert!(matches!(error, VqganError::Diverged { .. }), "{error}");
+    }
+}

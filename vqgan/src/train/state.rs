@@ -1,0 +1,116 @@
+//! Everything that a training step changes, in and out of checkpoints.
+
+use std::fs;
+use std::path::Path;
+
+use m6_run::write_atomic;
+use m6_runtime::optim::{AdamW, Ema};
+use m6_runtime::{Params, read_tensors, write_tensors};
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+use super::config::TrainConfig;
+use super::critic::Critic;
+use crate::error::{Result, VqganError};
+use crate::model::Vqgan;
+use crate::revive::Revival;
+
+const MODEL: &str = "model.safetensors";
+const OPTIMIZER: &str = "optimizer.safetensors";
+const AVERAGE: &str = "average.safetensors";
+const CODEBOOK_USAGE: &str = "codebook-usage.safetensors";
+const DISCRIMINATOR: &str = "discriminator.safetensors";
+const DISCRIMINATOR_OPTIMIZER: &str = "discriminator-optimizer.safetensors";
+const POSITION: &str = "position.json";
+/// Name of the codebook in the state dict.
+const CODEBOOK: &str = "quantize.embedding.weight";
+
+/// Where in the data a run is. Random numbers need no state: those of a step follow from the seed and the step, those
+/// of a sample from the seed and its ordinal.
+#[derive(Debug, Default, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Position {
+    next_ordinal: u64,
+}
+
+/// Model, averages, optimizers, code usage, discriminator.
+#[derive(Debug)]
+pub(super) struct State {
+    params: Params,
+    usage_params: Params,
+    pub(super) model: Vqgan,
+    pub(super) optimizer: AdamW,
+    pub(super) ema: Ema,
+    pub(super) revival: Revival,
+    pub(super) critic: Option<Critic>,
+    /// The codebook and its average, which are overwritten together.
+    pub(super) codebooks: [Tensor; 2],
+}
+
+impl State {
+    /// The state before the first step.
+    pub(super) fn new(config: &TrainConfig, device: Device) -> Result<Self> {
+        let params = Params::new(device, config.seed);
+        let model = Vqgan::new(&params, &config.model);
+        if let Some(dir) = &config.init {
+            model.load_weights(dir)?;
+        }
+        let usage_params = Params::new(device, config.seed);
+        let revival = Revival::new(&usage_params, config.model.codebook_size, config.codebook);
+        let ema = Ema::new(&params, config.ema);
+        let average = ema.state().into_iter().find(|(name, _)| name == CODEBOOK).map(|(_, tensor)| tensor);
+        let codebooks = [
+            model.codebook().shallow_clone(),
+            average.unwrap_or_else(|| unreachable!("the model has a codebook")),
+        ];
+        let optimizer = AdamW::new(&params, config.optimizer);
+        let critic = config.discriminator.map(|d| Critic::new(d, config.schedule.steps, device, config.seed));
+        Ok(Self { params, usage_params, model, optimizer, ema, revival, critic, codebooks })
+    }
+
+    /// Number of trained values of the model.
+    pub(super) fn parameters(&self) -> usize {
+        self.params.count()
+    }
+
+    /// Runs `work` with the averaged weights in the model.
+    pub(super) fn with_averages<T>(&mut self, work: impl FnOnce(&Vqgan) -> T) -> T {
+        self.ema.swap();
+        let result = work(&self.model);
+        self.ema.swap();
+        result
+    }
+
+    /// Writes a checkpoint into `dir`.
+    pub(super) fn save(&self, dir: &Path, next_ordinal: u64) -> Result<()> {
+        self.params.save(&dir.join(MODEL), Kind::Float)?;
+        self.usage_params.save(&dir.join(CODEBOOK_USAGE), Kind::Float)?;
+        write_tensors(&dir.join(OPTIMIZER), &self.optimizer.state())?;
+        write_tensors(&dir.join(AVERAGE), &self.ema.state())?;
+        if let Some(critic) = &self.critic {
+            critic.params.save(&dir.join(DISCRIMINATOR), Kind::Float)?;
+            write_tensors(&dir.join(DISCRIMINATOR_OPTIMIZER), &critic.optimizer.state())?;
+        }
+        let path = dir.join(POSITION);
+        let json = serde_json::to_vec(&Position { next_ordinal })
+            .map_err(|error| VqganError::model(&path, error))?;
+        Ok(write_atomic(path, &json)?)
+    }
+
+    /// Takes the checkpoint in `dir`; returns the ordinal of the next sample.
+    pub(super) fn load(&mut self, dir: &Path) -> Result<u64> {
+        self.params.load(&dir.join(MODEL), Kind::Float)?;
+        self.usage_params.load(&dir.join(CODEBOOK_USAGE), Kind::Float)?;
+        self.optimizer.load_state(read_tensors(&dir.join(OPTIMIZER))?)?;
+        self.ema.load_state(read_tensors(&dir.join(AVERAGE))?)?;
+        if let Some(critic) = &mut self.critic {
+            critic.params.load(&dir.join(DISCRIMINATOR), Kind::Float)?;
+            critic.optimizer.load_state(read_tensors(&dir.join(DISCRIMINATOR_OPTIMIZER))?)?;
+        }
+        let path = dir.join(POSITION);
+        let json = fs::read(&path).map_err(|error| VqganError::model(&path, error))?;
+        let position: Position =
+            serde_json::from_slice(&json).map_err(|error| VqganError::model(&path, error))?;
+        Ok(position.next_ordinal)
+    }
+}
