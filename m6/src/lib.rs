@@ -1,6 +1,8 @@
 //! One multimodal transformer: pretrain it on pictures and texts, let it caption pictures and draw them.
 
+pub mod demo;
 pub mod error;
+pub mod eval;
 pub mod generate;
 pub mod model;
 pub mod objectives;

@@ -6,6 +6,8 @@
 mod args;
 mod caption;
 mod data;
+mod demo;
+mod eval;
 mod exit;
 mod generate;
 mod output;
@@ -53,6 +55,11 @@ enum Command {
     Generate(generate::Args),
     /// Write captions of pictures in English and Chinese
     Caption(caption::Args),
+    /// Score a model on held-out pictures
+    #[command(subcommand)]
+    Eval(eval::Command),
+    /// Pretrain a tiny model, draw and caption with the shipped one, and show it all on a page
+    Demo(demo::Args),
 }
 
 /// Parses the command line and runs its command.
@@ -70,6 +77,8 @@ impl Command {
             Self::Train(args) => args.run(),
             Self::Generate(args) => args.run(),
             Self::Caption(args) => args.run(),
+            Self::Eval(command) => command.run(),
+            Self::Demo(args) => args.run(),
         }
     }
 }
