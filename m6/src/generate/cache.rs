@@ -64,7 +64,7 @@ impl KvCache {
                 let lengths: Vec<i64> = lengths.iter().map(|&n| if n == 0 { longest } else { n }).collect();
                 visible(&lengths, longest, 0).to_device(device)
             });
-            cache.run(transformer, x_nd, 0, longest, seen.as_ref())?;
+            let _hidden = cache.run(transformer, x_nd, 0, longest, seen.as_ref())?;
         }
         Ok(cache)
     }

@@ -7,6 +7,7 @@ use m6_data::picture::Rgb8;
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
+use super::beam::{Candidate, Hypothesis, Search};
 use super::cache::KvCache;
 use crate::error::{Error, Result};
 use crate::model::{Language, Mode, Model, Sequence, Special, Vocab};
@@ -34,9 +35,9 @@ pub struct Caption {
 /// and then Chinese ones.
 ///
 /// With one beam the search is greedy. With more it keeps that many unfinished texts, and ranks finished ones by
-/// their mean log-probability a token (the end counts as one; Wu et al. 2016, equation 14 with exponent 1). It ends
-/// when as many are finished and no unfinished one has a better mean so far, or at `max_tokens` tokens, or at the
-/// longest text that the model knows.
+/// their mean log-probability a token (the end counts as one). It ends when as many are finished and no unfinished
+/// one has a better mean so far, or at `max_tokens` tokens, or at the longest text that the model knows; texts that
+/// were cut there come after the finished ones.
 ///
 /// # Errors
 /// When `beams` or `max_tokens` is zero, or libtorch refuses an operation.
@@ -60,7 +61,14 @@ pub fn caption(
     let batch = (ROWS / (languages.len() * beams)).max(1);
     let mut captions = Vec::with_capacity(pictures.len());
     for pictures in pictures.chunks(batch) {
-        captions.extend(search(model, pictures, &languages, beams, max_tokens)?);
+        let found = search(model, pictures, &languages, beams, max_tokens)?;
+        for of_picture in found.chunks(languages.len()) {
+            let pairs = languages.iter().zip(of_picture);
+            let of_picture = pairs.flat_map(|(&language, texts)| {
+                texts.iter().map(move |text| to_caption(model, language, text))
+            });
+            captions.push(of_picture.collect::<Result<_>>()?);
+        }
     }
     Ok(captions)
 }
@@ -151,82 +159,14 @@ fn is_legal(vocab: Vocab, id: i64) -> bool {
     id < vocab.text || id == vocab.special(Special::EndOfText)
 }
 
-/// A text under way or finished: its ids without the end, and the sum over its tokens.
-#[derive(Debug, Clone)]
-struct Hypothesis {
-    ids: Vec<i64>,
-    logprob: f64,
-    finished: bool,
-}
-
-impl Hypothesis {
-    /// Mean log-probability a token.
-    fn score(&self) -> f64 {
-        let tokens = self.ids.len() + usize::from(self.finished);
-        self.logprob / tokens.max(1) as f64
-    }
-}
-
-/// The search for the captions of one picture in one language.
-#[derive(Debug)]
-struct Search {
-    live: Vec<Hypothesis>,
-    finished: Vec<Hypothesis>,
-}
-
-/// A way to go on: from hypothesis `parent` with token `id` to the sum `logprob`.
-#[derive(Debug, Clone, Copy)]
-struct Candidate {
-    parent: usize,
-    id: i64,
-    logprob: f64,
-}
-
-impl Search {
-    fn new() -> Self {
-        let start = Hypothesis { ids: Vec::new(), logprob: 0.0, finished: false };
-        Self { live: vec![start], finished: Vec::new() }
-    }
-
-    /// Takes the best `beams` candidates that go on; those that end count if they are among the best `beams` of
-    /// all, which makes one beam greedy. Returns the parent of each hypothesis that lives on.
-    fn advance(&mut self, mut candidates: Vec<Candidate>, end: i64, beams: usize) -> Vec<usize> {
-        candidates.sort_by(|a, b| b.logprob.total_cmp(&a.logprob));
-        let (mut parents, mut live) = (Vec::with_capacity(beams), Vec::with_capacity(beams));
-        for (rank, candidate) in candidates.into_iter().enumerate() {
-            let mut ids = self.live[candidate.parent].ids.clone();
-            if candidate.id != end && live.len() < beams {
-                ids.push(candidate.id);
-                live.push(Hypothesis { ids, logprob: candidate.logprob, finished: false });
-                parents.push(candidate.parent);
-            } else if candidate.id == end && rank < beams {
-                self.finished.push(Hypothesis { ids, logprob: candidate.logprob, finished: true });
-            }
-        }
-        self.live = live;
-        self.rank(beams);
-        parents
-    }
-
-    fn rank(&mut self, beams: usize) {
-        self.finished.sort_by(|a, b| b.score().total_cmp(&a.score()));
-        self.finished.truncate(beams);
-    }
-
-    fn is_done(&self, beams: usize) -> bool {
-        let best_live = self.live.iter().map(Hypothesis::score).fold(f64::NEG_INFINITY, f64::max);
-        self.finished.len() == beams && self.finished.iter().all(|text| text.score() >= best_live)
-    }
-}
-
-/// Searches all pictures and languages in step, `beams` rows for each.
+/// Searches all languages of all pictures in step, `beams` rows for each; the outer order is that of the pictures.
 fn search(
     model: &Model,
     pictures: &[Rgb8],
     languages: &[Language],
     beams: usize,
     max_tokens: usize,
-) -> Result<Vec<Vec<Caption>>> {
+) -> Result<Vec<Vec<Hypothesis>>> {
     let (vocab, transformer, device) = (model.info.vocab, &model.transformer, model.params.device());
     let end = vocab.special(Special::EndOfText);
     let prefixes: Vec<Vec<Piece>> = pictures
@@ -276,19 +216,10 @@ fn search(
         }
     }
 
-    let captions = searches.into_iter().zip(languages.iter().cycle()).map(|(mut search, &language)| {
-        // Texts that were cut fill up where too few found their end.
-        let missing = beams - search.finished.len();
-        search.live.sort_by(|a, b| b.score().total_cmp(&a.score()));
-        search.finished.extend(search.live.drain(..).take(missing));
-        search.rank(beams);
-        search.finished.into_iter().map(|text| to_caption(model, language, text)).collect::<Result<Vec<_>>>()
-    });
-    let captions: Vec<Vec<Caption>> = captions.collect::<Result<_>>()?;
-    Ok(captions.chunks(languages.len()).map(<[_]>::concat).collect())
+    Ok(searches.into_iter().map(|search| search.into_ranked(beams)).collect())
 }
 
-fn to_caption(model: &Model, language: Language, hypothesis: Hypothesis) -> Result<Caption> {
+fn to_caption(model: &Model, language: Language, hypothesis: &Hypothesis) -> Result<Caption> {
     let ids: Vec<u32> = hypothesis.ids.iter().map(|&id| id as u32).collect();
     Ok(Caption { language, text: model.tokenizer.decode(&ids)?, logprob: hypothesis.logprob })
 }
@@ -325,11 +256,11 @@ mod tests {
     use super::*;
     use crate::generate::testing::{SIDE, picture, tiny_model};
 
-    /// Log-probability of ids as a caption, cut or ended, from the packed training pass.
-    fn packed_logprob(model: &Model, picture: &Rgb8, language: Language, ids: &[i64], ended: bool) -> f64 {
+    /// Log-probabilities `[n + 1, text rows]` of what comes at each place of ids and after them, from the packed
+    /// training pass.
+    fn packed_logprobs(model: &Model, picture: &Rgb8, language: Language, ids: &[i64]) -> Tensor {
         let _guard = tch::no_grad_guard();
-        let positions = model.transformer.positions();
-        let mut packer = Packer::new(model.info.vocab, positions, SCORE_TOKENS);
+        let mut packer = Packer::new(model.info.vocab, model.transformer.positions(), SCORE_TOKENS);
         let target = Target::Text { language, ids: ids.to_vec() };
         let prefix = vec![Piece::Picture(picture.clone())];
         assert!(packer.push(Example { task: Task::Captioning, prefix, target }).is_none());
@@ -337,87 +268,59 @@ mod tests {
         let (tokens, pictures) = (&batch.tokens, batch.pictures.as_ref());
         let hidden =
             model.transformer.forward(tokens, pictures, &batch.layout, batch.real, Mode::Infer).unwrap();
-        let logprobs = logprobs(model, &hidden.x_nd.index_select(0, &batch.texts.rows));
-        let chosen = logprobs.gather(1, &batch.texts.labels.unsqueeze(-1), false);
-        chosen.narrow(0, 0, (ids.len() + usize::from(ended)) as i64).sum(Kind::Double).double_value(&[])
+        logprobs(model, &hidden.x_nd.index_select(0, &batch.texts.rows))
+    }
+
+    /// The sum over ids and, where they are finished, their end.
+    fn packed_sum(model: &Model, picture: &Rgb8, language: Language, ids: &[i64], finished: bool) -> f64 {
+        let logprobs = packed_logprobs(model, picture, language, ids);
+        let end = finished.then(|| model.info.vocab.special(Special::EndOfText));
+        let chosen = ids.iter().copied().chain(end).enumerate();
+        chosen.map(|(place, id)| logprobs.double_value(&[place as i64, id])).sum()
     }
 
     #[test]
     fn greedy_takes_the_most_likely_token_at_every_place() {
         let model = tiny_model();
+        let end = model.info.vocab.special(Special::EndOfText);
         let pictures = [picture(1), picture(2), picture(5)];
-        let vocab = model.info.vocab;
-        let captions = caption(&model, &pictures, None, 1, 6).unwrap();
-        for (picture, captions) in pictures.iter().zip(&captions) {
-            assert_eq!(captions.iter().map(|c| c.language).collect::<Vec<_>>(), [Language::En, Language::Zh]);
-            for found in captions {
-                let (mut ids, mut logprob, mut ended) = (Vec::new(), 0.0, false);
-                while ids.len() < 6 && !ended {
-                    let mut tokens: Vec<i64> = (0..vocab.text).collect();
-                    tokens.push(vocab.special(Special::EndOfText));
-                    let after = |id: i64| {
-                        let ended = id == vocab.special(Special::EndOfText);
-                        let longer = if ended { ids.clone() } else { [ids.as_slice(), &[id]].concat() };
-                        packed_logprob(&model, picture, found.language, &longer, ended)
-                    };
-                    let best =
-                        tokens.into_iter().map(|id| (id, after(id))).max_by(|a, b| a.1.total_cmp(&b.1));
-                    let (id, best) = best.unwrap();
-                    logprob = best;
-                    ended = id == vocab.special(Special::EndOfText);
-                    if !ended {
-                        ids.push(id);
-                    }
+        let languages = [Language::En, Language::Zh];
+        let found = search(&model, &pictures, &languages, 1, 6).unwrap();
+        for (i, found) in found.iter().enumerate() {
+            let mut ids = Vec::new();
+            while ids.len() < 6 {
+                let logprobs = packed_logprobs(&model, &pictures[i / 2], languages[i % 2], &ids);
+                match logprobs.get(-1).argmax(None, false).int64_value(&[]) {
+                    id if id == end => break,
+                    id => ids.push(id),
                 }
-                let ids: Vec<u32> = ids.iter().map(|&id| id as u32).collect();
-                assert_eq!(found.text, model.tokenizer.decode(&ids).unwrap());
-                assert!((found.logprob - logprob).abs() < 1e-3, "{} against {logprob}", found.logprob);
+            }
+            assert_eq!(found[0].ids, ids);
+        }
+    }
+
+    #[test]
+    fn every_hypothesis_has_the_probability_of_the_training_pass() {
+        let model = tiny_model();
+        let pictures = [picture(1), picture(4)];
+        let found = search(&model, &pictures, &[Language::Zh], 5, 7).unwrap();
+        for (picture, found) in pictures.iter().zip(&found) {
+            assert_eq!(found.len(), 5);
+            for text in found {
+                let expected = packed_sum(&model, picture, Language::Zh, &text.ids, text.finished);
+                assert!((text.logprob - expected).abs() < 1e-3, "{text:?}, expected {expected}");
             }
         }
     }
 
     #[test]
-    fn beams_are_ranked_by_their_mean_and_no_worse_than_greedy() {
+    fn captions_come_language_by_language() {
         let model = tiny_model();
-        let pictures = [picture(1), picture(2)];
-        let greedy = caption(&model, &pictures, Some(Language::Zh), 1, 4).unwrap();
-        let wide = caption(&model, &pictures, Some(Language::Zh), 16, 4).unwrap();
-        for (greedy, wide) in greedy.iter().zip(&wide) {
-            assert_eq!(wide.len(), 16);
-            assert!(
-                wide[0].logprob / 4.0 >= greedy[0].logprob / 4.0 - 1e-4 || wide[0].text != greedy[0].text
-            );
-        }
-    }
-
-    #[test]
-    fn an_end_out_of_the_best_beams_does_not_count() {
-        const END: i64 = 9;
-        let candidates = |all: &[(i64, f64)]| {
-            all.iter().map(|&(id, logprob)| Candidate { parent: 0, id, logprob }).collect::<Vec<_>>()
-        };
-        let mut search = Search::new();
-        let parents = search.advance(candidates(&[(1, -1.0), (END, -2.0), (2, -3.0)]), END, 1);
-        assert_eq!((parents, search.finished.len()), (vec![0], 0));
-        assert_eq!(search.live[0].ids, [1]);
-        search.advance(candidates(&[(END, -1.5), (3, -1.6)]), END, 1);
-        assert_eq!(search.finished[0].ids, [1]);
-        assert!(search.is_done(1));
-    }
-
-    #[test]
-    fn the_mean_ranks_and_a_better_unfinished_text_keeps_the_search_going() {
-        let text =
-            |tokens: usize, logprob: f64, finished| Hypothesis { ids: vec![0; tokens], logprob, finished };
-        let mut search = Search {
-            live: vec![text(3, -2.0, false)],
-            finished: vec![text(1, -2.0, true), text(3, -3.0, true)],
-        };
-        search.rank(2);
-        assert_eq!(search.finished[0].ids.len(), 3, "-3/4 is above -2/2");
-        assert!(!search.is_done(2), "-2/3 may still beat -1");
-        search.live[0].logprob = -3.1;
-        assert!(search.is_done(2));
+        let both = caption(&model, &[picture(1), picture(2)], None, 2, 4).unwrap();
+        let zh = caption(&model, &[picture(2)], Some(Language::Zh), 2, 4).unwrap();
+        let languages: Vec<Language> = both[1].iter().map(|c| c.language).collect();
+        assert_eq!(languages, [Language::En, Language::En, Language::Zh, Language::Zh]);
+        assert_eq!(both[1][2].text, zh[0][0].text);
     }
 
     #[test]
@@ -429,7 +332,7 @@ mod tests {
         let scores = score_texts(&model, &pairs, Language::En).unwrap();
         for ((picture, text), score) in pairs.iter().zip(scores) {
             let ids: Vec<i64> = model.tokenizer.encode(text).unwrap().into_iter().map(i64::from).collect();
-            let expected = packed_logprob(&model, picture, Language::En, &ids, true);
+            let expected = packed_sum(&model, picture, Language::En, &ids, true);
             assert!((score - expected).abs() < 1e-3, "{text}: {score} against {expected}");
         }
         let long = score_texts(&model, &[(&pictures[0], "sixteen letters.")], Language::En).unwrap_err();

@@ -1,12 +1,13 @@
 //! Using a trained model: pictures from prompts, captions of pictures.
 
+mod beam;
 mod cache;
 mod caption;
 mod grid;
 mod picture;
 mod sampler;
 #[cfg(test)]
-mod testing;
+pub(crate) mod testing;
 
 pub use cache::KvCache;
 pub use caption::{Caption, caption, score_texts};
