@@ -36,7 +36,7 @@ impl FieldArgs {
     }
 }
 
-fn parse_field(text: &str) -> Result<CaptionField, String> {
+fn parse_field(text: &str) -> std::result::Result<CaptionField, String> {
     let (member, rest) = match text.split_once(':') {
         Some((member, rest)) => (member, Some(rest.to_owned())),
         None => (text, None),

@@ -107,7 +107,7 @@ mod tests {
         let report =
             "CUDA out of memory. Tried to allocate \"20\" GiB\nException raised from malloc\nframe #0";
         let torch = tch::TchError::Torch(report.into());
-        let panic = std::panic::catch_unwind(|| Err::<(), _>(torch).unwrap()).unwrap_err();
+        let panic = catch_unwind(AssertUnwindSafe(|| Err::<(), _>(torch).unwrap())).unwrap_err();
         assert_eq!(panic_line(panic.as_ref()), "libtorch: CUDA out of memory. Tried to allocate \"20\" GiB");
         let short = "called `Result::unwrap()` on an `Err` value: Torch(\"bad shape\")".to_owned();
         assert_eq!(panic_line(&short), "libtorch: bad shape");

@@ -2,9 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use m6::Result;
 use m6::generate::{DrawRequest, Drawing, Sampling, draw, rows_grid};
 use m6::model::{Model, ModelInfo};
-use m6::{Error, Result};
 use m6_run::{Task, write_atomic};
 use m6_runtime::device::device;
 use serde::Serialize;
@@ -143,7 +143,7 @@ impl Args {
             drawing.picture.save_png(&file)?;
             Ok(Picture { file, prompt: drawing.prompt.clone(), seed: drawing.seed })
         };
-        let pictures = drawings.iter().enumerate().map(write).collect::<Result<Vec<_>, Error>>()?;
+        let pictures = drawings.iter().enumerate().map(write).collect::<Result<Vec<_>>>()?;
         rows_grid(drawings, self.count as usize).save_png(&self.out)?;
         let sidecar = Sidecar {
             version: env!("CARGO_PKG_VERSION"),
@@ -176,7 +176,7 @@ mod tests {
         args: Args,
     }
 
-    fn parse(line: &str) -> Result<Args, clap::Error> {
+    fn parse(line: &str) -> std::result::Result<Args, clap::Error> {
         Command::try_parse_from(line.split(' ')).map(|command| command.args)
     }
 
