@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 use crate::config::{COLOURS, NORM_GROUPS};
 
 /// Channels of the first layer, doubled by each further one up to eight times.
-pub(crate) const WIDTH: i64 = 64;
+const WIDTH: i64 = 64;
 const MAX_MULTIPLE: i64 = 8;
 const KERNEL: i64 = 4;
 const LEAK: f64 = 0.2;

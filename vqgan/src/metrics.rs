@@ -14,7 +14,6 @@ const BYTE_RANGE: f64 = 255.0;
 
 /// Peak signal-to-noise ratio of each picture in decibels, float32 `[b]`; `x` and `y` are bytes `[b, 3, h, w]`, the
 /// squared error is the mean over pixels and colours, and equal pictures have 100 dB.
-#[must_use]
 pub fn psnr(x: &Tensor, y: &Tensor) -> Tensor {
     let gap = x.to_kind(Kind::Float) - y.to_kind(Kind::Float);
     let error = gap.square().mean_dim([1, 2, 3].as_slice(), false, Kind::Float);
@@ -39,7 +38,6 @@ impl Ssim {
     }
 
     /// `[b]` from `x` and `y` of shape `[b, 3, h, w]`, float32 with values from 0 to 1. Differentiable.
-    #[must_use]
     pub fn forward(&self, x: &Tensor, y: &Tensor) -> Tensor {
         let blur = |t: &Tensor| self.rows.matmul(t).matmul(&self.columns);
         let (mean_x, mean_y) = (blur(x), blur(y));
@@ -70,7 +68,6 @@ fn band(size: i64) -> Tensor {
 }
 
 /// Exponential of the entropy of `counts_k`, a scalar: how many codes would be in use if all were used alike.
-#[must_use]
 pub fn perplexity(counts_k: &Tensor) -> Tensor {
     let shares = counts_k / counts_k.sum(Kind::Float);
     // A code without a share adds nothing; its logarithm must not be taken.

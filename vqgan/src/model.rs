@@ -166,7 +166,6 @@ impl Vqgan {
     }
 
     /// The codebook `[codebook_size, code_dim]` as it is stored, not normalised.
-    #[must_use]
     pub fn codebook(&self) -> &Tensor {
         self.quantizer.codebook()
     }

@@ -31,7 +31,6 @@ pub fn pictures_to_tensor(pictures: &[Rgb8]) -> Result<Tensor> {
 }
 
 /// Bytes `[b, 3, h, w]` as float32 values from -1 to 1 on `device`. The upload does not wait for the device.
-#[must_use]
 pub fn to_unit(bytes: &Tensor, device: Device) -> Tensor {
     let uploaded = match device {
         Device::Cpu => bytes.shallow_clone(),
@@ -42,7 +41,6 @@ pub fn to_unit(bytes: &Tensor, device: Device) -> Tensor {
 }
 
 /// Values from -1 to 1 (others are clamped) rounded to bytes, on the same device.
-#[must_use]
 pub fn to_bytes(x: &Tensor) -> Tensor {
     let scaled = (x.detach().to_kind(Kind::Float) + 1.0) * HALF_RANGE;
     scaled.round().clamp(0.0, 2.0 * HALF_RANGE).to_kind(Kind::Uint8)

@@ -148,7 +148,7 @@ mod tests {
         let rows = rows(6);
         // Code 0 serves the large cluster; the others are far from everything.
         let mut tables = [-Tensor::ones([6, 6], FLOAT), -Tensor::ones([6, 6], FLOAT)];
-        let _ = tables[0].get(0).copy_(&rows.get(0));
+        tables[0].get(0).copy_(&rows.get(0));
         let living = tables[0].get(0);
         for _ in 0..4 {
             revival.observe(&Tensor::zeros([100], (Kind::Int64, Device::Cpu)));

@@ -190,6 +190,13 @@ impl TrainConfig {
         if let Some(d) = self.discriminator.filter(|d| !(1..=4).contains(&d.layers)) {
             return problem("discriminator.layers", format!("{}, expected 1 to 4", d.layers));
         }
+        if self.codes_from() >= self.schedule.steps {
+            let message = format!(
+                "{}, expected less than `schedule.steps` = {}",
+                self.codebook.warmup, self.schedule.steps
+            );
+            return problem("codebook.warmup", message);
+        }
         let side = self.model.resolution;
         for (key, transform) in
             [("data.transform", &self.data.transform), ("validation.transform", &self.validation.transform)]
@@ -258,6 +265,10 @@ mod tests {
         assert_eq!(
             message(|c| c.schedule.lr = f64::NAN),
             "run.toml: key `schedule.lr`: NaN, expected 0 or more"
+        );
+        assert_eq!(
+            message(|c| c.codebook.warmup = c.schedule.steps),
+            "run.toml: key `codebook.warmup`: 200, expected less than `schedule.steps` = 200"
         );
         assert!(
             message(|c| c.model.resolution = 33)

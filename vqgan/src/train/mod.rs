@@ -148,11 +148,10 @@ fn train(
         step += 1;
         if step % config.log_every == 0 || step == steps {
             let values = read_terms(&state, &terms, &grad_norm);
-            let l1 = values[0].1;
-            if !l1.is_finite() {
+            if values[..terms.len()].iter().any(|(_, value)| !value.is_finite()) {
                 return Err(VqganError::Diverged { step });
             }
-            let rate = progress.report(step, &[("l1", l1)], std::mem::take(&mut images), "images");
+            let rate = progress.report(step, &[("l1", values[0].1)], std::mem::take(&mut images), "images");
             let mut row: Vec<(&str, f64)> =
                 values.iter().map(|(name, value)| (name.as_str(), *value)).collect();
             row.extend([("lr", lr), ("images_per_second", rate)]);
@@ -282,13 +281,20 @@ fn summary(step: u64, report: &VqganReport) -> String {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::sync::{Mutex, PoisonError};
+    use std::sync::{Mutex, MutexGuard, PoisonError};
 
     use super::*;
     use crate::stream::tests::random_shard;
 
     /// Steps seed the process's random generator, which tests on other threads would draw from too.
     static GENERATOR: Mutex<()> = Mutex::new(());
+
+    /// Holds other training tests off, and takes one thread: where several tests share few cores, libtorch's threads
+    /// wait for each other by spinning, and seconds become minutes.
+    fn alone() -> MutexGuard<'static, ()> {
+        tch::set_num_threads(1);
+        GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 
     /// Two steps of autoencoding, then codes; the discriminator is on from step 3 and heard from step 4.
     const CONFIG: &str = r#"
@@ -323,7 +329,7 @@ mod tests {
 
     #[test]
     fn a_resumed_run_equals_one_that_never_stopped_bit_for_bit() {
-        let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = alone();
         let finish = |stops: &[u64]| {
             let dir = tempfile::tempdir().unwrap();
             let path = write_config(dir.path());
@@ -360,7 +366,7 @@ mod tests {
 
     #[test]
     fn a_finished_run_gives_its_model_again_and_can_start_another() {
-        let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = alone();
         let dir = tempfile::tempdir().unwrap();
         let path = write_config(dir.path());
         let small = ["schedule.steps=2", "schedule.accumulation=1", "codebook.warmup=0"];
@@ -378,7 +384,7 @@ mod tests {
 
     #[test]
     fn another_config_is_refused_in_the_same_folder() {
-        let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = alone();
         let dir = tempfile::tempdir().unwrap();
         let path = write_config(dir.path());
         train_until(&path, &[], 1).unwrap();
@@ -389,7 +395,7 @@ mod tests {
 
     #[test]
     fn a_loss_that_leaves_the_numbers_ends_the_run() {
-        let _alone = GENERATOR.lock().unwrap_or_else(PoisonError::into_inner);
+        let _alone = alone();
         let dir = tempfile::tempdir().unwrap();
         let path = write_config(dir.path());
         let overrides = ["schedule.lr=1e30", "schedule.clip=1e30", "log_every=1"];
