@@ -119,6 +119,12 @@ char* m6_varlen_flash(
   });
 }
 
+char* m6_upload(const at::Tensor* host, int cuda_index, at::Tensor** out) {
+  return guarded([&] {
+    *out = new at::Tensor(host->pin_memory().to(device_of(cuda_index), /*non_blocking=*/true));
+  });
+}
+
 char* m6_rng_state(int cuda_index, at::Tensor** out) {
   return guarded([&] {
     auto generator = at::globalContext().defaultGenerator(device_of(cuda_index));

@@ -38,6 +38,21 @@ fn cuda_index(device: Device) -> std::ffi::c_int {
     }
 }
 
+/// Copies a tensor from the CPU to `device` through pinned memory, without waiting for the copy. On the CPU it is
+/// the tensor itself.
+///
+/// # Errors
+/// When libtorch refuses, such as for want of memory.
+pub fn upload(host: &Tensor, device: Device) -> Result<Tensor> {
+    if !device.is_cuda() {
+        return Ok(host.shallow_clone());
+    }
+    let mut out = std::ptr::null_mut();
+    // SAFETY: a live tensor that libtorch reads; `out` receives a new one on success.
+    ffi::check(unsafe { ffi::m6_upload(host.as_ptr(), cuda_index(device), &mut out) })?;
+    Ok(ffi::take(out))
+}
+
 /// The state of a device's default random generator, a byte tensor on the CPU.
 ///
 /// # Errors

@@ -53,6 +53,8 @@ unsafe extern "C" {
         causal: bool,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
+    pub(crate) fn m6_upload(host: *const C_tensor, cuda_index: c_int, out: *mut *mut C_tensor)
+    -> *mut c_char;
     pub(crate) fn m6_rng_state(cuda_index: c_int, out: *mut *mut C_tensor) -> *mut c_char;
     pub(crate) fn m6_set_rng_state(cuda_index: c_int, state: *const C_tensor) -> *mut c_char;
     pub(crate) fn m6_set_deterministic(on: bool) -> *mut c_char;

@@ -1,7 +1,8 @@
 //! Tensors in and out of safetensors files, with atomic writes and dtypes kept as they are.
 
 use std::borrow::Cow;
-use std::fs::File;
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use memmap2::Mmap;
@@ -9,6 +10,9 @@ use safetensors::tensor::{Dtype, SafeTensors, View};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Result, RuntimeError};
+
+/// Mode of weight files.
+const READABLE: u32 = 0o644;
 
 struct HostView {
     dtype: Dtype,
@@ -81,7 +85,10 @@ pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
         views.push((name.as_str(), HostView { dtype, shape, tensor: tensor.shallow_clone() }));
     }
     safetensors::serialize_to_file(views, None, path)
-        .map_err(|error| RuntimeError::file(path, format!("cannot be written: {error}")))
+        .map_err(|error| RuntimeError::file(path, format!("cannot be written: {error}")))?;
+    // The temporary file was made for its owner alone; weights are files like any other.
+    fs::set_permissions(path, Permissions::from_mode(READABLE))
+        .map_err(|error| RuntimeError::file(path, error))
 }
 
 /// Reads all tensors of a safetensors file to the CPU, in the order of their names.

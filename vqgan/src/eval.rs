@@ -58,7 +58,7 @@ pub fn evaluate(model: &Vqgan, pictures: &Tensor) -> Result<VqganReport> {
 /// # Errors
 /// When the model cannot take their size.
 pub fn reconstruction_grid(model: &Vqgan, pictures: &Tensor) -> Result<Rgb8> {
-    let x = to_unit(pictures, model.device());
+    let x = to_unit(pictures, model.device())?;
     let mut tiles = to_pictures(&x);
     let columns = tiles.len() as u32;
     tiles.extend(to_pictures(&reconstruct(model, &x)?.0));
@@ -132,7 +132,7 @@ impl Sums {
     }
 
     fn add(&mut self, model: &Vqgan, bytes: &Tensor) -> Result<()> {
-        let x = to_unit(bytes, model.device());
+        let x = to_unit(bytes, model.device())?;
         let (y, codes) = reconstruct(model, &x)?;
         let (x, y) = (to_bytes(&x), to_bytes(&y));
         let unit = |bytes: &Tensor| bytes.to_kind(Kind::Float) / 255.0;

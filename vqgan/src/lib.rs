@@ -5,7 +5,7 @@
 //! use m6_vqgan::{Vqgan, pictures_to_tensor, to_pictures, to_unit};
 //! # fn pictures() -> Vec<m6_data::Rgb8> { Vec::new() }
 //! let model = Vqgan::load("out/vqgan/model".as_ref(), tch::Device::Cpu)?;
-//! let x = to_unit(&pictures_to_tensor(&pictures())?, model.device());
+//! let x = to_unit(&pictures_to_tensor(&pictures())?, model.device())?;
 //! let codes = model.encode(&x)?;
 //! let grid = model.config().grid();
 //! let reconstructions = to_pictures(&model.decode_codes(&codes, grid, grid)?);

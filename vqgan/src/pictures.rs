@@ -1,6 +1,7 @@
 //! Between pictures in memory and tensors on a device.
 
 use m6_data::Rgb8;
+use m6_runtime::device::upload;
 use tch::{Device, Kind, Tensor};
 
 use crate::config::COLOURS;
@@ -31,13 +32,12 @@ pub fn pictures_to_tensor(pictures: &[Rgb8]) -> Result<Tensor> {
 }
 
 /// Bytes `[b, 3, h, w]` as float32 values from -1 to 1 on `device`. The upload does not wait for the device.
-pub fn to_unit(bytes: &Tensor, device: Device) -> Tensor {
-    let uploaded = match device {
-        Device::Cpu => bytes.shallow_clone(),
-        _ => bytes.pin_memory(device).to_device_(device, Kind::Uint8, true, false),
-    };
+///
+/// # Errors
+/// When there is no memory for them.
+pub fn to_unit(bytes: &Tensor, device: Device) -> Result<Tensor> {
     // Pictures come with their colours innermost; the norms are fastest with whole planes.
-    (uploaded.to_kind(Kind::Float) / HALF_RANGE - 1.0).contiguous()
+    Ok((upload(bytes, device)?.to_kind(Kind::Float) / HALF_RANGE - 1.0).contiguous())
 }
 
 /// Values from -1 to 1 (others are clamped) rounded to bytes, on the same device.
@@ -78,7 +78,7 @@ mod tests {
         assert_eq!(bytes.size(), [2, 3, 4, 5]);
         // Row 1, column 2, blue: (1 * 5 + 2) * 3 + 2.
         assert_eq!(bytes.int64_value(&[0, 2, 1, 2]), 23);
-        let x = to_unit(&bytes, Device::Cpu);
+        let x = to_unit(&bytes, Device::Cpu).unwrap();
         assert!(x.is_contiguous());
         assert!(x.min().double_value(&[]) >= -1.0 && x.max().double_value(&[]) <= 1.0);
         assert_eq!(to_pictures(&x), pictures);

@@ -42,9 +42,7 @@ pub struct Args {
 
 #[derive(Debug, Clone, Copy, ValueEnum)]
 enum Lang {
-    /// Chinese
     Zh,
-    /// English
     En,
 }
 

@@ -35,16 +35,16 @@ pub struct Args {
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Below 1 for safer, above 1 for wilder pictures; 0 always takes the most likely code
-    #[arg(long, default_value_t = Sampling::default().temperature)]
+    #[arg(long, default_value_t = Sampling::default().temperature, allow_negative_numbers = true)]
     temperature: f64,
     /// Choose among this many most likely codes; 0 for all
     #[arg(long, default_value_t = Sampling::default().top_k)]
     top_k: usize,
     /// Choose among the most likely codes of this much probability; 1 for all
-    #[arg(long, default_value_t = Sampling::default().top_p)]
+    #[arg(long, default_value_t = Sampling::default().top_p, allow_negative_numbers = true)]
     top_p: f64,
     /// How closely to follow the prompt: 1 as in training, larger more closely
-    #[arg(long, value_name = "SCALE", default_value_t = 3.0)]
+    #[arg(long, value_name = "SCALE", default_value_t = 3.0, allow_negative_numbers = true)]
     guidance: f64,
     /// Where to compute: `cpu`, `cuda:N`, or `auto`
     #[arg(long, default_value = "auto")]
@@ -188,7 +188,7 @@ mod tests {
     fn values_out_of_range_are_named_before_the_model_is_opened() {
         let line = |flags: &str| failure(&format!("m6 --model nowhere heart {flags}"));
         assert_eq!(line("--top-p 1.5"), "--top-p 1.5: expected above 0 and up to 1");
-        assert_eq!(line("--guidance=-2"), "--guidance -2: expected 0 or more");
+        assert_eq!(line("--guidance -2"), "--guidance -2: expected 0 or more");
         assert_eq!(line("-o heart.jpg"), "--out heart.jpg: expected a file name that ends in .png");
         assert!(parse("m6 --model nowhere heart -n 0").unwrap_err().to_string().contains("1..=10000"));
         assert!(parse("m6 --model nowhere").is_err());

@@ -28,9 +28,9 @@ use m6::Result;
     arg_required_else_help = true,
     after_help = "From pictures to a model:\n  \
         m6 data pack PICTURES/ shards/\n  \
-        m6 vqgan train configs/vqgan/tiny.toml\n  \
-        m6 train configs/tiny.toml\n  \
-        m6 generate --model out/tiny/model \"a red heart\" -o heart.png\n\n\
+        m6 vqgan train configs/demo/vqgan.toml\n  \
+        m6 train configs/demo/train.toml\n  \
+        m6 generate --model out/demo/pretraining/transformer/model \"a red heart\" -o heart.png\n\n\
         `m6 COMMAND --help` explains a command."
 )]
 struct Cli {

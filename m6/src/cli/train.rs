@@ -7,7 +7,9 @@ use super::output;
 
 /// Train a model on the tasks of its config; the same command again resumes an unfinished run
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  m6 train configs/tiny.toml --set schedule.steps=200 --set run=out/short")]
+#[command(
+    after_help = "Example:\n  m6 train configs/demo/train.toml --set schedule.steps=200 --set run=out/short"
+)]
 pub struct Args {
     #[command(flatten)]
     config: ConfigArgs,

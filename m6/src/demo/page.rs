@@ -35,7 +35,7 @@ pub(super) struct Pretraining {
 #[derive(Debug)]
 pub(super) struct Curve {
     pub svg: String,
-    /// First and last loss, in words.
+    /// First and last value of each loss.
     pub fall: String,
 }
 

@@ -65,8 +65,7 @@ pub(super) fn pretrain(
 
     let sample = |run: &str, step: u64, name: &str| format!("{RUNS}/{run}/samples/step-{step:08}-{name}.png");
     let task_losses: Vec<String> = Task::ALL.iter().map(|task| format!("loss/{}", task.name())).collect();
-    let task_losses: Vec<&str> =
-        std::iter::once("loss").chain(task_losses.iter().map(String::as_str)).collect();
+    let task_losses: Vec<&str> = task_losses.iter().map(String::as_str).collect();
     Ok(Pretraining {
         curves: vec![
             curve("Image tokenizer", &["loss/l1", "loss/gradient", "loss/ssim"], &metrics(&vqgan_run)?),
@@ -82,21 +81,20 @@ fn metrics(run: &Path) -> Result<Vec<MetricRow>> {
     Ok(read_metrics(RunDir::open(run)?.metrics())?)
 }
 
-/// The chart of some series of a run, and how far the first of them fell.
+/// The chart of some losses of a run, named `loss/NAME` in its metrics, and how far each fell.
 fn curve(title: &str, names: &[&str], rows: &[MetricRow]) -> Curve {
     let points = |name: &str| -> Vec<(f64, f64)> {
         rows.iter().filter_map(|row| Some((row.step as f64, *row.values.get(name)?))).collect()
     };
-    let series: Vec<(&str, Vec<(f64, f64)>)> = names.iter().map(|&name| (name, points(name))).collect();
+    let series: Vec<(&str, Vec<(f64, f64)>)> =
+        names.iter().map(|&name| (name.trim_start_matches("loss/"), points(name))).collect();
     let shown: Vec<(&str, &[(f64, f64)])> =
         series.iter().map(|(name, points)| (*name, points.as_slice())).collect();
-    let fall = match series.first().map(|(name, points)| (*name, points.as_slice())) {
-        Some((name, [(first_step, first), .., (last_step, last)])) => {
-            format!("{name}: {first:.3} at step {first_step}, {last:.3} at step {last_step}")
-        }
-        _ => String::new(),
-    };
-    Curve { svg: line_chart_svg(title, "step", &shown), fall }
+    let falls = shown.iter().filter_map(|(name, points)| match points {
+        [(_, first), .., (_, last)] => Some(format!("{name} {first:.2} to {last:.2}")),
+        _ => None,
+    });
+    Curve { fall: falls.collect::<Vec<_>>().join(", "), svg: line_chart_svg(title, "step", &shown) }
 }
 
 /// `key=value` with the value as TOML.
@@ -122,11 +120,19 @@ mod tests {
 
     #[test]
     fn curves_say_how_far_the_loss_fell() {
-        let row = |step, loss| MetricRow { step, values: BTreeMap::from([("loss".to_owned(), loss)]) };
-        let found = curve("t", &["loss", "loss/none"], &[row(10, 6.5), row(20, 5.0), row(30, 4.25)]);
-        assert_eq!(found.fall, "loss: 6.500 at step 10, 4.250 at step 30");
+        let row = |step, a, b| {
+            let values =
+                [("loss/a", a), ("loss/b", b), ("lr", 1.0)].map(|(name, value)| (name.to_owned(), value));
+            MetricRow { step, values: BTreeMap::from(values) }
+        };
+        let found = curve(
+            "t",
+            &["loss/a", "loss/b", "loss/c"],
+            &[row(10, 6.5, 1.0), row(20, 5.0, 0.5), row(30, 4.25, 0.25)],
+        );
+        assert_eq!(found.fall, "a 6.50 to 4.25, b 1.00 to 0.25");
         assert!(found.svg.starts_with("<svg"));
-        assert_eq!(curve("t", &["loss"], &[]).fall, "");
+        assert_eq!(curve("t", &["loss/a"], &[]).fall, "");
     }
 
     #[test]

@@ -53,7 +53,7 @@ impl FeatureSpace {
         let bytes = pictures_to_tensor(&resized)?;
         Ok(match self {
             Self::Latent => {
-                let latent = vqgan.encode_latent(&to_unit(&bytes, vqgan.device()))?.to_device(Device::Cpu);
+                let latent = vqgan.encode_latent(&to_unit(&bytes, vqgan.device())?)?.to_device(Device::Cpu);
                 let flat = latent.adaptive_avg_pool2d([LATENT_GRID, LATENT_GRID]).flatten(1, -1);
                 &flat / flat.norm_scalaropt_dim(2.0, [1], true).clamp_min(EPS)
             }

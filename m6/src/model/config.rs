@@ -66,7 +66,11 @@ impl ModelConfig {
         }
         // Flash attention and grouped products want rows of whole 16-byte words in bf16.
         if self.width % (8 * self.heads) != 0 {
-            return Err(format!("width = {}: expected a multiple of 8 * heads = {}", self.width, 8 * self.heads));
+            return Err(format!(
+                "width = {}: expected a multiple of 8 * heads = {}",
+                self.width,
+                8 * self.heads
+            ));
         }
         if self.hidden % 8 != 0 {
             return Err(format!("hidden = {}: expected a multiple of 8", self.hidden));
@@ -76,7 +80,10 @@ impl ModelConfig {
         }
         if let Some(moe) = &self.moe {
             if moe.active < 1 || moe.active > moe.experts {
-                return Err(format!("moe.active = {}: expected 1 to moe.experts = {}", moe.active, moe.experts));
+                return Err(format!(
+                    "moe.active = {}: expected 1 to moe.experts = {}",
+                    moe.active, moe.experts
+                ));
             }
             if moe.every < 1 || moe.every > self.layers {
                 return Err(format!("moe.every = {}: expected 1 to layers = {}", moe.every, self.layers));

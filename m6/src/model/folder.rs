@@ -74,7 +74,13 @@ impl Model {
     ///
     /// # Errors
     /// When the settings are wrong.
-    pub fn new(config: &ModelConfig, tokenizer: Tokenizer, vqgan: Vqgan, device: Device, seed: u64) -> Result<Self> {
+    pub fn new(
+        config: &ModelConfig,
+        tokenizer: Tokenizer,
+        vqgan: Vqgan,
+        device: Device,
+        seed: u64,
+    ) -> Result<Self> {
         config.validate().map_err(|problem| Error::Usage(format!("model.{problem}")))?;
         let vqgan_hash = vqgan.hash().ok_or_else(|| Error::Usage("vqgan: has no weight file yet".into()))?;
         let info = ModelInfo {
@@ -136,6 +142,8 @@ fn same(path: &Path, what: &str, found: &str, expected: &str) -> Result<()> {
     if found == expected {
         return Ok(());
     }
-    let problem = format!("this {what} (hash {found}) is not the one that the model was trained with (hash {expected})");
+    let problem = format!(
+        "this {what} (hash {found}) is not the one that the model was trained with (hash {expected})"
+    );
     Err(Error::file(path, problem))
 }

@@ -74,7 +74,13 @@ impl Moe {
     }
 
     /// Switch Transformer's balance loss `e * sum_e f_e P_e` over the real tokens, and ST-MoE's z-loss.
-    fn losses(&self, logits_ne: &Tensor, probs_ne: &Tensor, experts_na: &Tensor, real: i64) -> (Tensor, Tensor) {
+    fn losses(
+        &self,
+        logits_ne: &Tensor,
+        probs_ne: &Tensor,
+        experts_na: &Tensor,
+        real: i64,
+    ) -> (Tensor, Tensor) {
         let e = self.config.experts;
         let chosen_na = experts_na.narrow(0, 0, real);
         let each = Tensor::arange(e, (Kind::Int64, logits_ne.device()));

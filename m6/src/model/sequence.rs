@@ -150,7 +150,8 @@ impl Sequence {
     pub fn to_device(&self, device: Device) -> Tokens {
         let n = self.ids.len() as i64;
         let mut all = Vec::with_capacity(4 * self.ids.len() + self.patch_rows.len());
-        for part in [&self.ids, &self.first_position, &self.second_position, &self.segments, &self.patch_rows] {
+        for part in [&self.ids, &self.first_position, &self.second_position, &self.segments, &self.patch_rows]
+        {
             all.extend_from_slice(part);
         }
         let all = Tensor::from_slice(&all).to_device(device);

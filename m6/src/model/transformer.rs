@@ -74,8 +74,7 @@ impl Transformer {
         let d = config.width;
         // Residual branches start narrow, so that the stream's width does not grow with depth (GPT-2).
         let out_std = INIT_STD / (2.0 * config.layers as f64).sqrt();
-        let positions =
-            Positions { text: config.max_text, patch_grid: config.patches.grid(), code_grid };
+        let positions = Positions { text: config.max_text, patch_grid: config.patches.grid(), code_grid };
         let blocks = (0..config.layers).map(|i| {
             let at = params / "blocks" / i;
             let feed_forward = match &config.moe {
@@ -99,7 +98,12 @@ impl Transformer {
             segment_table: table("segments", SEGMENTS),
             patches: PatchEncoder::new(&(params / "patches"), &config.patches, d),
             norm: RmsNorm::new(&(params / "norm"), d, NORM_EPS),
-            code_head: Linear::without_bias(&(params / "code_head"), d, vocab.code_rows(), Init::Normal(INIT_STD)),
+            code_head: Linear::without_bias(
+                &(params / "code_head"),
+                d,
+                vocab.code_rows(),
+                Init::Normal(INIT_STD),
+            ),
             compute: compute_kind(params.device()),
             config: config.clone(),
             vocab,
@@ -196,7 +200,9 @@ impl Transformer {
         real: i64,
         mode: Mode,
     ) -> Result<Hidden> {
-        self.run(self.embed(tokens, pictures), real, mode, |_, q, k, v| Ok(prefix_attention(q, k, v, layout)?))
+        self.run(self.embed(tokens, pictures), real, mode, |_, q, k, v| {
+            Ok(prefix_attention(q, k, v, layout)?)
+        })
     }
 
     /// `[m, d]` hidden rows to logits over text and special ids, `[m, text rows]` float32.

@@ -84,7 +84,8 @@ impl Language {
 
     /// The language of a text by its script: Chinese where it has a Han character.
     pub fn of(text: &str) -> Self {
-        let han = |c: char| ('\u{3400}'..='\u{9fff}').contains(&c) || ('\u{20000}'..='\u{3ffff}').contains(&c);
+        let han =
+            |c: char| ('\u{3400}'..='\u{9fff}').contains(&c) || ('\u{20000}'..='\u{3ffff}').contains(&c);
         if text.chars().any(han) { Self::Zh } else { Self::En }
     }
 }

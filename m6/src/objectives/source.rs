@@ -79,7 +79,8 @@ impl ExampleSource {
         tasks.validate().map_err(Error::Usage)?;
         let resolution = model.resolution as u32;
         if data.transform.output_size() != Some((resolution, resolution)) {
-            let problem = format!("data.transform: its last crop must give {resolution} x {resolution} pixels");
+            let problem =
+                format!("data.transform: its last crop must give {resolution} x {resolution} pixels");
             return Err(Error::Usage(problem));
         }
         let order = SampleOrder::new(shards.len(), seed)?;
@@ -149,13 +150,22 @@ impl ExampleSource {
     }
 
     fn picture(&self, sample: &Sample, rng: &mut impl Rng) -> Result<Rgb8> {
-        let picture = self.data.transform.apply(&sample_image(sample)?, rng).map_err(|e| sample.error(e.to_string()))?;
+        let picture = self
+            .data
+            .transform
+            .apply(&sample_image(sample)?, rng)
+            .map_err(|e| sample.error(e.to_string()))?;
         debug_assert_eq!((picture.width, picture.height), (self.resolution, self.resolution));
         Ok(picture)
     }
 
     /// A caption as ids, cut to what fits between a target's begin and end.
-    fn text(&self, sample: &Sample, fields: &CaptionFields, rng: &mut impl Rng) -> Result<(Language, Vec<i64>)> {
+    fn text(
+        &self,
+        sample: &Sample,
+        fields: &CaptionFields,
+        rng: &mut impl Rng,
+    ) -> Result<(Language, Vec<i64>)> {
         let caption = fields.pick(sample, rng)?.ok_or_else(|| sample.error("all its captions are empty"))?;
         let mut ids: Vec<i64> = self.tokenizer.encode(&caption.text)?.into_iter().map(i64::from).collect();
         ids.truncate(self.max_text - 1);
@@ -171,4 +181,3 @@ fn language(caption: &Caption) -> Language {
         _ => Language::of(&caption.text),
     }
 }
-

@@ -35,7 +35,13 @@ impl TextToImage {
         Ok(())
     }
 
-    pub(super) fn example(&self, vocab: Vocab, prompt: Vec<i64>, codes: Vec<u32>, rng: &mut impl Rng) -> Example {
+    pub(super) fn example(
+        &self,
+        vocab: Vocab,
+        prompt: Vec<i64>,
+        codes: Vec<u32>,
+        rng: &mut impl Rng,
+    ) -> Example {
         let prompt = if rng.random_bool(self.drop_prompt) { null_prompt(vocab) } else { prompt };
         let random = vocab.codes as u32;
         let seen = codes

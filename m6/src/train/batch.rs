@@ -1,6 +1,7 @@
 //! Packing: examples are laid one after the other into a row of a fixed token budget.
 
 use m6_runtime::attention::{Layout, Span};
+use m6_runtime::device::upload;
 use m6_vqgan::pictures_to_tensor;
 use tch::{Device, Kind, Tensor};
 
@@ -113,7 +114,8 @@ impl Packer {
             spans.push(Span { prefix: 0, target: (self.budget - real) as i64 });
         }
         self.used = 0;
-        let pictures = if pictures.is_empty() { None } else { Some(pictures_to_tensor(&pictures)?.to_device(device)) };
+        let pictures =
+            if pictures.is_empty() { None } else { Some(upload(&pictures_to_tensor(&pictures)?, device)?) };
         Ok(Batch {
             tokens: sequence.to_device(device),
             pictures,
@@ -190,7 +192,16 @@ mod tests {
         assert_eq!(list(&batch.codes.labels), [3, 2, 1, 0, VOCAB.end_of_image()]);
         let ids = list(&batch.tokens.ids);
         assert_eq!(ids[4..7], [VOCAB.special(Special::Chinese), 5, 6]);
-        assert_eq!(ids[8..], [VOCAB.special(Special::BeginOfImage), VOCAB.code(3), VOCAB.code(3), VOCAB.code(1), VOCAB.code(0)]);
+        assert_eq!(
+            ids[8..],
+            [
+                VOCAB.special(Special::BeginOfImage),
+                VOCAB.code(3),
+                VOCAB.code(3),
+                VOCAB.code(1),
+                VOCAB.code(0)
+            ]
+        );
         assert_eq!(batch.pictures.unwrap().size(), [1, 3, 8, 8]);
     }
 

@@ -71,7 +71,8 @@ impl CodeTable {
         let expected = recipe.shards.len() * recipe.views * length;
         if path.is_file() {
             let (_, tensor) = read_tensors(&path)?.swap_remove(0);
-            let codes = Vec::<i16>::try_from(tensor.flatten(0, -1)).map_err(m6_runtime::RuntimeError::from)?;
+            let codes =
+                Vec::<i16>::try_from(tensor.flatten(0, -1)).map_err(m6_runtime::RuntimeError::from)?;
             if codes.len() != expected {
                 return Err(Error::file(&path, format!("holds {} codes, expected {expected}", codes.len())));
             }
@@ -98,7 +99,8 @@ fn fingerprint(recipe: &CodeRecipe, vqgan: &Vqgan) -> String {
 fn make(recipe: &CodeRecipe, vqgan: &Vqgan, device: Device) -> Result<Vec<i16>> {
     let config = vqgan.config();
     if config.codebook_size > MAX_CODEBOOK {
-        let problem = format!("the codebook has {} codes; at most {MAX_CODEBOOK} are supported", config.codebook_size);
+        let problem =
+            format!("the codebook has {} codes; at most {MAX_CODEBOOK} are supported", config.codebook_size);
         return Err(Error::Usage(problem));
     }
     let side = config.resolution as u32;
@@ -133,7 +135,7 @@ fn make(recipe: &CodeRecipe, vqgan: &Vqgan, device: Device) -> Result<Vec<i16>> 
         }));
         if batch.len() == BATCH || ordinal + 1 == total as u64 {
             let _guard = tch::no_grad_guard();
-            let pictures = to_unit(&pictures_to_tensor(&batch)?, device);
+            let pictures = to_unit(&pictures_to_tensor(&batch)?, device)?;
             let encoded = vqgan.encode(&pictures)?.to_kind(Kind::Int16).flatten(0, -1).to_device(Device::Cpu);
             codes.extend(Vec::<i16>::try_from(encoded).map_err(m6_runtime::RuntimeError::from)?);
             job.advance(batch.len() as u64);

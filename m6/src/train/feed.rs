@@ -72,7 +72,8 @@ impl Feed {
         }
         loop {
             let asked = Instant::now();
-            let (ordinal, made) = self.loader.next().ok_or_else(|| Error::Usage("the loader has stopped".into()))??;
+            let (ordinal, made) =
+                self.loader.next().ok_or_else(|| Error::Usage("the loader has stopped".into()))??;
             self.waited += asked.elapsed();
             match made {
                 Ok(example) => {

@@ -26,7 +26,8 @@ pub struct Losses {
 /// # Errors
 /// When libtorch refuses an attention call.
 pub fn losses(transformer: &Transformer, batch: &Batch, mode: Mode) -> Result<Losses> {
-    let hidden = transformer.forward(&batch.tokens, batch.pictures.as_ref(), &batch.layout, batch.real, mode)?;
+    let hidden =
+        transformer.forward(&batch.tokens, batch.pictures.as_ref(), &batch.layout, batch.real, mode)?;
     let device = hidden.x_nd.device();
     let zeros = || Tensor::zeros([Task::ALL.len() as i64], (Kind::Float, device));
     let (mut task_sums, mut task_counts) = (zeros(), zeros());

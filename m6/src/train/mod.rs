@@ -191,7 +191,8 @@ impl Trainer {
         }
         if self.step < plan.steps {
             self.save()?;
-            self.progress.note(&format!("stopped at step {}; the same command goes on from there", self.step));
+            self.progress
+                .note(&format!("stopped at step {}; the same command goes on from there", self.step));
             return Ok(Outcome { run: self.run.path().to_path_buf(), model: None, step: self.step });
         }
         let target = self.run.path().join(MODEL);

@@ -24,7 +24,12 @@ pub(super) struct Validation {
 
 impl Validation {
     /// Opens the validation shards with the training data's captions and transforms.
-    pub(super) fn open(config: &TrainConfig, settings: &ValidationConfig, run: &RunDir, model: &Model) -> Result<Self> {
+    pub(super) fn open(
+        config: &TrainConfig,
+        settings: &ValidationConfig,
+        run: &RunDir,
+        model: &Model,
+    ) -> Result<Self> {
         let shards = ShardSet::open(&settings.shards)?;
         let device = model.params.device();
         let codes = if config.tasks.weight(Task::TextToImage) > 0.0 {
@@ -40,7 +45,8 @@ impl Validation {
         } else {
             None
         };
-        let tasks: Vec<Task> = Task::ALL.into_iter().filter(|task| config.tasks.weight(*task) > 0.0).collect();
+        let tasks: Vec<Task> =
+            Task::ALL.into_iter().filter(|task| config.tasks.weight(*task) > 0.0).collect();
         let mut shares = config.tasks.clone();
         shares.text_to_image.drop_prompt = 0.0;
         shares.text_to_image.noise = 0.0;
@@ -50,7 +56,8 @@ impl Validation {
             resolution: model.info.model.patches.resolution,
         };
         let tokenizer = model.tokenizer.clone();
-        let source = ExampleSource::new(shards, config.seed, config.data.clone(), shares, tokenizer, codes, view)?;
+        let source =
+            ExampleSource::new(shards, config.seed, config.data.clone(), shares, tokenizer, codes, view)?;
         Ok(Self { source, tasks, examples: settings.examples, tokens: config.schedule.tokens })
     }
 
@@ -66,7 +73,8 @@ impl Validation {
         let mut sums = Tensor::zeros([2], (Kind::Float, device));
         let mut score = |packer: &mut Packer| -> Result<()> {
             let result = losses(transformer, &packer.finish(device)?, Mode::Infer)?;
-            sums += Tensor::stack(&[result.task_sums.get(task as i64), result.task_counts.get(task as i64)], 0);
+            sums +=
+                Tensor::stack(&[result.task_sums.get(task as i64), result.task_counts.get(task as i64)], 0);
             Ok(())
         };
         for ordinal in 0..self.examples {

@@ -107,7 +107,7 @@ fn train(
         let mut rows = None;
         for micro_batch in 0..accumulation {
             let batch = pictures.batch(batch, u64::MAX, |note| progress.note(note))?;
-            let x = to_unit(&pictures_to_tensor(&batch)?, device);
+            let x = to_unit(&pictures_to_tensor(&batch)?, device)?;
             if config.init.is_none() && step == config.codebook.warmup && micro_batch == 0 {
                 initialise(&encoder_rows(&state.model, &x), &mut state.codebooks);
             }
