@@ -20,17 +20,28 @@ const PAGE: &str = "index.html";
 /// Folder of the pictures beside the page.
 const PICTURES: &str = "pictures";
 const TRAIN_SHARDS: &str = "train-*.tar";
-/// Held-out splits, with what is new in each.
-const SPLITS: [(&str, &str); 2] = [
-    (
-        "val-compose-*.tar",
-        "New combinations: each of these emoji was seen in training, but never in this style.",
-    ),
-    (
-        "val-base-*.tar",
-        "New emoji: none of these was seen in training, in any style. Their names are mostly guesswork.",
-    ),
+/// Held-out splits.
+const SPLITS: [Split; 2] = [
+    Split {
+        shards: "val-compose-*.tar",
+        stage: "caption new combinations",
+        note: "New combinations: each of these emoji was seen in training, but never in this style.",
+    },
+    Split {
+        shards: "val-base-*.tar",
+        stage: "caption new emoji",
+        note: "New emoji: none of these was seen in training, in any style. Their names are mostly guesswork.",
+    },
 ];
+
+/// A held-out split of the data set.
+struct Split {
+    shards: &'static str,
+    /// Name of its stage in the timings.
+    stage: &'static str,
+    /// What is new in it.
+    note: &'static str,
+}
 
 /// Where the demo reads and writes.
 #[derive(Debug, Clone)]
@@ -51,9 +62,8 @@ pub struct DemoRequest {
 pub fn demo(request: &DemoRequest) -> Result<PathBuf> {
     let model = Model::load(&request.model, device("auto")?)?;
     let shards = |name: &str| vec![request.data.join(name).display().to_string()];
-    let splits = SPLITS.map(|(name, note)| (shards(name), note));
-    for patterns in splits.iter().map(|(patterns, _)| patterns).chain([&shards(TRAIN_SHARDS)]) {
-        open_shards(patterns)?;
+    for name in SPLITS.iter().map(|split| split.shards).chain([TRAIN_SHARDS]) {
+        open_shards(&shards(name))?;
     }
     let out = &request.out;
     let pictures = out.join(PICTURES);
@@ -61,11 +71,11 @@ pub fn demo(request: &DemoRequest) -> Result<PathBuf> {
     let stop = StopFlag::install()?;
     let mut clock = Clock { stop, out, timings: Vec::new() };
 
-    let pretraining = pretrain::pretrain(out, &shards(TRAIN_SHARDS), &splits[0].0, &mut clock)?;
+    let pretraining = pretrain::pretrain(out, &shards(TRAIN_SHARDS), &shards(SPLITS[0].shards), &mut clock)?;
     let drawings = showcase::draw_prompts(&model, out, &mut clock)?;
-    let captioned = splits
+    let captioned = SPLITS
         .iter()
-        .map(|(patterns, note)| showcase::caption_split(&model, patterns, note, out, &mut clock))
+        .map(|split| showcase::caption_split(&model, split, &shards(split.shards), out, &mut clock))
         .collect::<Result<Vec<_>>>()?;
     let page =
         Page { model: request.model.clone(), pretraining, drawings, captioned, timings: clock.timings };
@@ -89,7 +99,7 @@ impl Clock<'_> {
         amount: impl FnOnce(&T) -> String,
         stage: impl FnOnce() -> Result<T>,
     ) -> Result<T> {
-        eprintln!("{what}");
+        eprintln!("demo: {what}");
         let start = Instant::now();
         let result = stage()?;
         self.timings.push(Timing {

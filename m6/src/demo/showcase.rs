@@ -6,7 +6,7 @@ use m6_data::{Rgb8, grid};
 use m6_run::Task;
 
 use super::page::{Captioned, Card, DrawnPrompt};
-use super::{Clock, PICTURES};
+use super::{Clock, PICTURES, Split};
 use crate::error::Result;
 use crate::eval::{EvalSample, judge, open_shards};
 use crate::generate::{DrawRequest, Sampling, draw};
@@ -72,19 +72,19 @@ pub(super) fn draw_prompts(model: &Model, out: &Path, clock: &mut Clock) -> Resu
 /// Captions some pictures of a split, evenly spread over it, and writes them out.
 pub(super) fn caption_split(
     model: &Model,
-    patterns: &[String],
-    note: &str,
+    split: &Split,
+    shards: &[String],
     out: &Path,
     clock: &mut Clock,
 ) -> Result<Captioned> {
-    let shards = open_shards(patterns)?;
+    let shards = open_shards(shards)?;
     let count = CAPTIONED.min(shards.len());
     let samples = (0..count)
         .map(|i| EvalSample::read(&shards.sample(i * shards.len() / count)?))
         .collect::<Result<Vec<_>>>()?;
     let pairs: Vec<_> = samples.iter().map(|sample| (&sample.picture, &sample.names)).collect();
     let judged = clock.time(
-        "caption pictures",
+        split.stage,
         |judged: &Vec<_>| format!("{} pictures in two languages", judged.len()),
         || judge(model, &pairs, BEAMS),
     )?;
@@ -94,7 +94,7 @@ pub(super) fn caption_split(
         Ok(Card { file, style: sample.style.clone(), judged })
     };
     let cards = samples.iter().zip(judged).map(card).collect::<Result<_>>()?;
-    Ok(Captioned { note: note.to_owned(), cards })
+    Ok(Captioned { note: split.note.to_owned(), cards })
 }
 
 /// A sample's key as a file name: keys may hold folders.

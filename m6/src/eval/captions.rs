@@ -149,7 +149,7 @@ fn sheet(samples: &[EvalSample], judged: &[ByLanguage<Option<Judged>>]) -> Resul
 }
 
 /// For each language: the name, with a tick where the caption says the same, else with the caption below it.
-pub(super) fn sheet_lines(judged: &ByLanguage<Option<Judged>>) -> Vec<String> {
+fn sheet_lines(judged: &ByLanguage<Option<Judged>>) -> Vec<String> {
     let lines = |judged: &Judged| match judged.exact {
         true => vec![format!("√ {}", judged.truth)],
         false => vec![judged.truth.clone(), format!("× {}", judged.caption)],

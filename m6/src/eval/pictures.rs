@@ -9,7 +9,7 @@ use m6_data::{CaptionFields, Rgb8, ShardSet, contact_sheet};
 use m6_run::{Task, write_atomic};
 use serde::Serialize;
 
-use super::captions::{judge, scores, sheet_lines};
+use super::captions::{judge, scores};
 use super::features::FeatureSpace;
 use super::names::{ByLanguage, Judged, NameScores};
 use super::reference::{Placed, Reference, SpaceReport};
@@ -200,7 +200,10 @@ fn sheet(
         items.extend(cells.map(|i| match drawings.get(i).filter(|_| i < shown) {
             Some(drawing) => {
                 let mut lines = vec![drawing.prompt.clone()];
-                lines.extend(sheet_lines(&captions[i]));
+                let judged = [&captions[i].en, &captions[i].zh].into_iter().flatten();
+                lines.extend(
+                    judged.map(|one| format!("{} {}", if one.exact { '√' } else { '×' }, one.caption)),
+                );
                 (drawing.picture.clone(), lines)
             }
             None => blank(),

@@ -146,3 +146,33 @@ fn rows(matrix: &Tensor) -> Result<Vec<Vec<f32>>> {
     let flat = Vec::<f32>::try_from(matrix.flatten(0, 1)).map_err(m6_runtime::RuntimeError::from)?;
     Ok((0..n).map(|row| flat[row * width..(row + 1) * width].to_vec()).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::eval::samples::{open_shards, read_all, tests::shard};
+    use crate::generate::testing::tiny_model;
+
+    #[test]
+    fn a_perfect_drawing_is_found_and_a_copy_is_caught() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = [("a", "", "flat"), ("b", "", "flat"), ("c", "", "flat")];
+        let held_out = open_shards(&shard(dir.path(), "val", &names)).unwrap();
+        // The training pictures begin with the held-out ones, so every true picture is a copy of one.
+        let training =
+            open_shards(&shard(dir.path(), "train", &[names.as_slice(), &names].concat())).unwrap();
+        let model = tiny_model();
+        let reference = Reference::read(&model, &held_out, Some(&training), 3, 1).unwrap();
+        let truth: Vec<Rgb8> = read_all(&held_out, None).unwrap().into_iter().map(|s| s.picture).collect();
+        for space in FeatureSpace::ALL {
+            let (report, placed) = reference.score(space, &model, &truth).unwrap();
+            assert_eq!(report.any_style, Some(Ranks { top1: 1.0, median: 1.0 }), "{}", space.name());
+            assert_eq!(report.same_style, report.any_style);
+            assert_eq!(report.memorisation.map(|m| m.drawn_median), Some(0.0));
+            assert_eq!(placed[1].nearest_training.as_ref().map(|(key, _)| key.as_str()), Some("train-1"));
+            let swapped = [&truth[1..], &truth[..1]].concat();
+            let (report, _) = reference.score(space, &model, &swapped).unwrap();
+            assert_eq!(report.any_style.map(|ranks| ranks.top1), Some(0.0));
+        }
+    }
+}
