@@ -6,6 +6,7 @@
 
 use tch::{Device, Kind, Tensor};
 
+use crate::device::upload;
 use crate::error::Result;
 use crate::ffi;
 
@@ -49,9 +50,12 @@ struct FlashLayout {
 
 impl Layout {
     /// A layout of these examples in this order. Copies three small index tensors where `device` is a GPU.
-    pub fn new(spans: Vec<Span>, device: Device) -> Self {
-        let flash = device.is_cuda().then(|| FlashLayout::new(&spans, device));
-        Self { spans, flash }
+    ///
+    /// # Errors
+    /// When there is no memory for them.
+    pub fn new(spans: Vec<Span>, device: Device) -> Result<Self> {
+        let flash = if device.is_cuda() { Some(FlashLayout::new(&spans, device)?) } else { None };
+        Ok(Self { spans, flash })
     }
 
     /// The examples.
@@ -61,14 +65,14 @@ impl Layout {
 }
 
 impl FlashLayout {
-    fn new(spans: &[Span], device: Device) -> Self {
+    fn new(spans: &[Span], device: Device) -> Result<Self> {
         let cumulative = |lengths: &[i64]| {
             let mut ends = vec![0i32];
             ends.extend(lengths.iter().scan(0, |end, &n| {
                 *end += n as i32;
                 Some(*end)
             }));
-            Tensor::from_slice(&ends).to_device(device)
+            upload(&Tensor::from_slice(&ends), device)
         };
         let lengths: Vec<i64> = spans.iter().map(Span::len).collect();
         // Examples with a prefix of one token or none need no second pass: causal is already right for them.
@@ -82,13 +86,13 @@ impl FlashLayout {
             }
             start += span.len();
         }
-        Self {
-            cumulative: cumulative(&lengths),
+        Ok(Self {
+            cumulative: cumulative(&lengths)?,
             longest: lengths.iter().copied().max().unwrap_or(0),
-            prefix_rows: Tensor::from_slice(&rows).to_device(device),
-            prefix_cumulative: cumulative(&prefixes),
+            prefix_rows: upload(&Tensor::from_slice(&rows), device)?,
+            prefix_cumulative: cumulative(&prefixes)?,
             prefix_longest: prefixes.iter().copied().max().unwrap_or(0),
-        }
+        })
     }
 }
 
@@ -214,7 +218,7 @@ mod tests {
         let spans = spans();
         let n = spans.iter().map(Span::len).sum::<i64>();
         let [q, k, v] = [0; 3].map(|_| Tensor::randn([n, 2, 8], FLOAT));
-        let out = prefix_attention(&q, &k, &v, &Layout::new(spans.clone(), Device::Cpu)).unwrap();
+        let out = prefix_attention(&q, &k, &v, &Layout::new(spans.clone(), Device::Cpu).unwrap()).unwrap();
         let gap = (out - by_definition(&q, &k, &v, &spans)).abs().max().double_value(&[]);
         assert!(gap < 1e-5, "{gap}");
     }
@@ -225,7 +229,7 @@ mod tests {
         let spans = spans();
         let n = spans.iter().map(Span::len).sum::<i64>();
         let [q, k, v] = [0; 3].map(|_| Tensor::randn([n, 2, 8], FLOAT));
-        let layout = Layout::new(spans, Device::Cpu);
+        let layout = Layout::new(spans, Device::Cpu).unwrap();
         let before = prefix_attention(&q, &k, &v, &layout).unwrap();
         // Token 5 is the third target of the first example: only targets after it may change.
         let _ = v.get(5).fill_(9.0);
@@ -252,7 +256,7 @@ mod tests {
         let run = |device: Device, kind: Kind, spans: Vec<Span>| {
             let leaves = inputs.each_ref().map(|t| t.to_device(device).to_kind(kind).set_requires_grad(true));
             let [q, k, v] = &leaves;
-            let out = prefix_attention(q, k, v, &Layout::new(spans, device)).unwrap();
+            let out = prefix_attention(q, k, v, &Layout::new(spans, device).unwrap()).unwrap();
             (&out * probe.to_device(device).to_kind(kind)).sum(Kind::Float).backward();
             let host = |t: Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
             [host(out), host(q.grad()), host(k.grad()), host(v.grad())]

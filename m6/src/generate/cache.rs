@@ -58,7 +58,7 @@ impl KvCache {
                 [] => None,
                 some => Some(pictures_to_tensor(some)?.to_device(device)),
             };
-            let x_nd = transformer.embed(&sequence.to_device(device), pictures.as_ref());
+            let x_nd = transformer.embed(&sequence.to_device(device)?, pictures.as_ref());
             // A row without a prefix has no key to see; its padding, which nobody looks at, sees all padding instead.
             let seen = uneven.then(|| {
                 let lengths: Vec<i64> = lengths.iter().map(|&n| if n == 0 { longest } else { n }).collect();

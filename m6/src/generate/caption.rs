@@ -188,7 +188,7 @@ fn search(
                 tokens.target_text(&[last], place as i64);
             }
         }
-        let hidden = cache.step(transformer, &tokens.to_device(device))?;
+        let hidden = cache.step(transformer, &tokens.to_device(device)?)?;
         let best = Best::of(&logprobs(model, &hidden), 2 * beams)?;
         let mut order = Vec::with_capacity(searches.len() * beams);
         for (index, search) in searches.iter_mut().enumerate() {

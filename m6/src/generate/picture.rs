@@ -185,7 +185,7 @@ impl Sampler<'_> {
                     Some(&code) => tokens.codes(&[code], place as i64 - 1),
                 }
             }
-            let hidden = cache.step(self.transformer, &tokens.to_device(self.device))?;
+            let hidden = cache.step(self.transformer, &tokens.to_device(self.device)?)?;
             // The picture ends where its grid is full, so the end of the image is no choice.
             let logits = self.transformer.code_logits(&hidden).narrow(1, 0, vocab.codes);
             let mut logits = host_rows(&logits)?;

@@ -57,7 +57,7 @@ impl Moe {
         let tokens_r = order_r.floor_divide_scalar(self.config.active);
         let sorted_r = experts_r.index_select(0, &order_r);
         let each = Tensor::arange(self.config.experts, (Kind::Int64, x_nd.device()));
-        let ends_e = sorted_r.searchsorted(&each, true, true, "right", None::<Tensor>);
+        let ends_e = each.searchsorted(&sorted_r, true, true, "right", None::<Tensor>);
 
         let kind = x_nd.kind();
         let product = |x: &Tensor, weight: &Tensor| {

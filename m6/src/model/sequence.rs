@@ -1,8 +1,10 @@
 //! The host side of a token sequence: ids, positions and segments, in training and in generation alike.
 
+use m6_runtime::device::upload;
 use tch::{Device, Tensor};
 
 use super::vocab::{Special, Vocab};
+use crate::error::Result;
 
 /// What kind of content a token belongs to (M6's segment embedding).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -146,23 +148,26 @@ impl Sequence {
         self.segments.push(segment as i64);
     }
 
-    /// The sequence on a device, in one copy.
-    pub fn to_device(&self, device: Device) -> Tokens {
+    /// The sequence on a device, in one copy that is not waited for.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn to_device(&self, device: Device) -> Result<Tokens> {
         let n = self.ids.len() as i64;
         let mut all = Vec::with_capacity(4 * self.ids.len() + self.patch_rows.len());
         for part in [&self.ids, &self.first_position, &self.second_position, &self.segments, &self.patch_rows]
         {
             all.extend_from_slice(part);
         }
-        let all = Tensor::from_slice(&all).to_device(device);
+        let all = upload(&Tensor::from_slice(&all), device)?;
         let part = |index: i64| all.narrow(0, index * n, n);
-        Tokens {
+        Ok(Tokens {
             ids: part(0),
             first_position: part(1),
             second_position: part(2),
             segments: part(3),
             patch_rows: all.narrow(0, 4 * n, self.patch_rows.len() as i64),
-        }
+        })
     }
 }
 

@@ -132,12 +132,14 @@ impl Transformer {
     }
 
     /// Embeds a sequence: token, position and segment rows; patches take features of `pictures` `[b, 3, s, s]`
-    /// bytes in place of the token's row. Returns `[n, d]` in the compute dtype.
+    /// bytes in place of the token's row; pictures beyond the sequence's patches are padding. Returns `[n, d]` in the
+    /// compute dtype.
     pub fn embed(&self, tokens: &Tokens, pictures: Option<&Tensor>) -> Tensor {
         let mut content = self.tokens.forward(&tokens.ids);
         if let Some(pictures) = pictures {
             let features = self.patches.forward(pictures, self.compute).to_kind(Kind::Float);
-            content = content.index_copy(0, &tokens.patch_rows, &features);
+            let used = features.narrow(0, 0, tokens.patch_rows.size()[0]);
+            content = content.index_copy(0, &tokens.patch_rows, &used);
         }
         let places = self.position_table.forward(&tokens.first_position)
             + self.position_table.forward(&tokens.second_position);
@@ -167,7 +169,8 @@ impl Transformer {
             let mut with_index = |q: &Tensor, k: &Tensor, v: &Tensor| attend(index, q, k, v);
             let attend_here: &mut Attend = &mut with_index;
             let attended = block.attention.forward(&block.attention_norm.forward(&x_nd), attend_here)?;
-            x_nd = x_nd + drop(attended);
+            // Never `+=`: in tch that is an in-place update of a tensor that the backward pass needs.
+            x_nd = drop(attended) + x_nd;
             let normed = block.feed_forward_norm.forward(&x_nd);
             let fed = match &block.feed_forward {
                 FeedForward::Dense(mlp) => mlp.forward(&normed),
@@ -178,7 +181,7 @@ impl Transformer {
                     output.y_nd
                 }
             };
-            x_nd = x_nd + drop(fed);
+            x_nd = drop(fed) + x_nd;
         }
         let some = !router_losses.is_empty();
         Ok(Hidden {

@@ -1,13 +1,18 @@
 //! Packing: examples are laid one after the other into a row of a fixed token budget.
 
+use m6_data::picture::Rgb8;
 use m6_runtime::attention::{Layout, Span};
 use m6_runtime::device::upload;
 use m6_vqgan::pictures_to_tensor;
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use crate::error::Result;
 use crate::model::{Positions, Sequence, Tokens, Vocab};
 use crate::objectives::{Example, Piece, Target, Task};
+
+/// On a GPU the number of pictures is rounded up to a multiple of this: cuDNN plans every convolution anew for a
+/// batch size that it has not met.
+const PICTURE_BUCKET: usize = 32;
 
 /// Targets of one head.
 #[derive(Debug)]
@@ -114,17 +119,27 @@ impl Packer {
             spans.push(Span { prefix: 0, target: (self.budget - real) as i64 });
         }
         self.used = 0;
+        if device.is_cuda() {
+            pad_pictures(&mut pictures);
+        }
         let pictures =
             if pictures.is_empty() { None } else { Some(upload(&pictures_to_tensor(&pictures)?, device)?) };
         Ok(Batch {
-            tokens: sequence.to_device(device),
+            tokens: sequence.to_device(device)?,
             pictures,
-            layout: Layout::new(spans, device),
+            layout: Layout::new(spans, device)?,
             real: real as i64,
-            texts: texts.to_device(device),
-            codes: codes.to_device(device),
+            texts: texts.to_device(device)?,
+            codes: codes.to_device(device)?,
             examples,
         })
+    }
+}
+
+/// Fills up to a multiple of [`PICTURE_BUCKET`] with copies of the last picture, whose features nothing uses.
+fn pad_pictures(pictures: &mut Vec<Rgb8>) {
+    if let Some(last) = pictures.last().cloned() {
+        pictures.resize(pictures.len().next_multiple_of(PICTURE_BUCKET), last);
     }
 }
 
@@ -142,19 +157,17 @@ impl HostTargets {
         self.labels.extend(labels);
     }
 
-    fn to_device(&self, device: Device) -> Targets {
+    fn to_device(&self, device: Device) -> Result<Targets> {
         let count = self.rows.len() as i64;
         let all = [self.rows.as_slice(), &self.labels, &self.tasks].concat();
-        let all = Tensor::from_slice(&all).to_kind(Kind::Int64).to_device(device);
+        let all = upload(&Tensor::from_slice(&all), device)?;
         let part = |index: i64| all.narrow(0, index * count, count);
-        Targets { rows: part(0), labels: part(1), tasks: part(2), count: self.rows.len() }
+        Ok(Targets { rows: part(0), labels: part(1), tasks: part(2), count: self.rows.len() })
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use m6_data::picture::Rgb8;
-
     use super::*;
     use crate::model::{Language, Special};
 

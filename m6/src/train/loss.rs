@@ -41,7 +41,7 @@ pub fn losses(transformer: &Transformer, batch: &Batch, mode: Mode) -> Result<Lo
         }
         let logits = head(transformer, &hidden.x_nd.index_select(0, &targets.rows));
         let each = logits.cross_entropy_loss(&targets.labels, None::<Tensor>, Reduction::None, -100, 0.0);
-        total = total + each.mean(Kind::Float);
+        total = each.mean(Kind::Float) + total;
         let each = each.detach();
         task_sums = task_sums.index_add(0, &targets.tasks, &each);
         task_counts = task_counts.index_add(0, &targets.tasks, &each.ones_like());
