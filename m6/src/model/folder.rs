@@ -96,6 +96,18 @@ impl Model {
         Ok(Self { info, params, transformer, tokenizer, vqgan })
     }
 
+    /// Takes the weights of another model folder of the same settings and tokenizers.
+    ///
+    /// # Errors
+    /// When a file cannot be read, or settings or tokenizers differ.
+    pub fn load_weights(&self, dir: &Path) -> Result<()> {
+        let info = read_info(dir)?;
+        if info != self.info {
+            return Err(Error::file(&dir.join(CONFIG), "its model or tokenizers are not those of this run"));
+        }
+        Ok(self.params.load(&dir.join(WEIGHTS), info.dtype.kind())?)
+    }
+
     /// Opens a model folder.
     ///
     /// # Errors
@@ -104,10 +116,7 @@ impl Model {
         if !dir.is_dir() {
             return Err(Error::file(dir, "is not a folder; expected a model folder with config.json"));
         }
-        let config = dir.join(CONFIG);
-        let text = fs::read_to_string(&config).map_err(|error| Error::file(&config, error))?;
-        let info: ModelInfo = serde_json::from_str(&text).map_err(|error| Error::file(&config, error))?;
-        info.model.validate().map_err(|problem| Error::file(&config, format!("model.{problem}")))?;
+        let info = read_info(dir)?;
         let tokenizer = Tokenizer::load(&dir.join(TOKENIZER))?;
         let vqgan = Vqgan::load(&dir.join(VQGAN), device)?;
         same(&dir.join(TOKENIZER), "text tokenizer", &tokenizer.hash()?, &info.tokenizer)?;
@@ -136,6 +145,14 @@ impl Model {
         let text = serde_json::to_string_pretty(&self.info).expect("plain settings become JSON");
         Ok(write_atomic(dir.join(CONFIG), text.as_bytes())?)
     }
+}
+
+fn read_info(dir: &Path) -> Result<ModelInfo> {
+    let config = dir.join(CONFIG);
+    let text = fs::read_to_string(&config).map_err(|error| Error::file(&config, error))?;
+    let info: ModelInfo = serde_json::from_str(&text).map_err(|error| Error::file(&config, error))?;
+    info.model.validate().map_err(|problem| Error::file(&config, format!("model.{problem}")))?;
+    Ok(info)
 }
 
 fn same(path: &Path, what: &str, found: &str, expected: &str) -> Result<()> {

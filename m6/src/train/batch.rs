@@ -42,8 +42,6 @@ pub struct Batch {
     pub texts: Targets,
     /// Code targets.
     pub codes: Targets,
-    /// Examples of each task.
-    pub examples: [u64; Task::ALL.len()],
 }
 
 /// Collects examples until the next does not fit.
@@ -81,17 +79,25 @@ impl Packer {
         self.examples.is_empty()
     }
 
-    /// The row so far, on `device`; the packer is empty afterwards. On a GPU the row is filled up to the budget,
-    /// so that its shape does not change from step to step.
+    /// The row so far, on `device`; the packer is empty afterwards.
+    ///
+    /// # Errors
+    /// When pictures differ in size or the device has no memory.
+    pub fn finish(&mut self, device: Device) -> Result<Batch> {
+        self.finish_host(device.is_cuda())?.upload(device)
+    }
+
+    /// The row so far, on the host; the packer is empty afterwards. `fixed_shape` fills the row up to the budget
+    /// and the pictures up to a bucket, so that shapes on a GPU hardly change from step to step.
     ///
     /// # Errors
     /// When pictures differ in size.
-    pub fn finish(&mut self, device: Device) -> Result<Batch> {
+    pub fn finish_host(&mut self, fixed_shape: bool) -> Result<HostBatch> {
         let mut sequence = Sequence::new(self.vocab, self.positions);
         let mut spans = Vec::new();
         let mut pictures = Vec::new();
         let (mut texts, mut codes) = (HostTargets::default(), HostTargets::default());
-        let mut examples = [0; Task::ALL.len()];
+        self.used = 0;
         for example in std::mem::take(&mut self.examples) {
             let start = sequence.len();
             for piece in example.prefix {
@@ -111,27 +117,44 @@ impl Packer {
                 Target::Text { .. } => texts.push(first, labels, example.task),
                 Target::Codes { .. } => codes.push(first, labels, example.task),
             }
-            examples[example.task as usize] += 1;
         }
         let real = sequence.len();
-        if device.is_cuda() && real < self.budget {
+        if fixed_shape && real < self.budget {
             sequence.padding(self.budget - real);
             spans.push(Span { prefix: 0, target: (self.budget - real) as i64 });
         }
-        self.used = 0;
-        if device.is_cuda() {
+        if fixed_shape {
             pad_pictures(&mut pictures);
         }
-        let pictures =
-            if pictures.is_empty() { None } else { Some(upload(&pictures_to_tensor(&pictures)?, device)?) };
+        let pictures = if pictures.is_empty() { None } else { Some(pictures_to_tensor(&pictures)?) };
+        Ok(HostBatch { sequence, pictures, spans, real: real as i64, texts, codes })
+    }
+}
+
+/// A packed micro-batch before it goes to its device; made ahead, on a thread of its own.
+#[derive(Debug)]
+pub struct HostBatch {
+    sequence: Sequence,
+    pictures: Option<Tensor>,
+    spans: Vec<Span>,
+    real: i64,
+    texts: HostTargets,
+    codes: HostTargets,
+}
+
+impl HostBatch {
+    /// The batch on `device`; the copies are not waited for.
+    ///
+    /// # Errors
+    /// When the device has no memory.
+    pub fn upload(self, device: Device) -> Result<Batch> {
         Ok(Batch {
-            tokens: sequence.to_device(device)?,
-            pictures,
-            layout: Layout::new(spans, device)?,
-            real: real as i64,
-            texts: texts.to_device(device)?,
-            codes: codes.to_device(device)?,
-            examples,
+            tokens: self.sequence.to_device(device)?,
+            pictures: self.pictures.map(|pictures| upload(&pictures, device)).transpose()?,
+            layout: Layout::new(self.spans, device)?,
+            real: self.real,
+            texts: self.texts.to_device(device)?,
+            codes: self.codes.to_device(device)?,
         })
     }
 }

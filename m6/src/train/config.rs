@@ -22,6 +22,9 @@ pub struct TrainConfig {
     pub device: String,
     /// Folder of the image tokenizer.
     pub vqgan: PathBuf,
+    /// A model folder whose weights are the start, in place of fresh ones.
+    #[serde(default)]
+    pub init: Option<PathBuf>,
     /// Text tokenizer.
     pub tokenizer: TokenizerConfig,
     /// The transformer.

@@ -1,12 +1,14 @@
-//! The stream of packed batches, resumable at any of them.
+//! The stream of packed batches: made ahead on threads of its own, resumable at any of them.
 
 use std::sync::Arc;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use m6_data::{DataError, Loader};
 use tch::Device;
 
-use super::batch::{Batch, Packer};
+use super::batch::{Batch, HostBatch, Packer};
 use crate::error::{Error, Result};
 use crate::objectives::{Example, ExampleSource};
 
@@ -15,33 +17,60 @@ const MAX_FAILURES_IN_A_ROW: u64 = 100;
 /// Failures that are named; later ones are only counted.
 const NAMED_FAILURES: u64 = 10;
 /// Examples that each worker makes ahead.
-const AHEAD: usize = 64;
+const EXAMPLES_AHEAD: usize = 64;
+/// Batches that are packed ahead.
+const BATCHES_AHEAD: usize = 2;
 
 /// Batches of examples in the order of the run.
 pub struct Feed {
-    loader: Loader<Result<Example>>,
-    packer: Packer,
-    pending: Option<(u64, Example)>,
+    /// Emptied on drop, which makes the packing thread's next send fail.
+    batches: Option<Receiver<Result<Packed>>>,
+    thread: Option<JoinHandle<()>>,
     position: u64,
     failures: u64,
-    failures_in_a_row: u64,
     waited: Duration,
 }
 
+/// A batch with the state of the stream after it.
+struct Packed {
+    batch: HostBatch,
+    /// Ordinal of the first example that is in none of the batches so far.
+    position: u64,
+    /// Samples that could not be used so far.
+    failures: u64,
+}
+
 impl Feed {
-    /// Starts at `ordinal` of the run with `workers` threads.
+    /// Starts at `ordinal` of the run with `workers` threads that make examples, and one that packs them.
     ///
     /// # Errors
     /// When the system refuses a thread.
-    pub fn start(source: Arc<ExampleSource>, ordinal: u64, workers: usize, packer: Packer) -> Result<Self> {
-        let loader = Loader::start(ordinal, workers, AHEAD * workers, move |at| source.example(at))?;
-        Ok(Self {
+    pub fn start(
+        source: Arc<ExampleSource>,
+        ordinal: u64,
+        workers: usize,
+        packer: Packer,
+        device: Device,
+    ) -> Result<Self> {
+        let loader = Loader::start(ordinal, workers, EXAMPLES_AHEAD * workers, move |at| source.example(at))?;
+        let mut packing = Packing {
             loader,
             packer,
             pending: None,
-            position: ordinal,
             failures: 0,
             failures_in_a_row: 0,
+            fixed_shape: device.is_cuda(),
+        };
+        let (sender, batches) = sync_channel(BATCHES_AHEAD);
+        let thread = std::thread::Builder::new()
+            .name("m6-pack".into())
+            .spawn(move || packing.run(&sender))
+            .map_err(|error| Error::Usage(format!("no thread for packing batches: {error}")))?;
+        Ok(Self {
+            batches: Some(batches),
+            thread: Some(thread),
+            position: ordinal,
+            failures: 0,
             waited: Duration::ZERO,
         })
     }
@@ -56,34 +85,72 @@ impl Feed {
         self.failures
     }
 
-    /// Time spent waiting for examples since the last call.
+    /// Time spent waiting for batches since the last call.
     pub fn take_waited(&mut self) -> Duration {
         std::mem::take(&mut self.waited)
     }
 
-    /// The next batch, on `device`. Samples that cannot be used are named on stderr, counted and left out.
+    /// The next batch, on `device`.
     ///
     /// # Errors
-    /// When too many samples in a row cannot be used.
+    /// When too many samples in a row cannot be used, or the device has no memory.
     pub fn next_batch(&mut self, device: Device) -> Result<Batch> {
-        if let Some((ordinal, example)) = self.pending.take() {
-            self.position = ordinal + 1;
-            let _ = self.packer.push(example);
+        let asked = Instant::now();
+        let received = self.batches.as_ref().and_then(|batches| batches.recv().ok());
+        self.waited += asked.elapsed();
+        let packed = received.ok_or_else(|| Error::Usage("the packing thread has stopped".into()))??;
+        self.position = packed.position;
+        self.failures = packed.failures;
+        packed.batch.upload(device)
+    }
+}
+
+impl Drop for Feed {
+    fn drop(&mut self) {
+        self.batches = None;
+        if let Some(thread) = self.thread.take() {
+            // A panic there has already been reported as a stream that stopped.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Packing {
+    loader: Loader<Result<Example>>,
+    packer: Packer,
+    pending: Option<Example>,
+    failures: u64,
+    failures_in_a_row: u64,
+    fixed_shape: bool,
+}
+
+impl Packing {
+    fn run(&mut self, sender: &SyncSender<Result<Packed>>) {
+        loop {
+            let packed = self.next();
+            let failed = packed.is_err();
+            if sender.send(packed).is_err() || failed {
+                return;
+            }
+        }
+    }
+
+    /// Samples that cannot be used are named on stderr, counted and left out.
+    fn next(&mut self) -> Result<Packed> {
+        if let Some(example) = self.pending.take() {
+            self.pending = self.packer.push(example);
         }
         loop {
-            let asked = Instant::now();
             let (ordinal, made) =
                 self.loader.next().ok_or_else(|| Error::Usage("the loader has stopped".into()))??;
-            self.waited += asked.elapsed();
             match made {
                 Ok(example) => {
                     self.failures_in_a_row = 0;
                     if let Some(left) = self.packer.push(example) {
-                        self.pending = Some((ordinal, left));
-                        self.position = ordinal;
-                        return self.packer.finish(device);
+                        self.pending = Some(left);
+                        let batch = self.packer.finish_host(self.fixed_shape)?;
+                        return Ok(Packed { batch, position: ordinal, failures: self.failures });
                     }
-                    self.position = ordinal + 1;
                 }
                 Err(error) => self.count_failure(error)?,
             }

@@ -121,6 +121,9 @@ impl Trainer {
         let validation =
             config.validation.as_ref().map(|v| Validation::open(&config, v, &run, &model)).transpose()?;
 
+        if let Some(dir) = &config.init {
+            model.load_weights(dir)?;
+        }
         let mut optimizer = AdamW::new(&model.params, config.optimizer);
         let mut ema = Ema::new(&model.params, config.ema);
         let checkpoints = Checkpoints::new(run.checkpoints(), config.keep)?;
@@ -165,7 +168,8 @@ impl Trainer {
         };
         let transformer = &self.model.transformer;
         let packer = Packer::new(transformer.vocab(), transformer.positions(), plan.tokens);
-        let mut feed = Feed::start(self.source.clone(), self.position, self.config.data.workers, packer)?;
+        let mut feed =
+            Feed::start(self.source.clone(), self.position, self.config.data.workers, packer, self.device)?;
         let mut window = Window::new(self.device);
         while self.step < plan.steps && !stop.requested() {
             self.optimizer.zero_grad()?;
