@@ -197,7 +197,7 @@ mod tests {
                 _ => sequence.codes(&[*code], place as i64 - 1),
             }
         }
-        cache.step(transformer, &sequence.to_device(Device::Cpu)).unwrap()
+        cache.step(transformer, &sequence.to_device(Device::Cpu).unwrap()).unwrap()
     }
 
     #[test]

@@ -269,7 +269,7 @@ mod tests {
                     0 => tokens.begin_of_image(),
                     _ => tokens.codes(&[codes[place - 1]], place as i64 - 1),
                 }
-                last = cache.step(transformer, &tokens.to_device(Device::Cpu)).unwrap();
+                last = cache.step(transformer, &tokens.to_device(Device::Cpu).unwrap()).unwrap();
             }
             transformer.code_logits(&last).narrow(1, 0, transformer.vocab().codes)
         };
