@@ -1,5 +1,7 @@
 //! Which texts of a sample are its captions: chosen by config, in several languages, with weights.
 
+use std::fmt;
+
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -108,8 +110,15 @@ impl CaptionFields {
         if present {
             return Ok(found);
         }
-        let wanted: Vec<String> = self.0.iter().map(CaptionField::name).collect();
-        Err(sample.error(format!("has none of the caption fields {}", wanted.join(", "))))
+        Err(sample.error(format!("has none of the caption fields {self}")))
+    }
+}
+
+impl fmt::Display for CaptionFields {
+    /// The fields' names, such as `.txt, .json en`.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names: Vec<String> = self.0.iter().map(CaptionField::name).collect();
+        f.write_str(&names.join(", "))
     }
 }
 

@@ -74,6 +74,14 @@ pub enum DataError {
     /// Encoding, decoding or training failed.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// A vocabulary too small to be trained.
+    #[error("tokenizer: vocab_size = {size}, expected at least {smallest} (one a byte)")]
+    VocabSize {
+        /// The size asked for.
+        size: usize,
+        /// The smallest.
+        smallest: usize,
+    },
     /// A data set that cannot be walked in random order.
     #[error("sample order over {len} samples: expected 1 to {}", u32::MAX)]
     Order {

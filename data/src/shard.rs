@@ -42,10 +42,14 @@ impl ShardSet {
     /// (`data/train-{000000..000017}.tar`), in the order given.
     ///
     /// # Errors
-    /// A pattern without a match, a shard that cannot be read, or one that holds no sample. Damage that leaves some
+    /// No pattern, a pattern without a match, a shard that cannot be read, or one that holds no sample. Damage that leaves some
     /// samples whole is reported by [`ShardSet::warnings`] instead.
     pub fn open(patterns: &[String]) -> Result<Self> {
         let mut set = Self { shards: Vec::new(), samples: Vec::new(), warnings: Vec::new(), bytes: 0 };
+        if patterns.is_empty() {
+            let reason = "no files given, expected at least one".to_owned();
+            return Err(DataError::Pattern { pattern: String::new(), reason });
+        }
         for pattern in patterns {
             for path in resolve(pattern)? {
                 set.add(path)?;

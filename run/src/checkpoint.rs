@@ -134,6 +134,11 @@ impl Checkpoints {
     }
 }
 
+/// Whether `dir` holds a checkpoint, whole or not.
+pub(crate) fn exists(dir: &Path) -> Result<bool> {
+    Ok(!list(dir, PREFIX)?.is_empty() || !list(dir, OLD_PREFIX)?.is_empty())
+}
+
 /// Step and folder of the newest checkpoint in `dir` after [`verify`], or `None` if there is none yet.
 ///
 /// # Errors

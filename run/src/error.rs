@@ -53,6 +53,14 @@ pub enum RunError {
     /// A new run was to start in a folder that holds one.
     #[error("{} already holds a run; resume it or choose another folder", .0.display())]
     RunExists(PathBuf),
+    /// A run was to go on with another config than it was started with.
+    #[error("{} was started with another `{key}`; choose another `run` folder or restore the value", run.display())]
+    OtherConfig {
+        /// The run folder.
+        run: PathBuf,
+        /// First key that differs.
+        key: String,
+    },
     /// A run was to be opened where there is none.
     #[error("{} holds no run: it has no config.toml", .0.display())]
     NoRun(PathBuf),

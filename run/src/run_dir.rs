@@ -1,10 +1,15 @@
 //! The folder of one training run.
 
+use std::collections::BTreeSet;
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
 
+use toml::{Table, Value};
+
 use crate::atomic::write_atomic;
+use crate::checkpoint;
+use crate::config::load;
 use crate::error::{IoContext, Result, RunError};
 
 const CONFIG: &str = "config.toml";
@@ -41,7 +46,7 @@ impl RunDir {
     ///
     /// # Errors
     /// When the folder holds a run, is in use by another process, or is not writable.
-    pub fn create(path: impl AsRef<Path>, config: &toml::Table) -> Result<Self> {
+    pub fn create(path: impl AsRef<Path>, config: &Table) -> Result<Self> {
         let path = path.as_ref();
         fs::create_dir_all(path).context("create run folder", path)?;
         let lock = lock(path)?;
@@ -67,6 +72,28 @@ impl RunDir {
             return Err(RunError::NoRun(path.to_owned()));
         }
         Ok(Self { path: path.to_owned(), _lock: lock(path)? })
+    }
+
+    /// Takes up the run in `path`, or starts one if there is none or it has not come to a checkpoint. A run goes on
+    /// with the config that it was started with; only `free_keys` (such as `data.workers`) may differ.
+    ///
+    /// # Errors
+    /// When another key differs, or the folder is in use by another process, or is not writable.
+    pub fn open_or_create(path: impl AsRef<Path>, config: &Table, free_keys: &[&str]) -> Result<Self> {
+        let path = path.as_ref();
+        if !Self::exists(path) {
+            return Self::create(path, config);
+        }
+        let run = Self::open(path)?;
+        if !checkpoint::exists(&run.checkpoints())? {
+            write_atomic(run.config(), config.to_string().as_bytes())?;
+            return Ok(run);
+        }
+        let stored = load::<Table>(run.config(), &[])?.table;
+        match first_difference(&stored, config, "", free_keys) {
+            None => Ok(run),
+            Some(key) => Err(RunError::OtherConfig { run: path.to_owned(), key }),
+        }
     }
 
     /// The folder itself.
@@ -104,6 +131,21 @@ impl RunDir {
     pub fn checkpoints(&self) -> PathBuf {
         self.path.join(CHECKPOINTS)
     }
+}
+
+/// The first key that has another value in `b` than in `a`, except `free_keys` and what is inside of them.
+fn first_difference(a: &Table, b: &Table, prefix: &str, free_keys: &[&str]) -> Option<String> {
+    let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
+    keys.into_iter().find_map(|name| {
+        let key = format!("{prefix}{name}");
+        match (a.get(name), b.get(name)) {
+            _ if free_keys.contains(&key.as_str()) => None,
+            (Some(Value::Table(a)), Some(Value::Table(b))) => {
+                first_difference(a, b, &format!("{key}."), free_keys)
+            }
+            (a, b) => (a != b).then_some(key),
+        }
+    })
 }
 
 /// Locks the folder for this process and leaves its number for the message that another one will show.
@@ -163,6 +205,22 @@ mod tests {
         assert!(error.contains("already holds a run"), "{error}");
         drop(RunDir::open(dir.path()).unwrap());
         RunDir::open(dir.path()).unwrap();
+    }
+
+    #[test]
+    fn a_run_with_a_checkpoint_goes_on_with_its_own_config() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = |config: Table| RunDir::open_or_create(dir.path(), &config, &["log", "data.workers"]);
+        run(toml::toml! { steps = 3 }).unwrap();
+        let first = run(toml::toml! { steps = 4 data = { workers = 1, seed = 1 } }).unwrap();
+        assert!(fs::read_to_string(first.config()).unwrap().contains("steps = 4"));
+        fs::create_dir(first.checkpoints().join("step-00000001")).unwrap();
+        drop(first);
+        run(toml::toml! { steps = 4 log = 7 data = { workers = 2, seed = 1 } }).unwrap();
+        let error = run(toml::toml! { steps = 4 data = { seed = 2 } }).unwrap_err().to_string();
+        assert!(error.contains("was started with another `data.seed`; choose"), "{error}");
+        let error = run(toml::toml! { steps = 4 }).unwrap_err().to_string();
+        assert!(error.contains("was started with another `data`; choose"), "{error}");
     }
 
     #[test]

@@ -22,6 +22,26 @@ pub struct AdamWConfig {
     pub weight_decay: f64,
 }
 
+impl AdamWConfig {
+    /// What is wrong with these settings, in one line naming the key.
+    ///
+    /// # Errors
+    /// When a value is out of its range.
+    pub fn validate(&self) -> std::result::Result<(), String> {
+        for (key, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            if !(0.0..1.0).contains(&value) {
+                return Err(format!("{key} = {value}: expected 0 <= {key} < 1"));
+            }
+        }
+        for (key, value) in [("eps", self.eps), ("weight_decay", self.weight_decay)] {
+            if !(value >= 0.0 && value.is_finite()) {
+                return Err(format!("{key} = {value}: expected 0 or more"));
+            }
+        }
+        Ok(())
+    }
+}
+
 impl Default for AdamWConfig {
     fn default() -> Self {
         Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.05 }

@@ -23,14 +23,6 @@ pub enum VqganError {
         /// The value found and what was expected.
         message: String,
     },
-    /// A run was to go on with another config than it was started with.
-    #[error("{} was started with another `{key}`; choose another `run` folder or restore the value", run.display())]
-    OtherConfig {
-        /// The run folder.
-        run: PathBuf,
-        /// First key that differs.
-        key: String,
-    },
     /// A model folder's file is missing, malformed or does not fit.
     #[error("{}: {reason}", path.display())]
     Model {

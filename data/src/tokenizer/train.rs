@@ -18,9 +18,7 @@ const BYTES: usize = 256;
 /// `vocab_size` is below 256.
 pub fn train_bpe(texts: impl Iterator<Item = String> + Send, vocab_size: usize) -> Result<Tokenizer> {
     if vocab_size < BYTES {
-        return Err(DataError::Tokenizer(format!(
-            "vocab_size = {vocab_size}, expected at least {BYTES} (one a byte)"
-        )));
+        return Err(DataError::VocabSize { size: vocab_size, smallest: BYTES });
     }
     let fail = |e: tokenizers::Error| DataError::Tokenizer(e.to_string());
     let untrained = byte_level_bpe(json!({}), json!([]), json!([]));

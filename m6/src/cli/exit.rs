@@ -39,7 +39,7 @@ fn is_wrong_use(error: &Error) -> bool {
         Error::Runtime(error) => is_wrong_device(error),
         Error::Data(error) => is_wrong_data_setting(error),
         Error::Vqgan(error) => match error {
-            VqganError::Config { .. } | VqganError::OtherConfig { .. } => true,
+            VqganError::Config { .. } => true,
             VqganError::Run(error) => is_wrong_config(error),
             VqganError::Runtime(error) => is_wrong_device(error),
             VqganError::Data(error) => is_wrong_data_setting(error),
@@ -50,7 +50,13 @@ fn is_wrong_use(error: &Error) -> bool {
 }
 
 fn is_wrong_config(error: &RunError) -> bool {
-    matches!(error, RunError::ConfigSyntax { .. } | RunError::ConfigKey { .. } | RunError::Override { .. })
+    matches!(
+        error,
+        RunError::ConfigSyntax { .. }
+            | RunError::ConfigKey { .. }
+            | RunError::Override { .. }
+            | RunError::OtherConfig { .. }
+    )
 }
 
 fn is_wrong_device(error: &RuntimeError) -> bool {
@@ -58,7 +64,13 @@ fn is_wrong_device(error: &RuntimeError) -> bool {
 }
 
 fn is_wrong_data_setting(error: &DataError) -> bool {
-    matches!(error, DataError::Pattern { .. } | DataError::CaptionField { .. } | DataError::Transform { .. })
+    matches!(
+        error,
+        DataError::Pattern { .. }
+            | DataError::CaptionField { .. }
+            | DataError::Transform { .. }
+            | DataError::VocabSize { .. }
+    )
 }
 
 /// The first line of a panic's message. tch panics with the debug form of libtorch's report, in which line ends are

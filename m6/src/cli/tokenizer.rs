@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use m6::train::texts;
 use m6::{Error, Result};
 use m6_data::{ShardSet, train_bpe};
 use m6_run::Task;
@@ -53,11 +54,7 @@ impl TrainArgs {
         output::check_writable(&self.out)?;
         let shards = ShardSet::open(&self.shards)?;
         let mut task = Task::new("read captions", shards.len() as u64, "samples");
-        let mut texts = Vec::new();
-        for index in 0..shards.len() {
-            texts.extend(fields.all(&shards.sample(index)?)?.into_iter().map(|caption| caption.text));
-            task.advance(1);
-        }
+        let texts = texts(&shards, &[&fields], || task.advance(1))?;
         task.finish();
         let count = texts.len();
         let tokenizer = train_bpe(texts.into_iter(), self.vocab_size)?;

@@ -5,52 +5,89 @@ use std::path::Path;
 
 use m6_runtime::device::{rng_state, set_rng_state};
 use m6_runtime::optim::{AdamW, Ema};
-use m6_runtime::{Params, read_tensors, write_tensors};
+use m6_runtime::{RuntimeError, read_tensors, write_tensors};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use super::feed::Place;
+use super::window::Window;
 use crate::error::{Error, Result};
+use crate::model::{Model, ModelInfo};
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
 const EMA: &str = "ema.safetensors";
+const WINDOW: &str = "window.safetensors";
 const RNG: &str = "rng.safetensors";
 const STATE: &str = "state.json";
 
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct State {
-    /// Ordinal of the next example.
-    position: u64,
+    place: Place,
+    /// Hash of the text tokenizer.
+    tokenizer: String,
+    /// Hash of the image tokenizer's weights.
+    vqgan: String,
 }
 
 /// Writes a checkpoint into an empty folder.
-pub(super) fn write(dir: &Path, params: &Params, optimizer: &AdamW, ema: &Ema, position: u64) -> Result<()> {
-    params.save(&dir.join(MODEL), Kind::Float)?;
+pub(super) fn write(
+    dir: &Path,
+    model: &Model,
+    optimizer: &AdamW,
+    ema: &Ema,
+    window: &Window,
+    place: Place,
+) -> Result<()> {
+    model.params.save(&dir.join(MODEL), Kind::Float)?;
     write_tensors(&dir.join(OPTIMIZER), &optimizer.state())?;
     write_tensors(&dir.join(EMA), &ema.state())?;
+    write_tensors(&dir.join(WINDOW), &window.state())?;
     let mut rng = vec![("cpu".to_string(), rng_state(Device::Cpu)?)];
-    if params.device().is_cuda() {
-        rng.push(("cuda".to_string(), rng_state(params.device())?));
+    if model.params.device().is_cuda() {
+        rng.push(("cuda".to_string(), rng_state(model.params.device())?));
     }
     write_tensors(&dir.join(RNG), &rng)?;
-    let text = serde_json::to_string(&State { position }).expect("numbers become JSON");
+    let ModelInfo { tokenizer, vqgan, .. } = model.info.clone();
+    let text = serde_json::to_string(&State { place, tokenizer, vqgan }).expect("plain values become JSON");
     fs::write(dir.join(STATE), text).map_err(|error| Error::file(&dir.join(STATE), error))
 }
 
-/// Reads what [`write`] wrote; returns the ordinal of the next example.
-pub(super) fn read(dir: &Path, params: &Params, optimizer: &mut AdamW, ema: &mut Ema) -> Result<u64> {
-    params.load(&dir.join(MODEL), Kind::Float)?;
+/// Reads what [`write`] wrote.
+///
+/// # Errors
+/// When a file does not fit the model, or the model has other tokenizers than it was trained with.
+pub(super) fn read(
+    dir: &Path,
+    model: &Model,
+    optimizer: &mut AdamW,
+    ema: &mut Ema,
+    window: &mut Window,
+) -> Result<Place> {
     let at = |name: &str| dir.join(name);
-    let named = |path: &Path, error| Error::file(path, error);
-    optimizer.load_state(read_tensors(&at(OPTIMIZER))?).map_err(|error| named(&at(OPTIMIZER), error))?;
-    ema.load_state(read_tensors(&at(EMA))?).map_err(|error| named(&at(EMA), error))?;
-    for (name, state) in read_tensors(&at(RNG))? {
-        restore_rng(&name, &state, params.device())?;
-    }
     let text = fs::read_to_string(at(STATE)).map_err(|error| Error::file(&at(STATE), error))?;
     let state: State = serde_json::from_str(&text).map_err(|error| Error::file(&at(STATE), error))?;
-    Ok(state.position)
+    for (what, found, expected) in [
+        ("text tokenizer", &model.info.tokenizer, &state.tokenizer),
+        ("image tokenizer", &model.info.vqgan, &state.vqgan),
+    ] {
+        if found != expected {
+            let problem = format!(
+                "the run's {what} (hash {found}) is not the one that it was started with ({expected})"
+            );
+            return Err(Error::file(dir, problem));
+        }
+    }
+    model.params.load(&at(MODEL), Kind::Float)?;
+    let named = |name: &str, error: RuntimeError| Error::file(&at(name), error);
+    optimizer.load_state(read_tensors(&at(OPTIMIZER))?).map_err(|error| named(OPTIMIZER, error))?;
+    ema.load_state(read_tensors(&at(EMA))?).map_err(|error| named(EMA, error))?;
+    window.load_state(read_tensors(&at(WINDOW))?).map_err(|error| named(WINDOW, error))?;
+    for (name, state) in read_tensors(&at(RNG))? {
+        restore_rng(&name, &state, model.params.device())?;
+    }
+    Ok(state.place)
 }
 
 /// A run may go on on another kind of device; then there is no state for it, and its stream starts from the seed.

@@ -6,7 +6,7 @@ use m6_runtime::optim::AdamWConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
-use crate::generate::Sampling;
+use crate::generate::{DrawRequest, Sampling};
 use crate::model::ModelConfig;
 use crate::objectives::{DataConfig, TasksConfig};
 
@@ -114,6 +114,14 @@ pub struct SamplesConfig {
     pub sampling: Sampling,
 }
 
+impl SamplesConfig {
+    /// What to draw.
+    pub fn request(&self, seed: u64) -> DrawRequest {
+        let Self { prompts, count, guidance, sampling, .. } = self.clone();
+        DrawRequest { prompts, count, seed, sampling, guidance }
+    }
+}
+
 impl TrainConfig {
     /// Finds what no single key shows to be wrong.
     ///
@@ -125,13 +133,18 @@ impl TrainConfig {
         self.tasks.validate().map_err(Error::Usage)?;
         let positive = [
             ("schedule.steps", self.schedule.steps),
+            ("schedule.tokens", self.schedule.tokens as u64),
             ("schedule.accumulation", self.schedule.accumulation),
             ("log_every", self.log_every),
             ("checkpoint_every", self.checkpoint_every),
             ("data.code_views", self.data.code_views as u64),
             ("data.workers", self.data.workers as u64),
         ];
-        if let Some((key, _)) = positive.iter().find(|(_, value)| *value == 0) {
+        let validation = self.validation.iter().map(|v| ("validation.examples", v.examples));
+        let samples = self.samples.iter().map(|s| ("samples.count", s.count as u64));
+        if let Some((key, _)) =
+            positive.into_iter().chain(validation).chain(samples).find(|(_, value)| *value == 0)
+        {
             return usage(format!("{key} = 0: expected 1 or more"));
         }
         if self.tokenizer.file.is_some() == self.tokenizer.train.is_some() {
@@ -140,8 +153,20 @@ impl TrainConfig {
         if !(0.0..1.0).contains(&self.ema) {
             return usage(format!("ema = {}: expected 0 <= ema < 1", self.ema));
         }
-        if !(self.schedule.lr > 0.0 && self.schedule.clip > 0.0) {
-            return usage("schedule.lr, schedule.clip: expected positive numbers".into());
+        for (key, value) in [("lr", self.schedule.lr), ("clip", self.schedule.clip)] {
+            if !(value > 0.0 && value.is_finite()) {
+                return usage(format!("schedule.{key} = {value}: expected a positive number"));
+            }
+        }
+        if !(0.0..=1.0).contains(&self.schedule.min_ratio) {
+            return usage(format!("schedule.min_ratio = {}: expected 0 to 1", self.schedule.min_ratio));
+        }
+        self.optimizer.validate().map_err(|problem| Error::Usage(format!("optimizer.{problem}")))?;
+        if let Some(samples) = &self.samples {
+            samples
+                .request(self.seed)
+                .validate()
+                .map_err(|error| Error::Usage(format!("samples: {error}")))?;
         }
         Ok(())
     }

@@ -5,60 +5,64 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use m6_data::{DataError, Loader};
+use m6_data::Loader;
+use serde::{Deserialize, Serialize};
 use tch::Device;
 
 use super::batch::{Batch, HostBatch, Packer};
+use super::skipped::Skipped;
 use crate::error::{Error, Result};
 use crate::objectives::{Example, ExampleSource};
 
-/// Samples that may fail one after the other before the data set is taken to be broken.
-const MAX_FAILURES_IN_A_ROW: u64 = 100;
-/// Failures that are named; later ones are only counted.
-const NAMED_FAILURES: u64 = 10;
 /// Examples that each worker makes ahead.
 const EXAMPLES_AHEAD: usize = 64;
 /// Batches that are packed ahead.
 const BATCHES_AHEAD: usize = 2;
+
+/// Where in its data a run is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Place {
+    /// Ordinal of the first example that is in none of the batches so far.
+    pub position: u64,
+    /// Samples that could not be used so far.
+    pub skipped: u64,
+}
 
 /// Batches of examples in the order of the run.
 pub struct Feed {
     /// Emptied on drop, which makes the packing thread's next send fail.
     batches: Option<Receiver<Result<Packed>>>,
     thread: Option<JoinHandle<()>>,
-    position: u64,
-    failures: u64,
+    place: Place,
     waited: Duration,
 }
 
-/// A batch with the state of the stream after it.
+/// A batch and where the run is after it.
 struct Packed {
     batch: HostBatch,
-    /// Ordinal of the first example that is in none of the batches so far.
-    position: u64,
-    /// Samples that could not be used so far.
-    failures: u64,
+    place: Place,
 }
 
 impl Feed {
-    /// Starts at `ordinal` of the run with `workers` threads that make examples, and one that packs them.
+    /// Starts at `place` in the run with `workers` threads that make examples, and one that packs them.
     ///
     /// # Errors
     /// When the system refuses a thread.
     pub fn start(
         source: Arc<ExampleSource>,
-        ordinal: u64,
+        place: Place,
         workers: usize,
         packer: Packer,
         device: Device,
     ) -> Result<Self> {
-        let loader = Loader::start(ordinal, workers, EXAMPLES_AHEAD * workers, move |at| source.example(at))?;
+        let ahead = EXAMPLES_AHEAD * workers;
+        let loader = Loader::start(place.position, workers, ahead, move |at| source.example(at))?;
         let mut packing = Packing {
             loader,
             packer,
             pending: None,
-            failures: 0,
-            failures_in_a_row: 0,
+            skipped: Skipped::resume(place.skipped),
             fixed_shape: device.is_cuda(),
         };
         let (sender, batches) = sync_channel(BATCHES_AHEAD);
@@ -66,23 +70,12 @@ impl Feed {
             .name("m6-pack".into())
             .spawn(move || packing.run(&sender))
             .map_err(|error| Error::Usage(format!("no thread for packing batches: {error}")))?;
-        Ok(Self {
-            batches: Some(batches),
-            thread: Some(thread),
-            position: ordinal,
-            failures: 0,
-            waited: Duration::ZERO,
-        })
+        Ok(Self { batches: Some(batches), thread: Some(thread), place, waited: Duration::ZERO })
     }
 
-    /// Ordinal of the first example that is in none of the batches so far: where a resumed run starts.
-    pub fn position(&self) -> u64 {
-        self.position
-    }
-
-    /// Samples that could not be used so far.
-    pub fn failures(&self) -> u64 {
-        self.failures
+    /// Where a run that is resumed after the batches so far starts.
+    pub fn place(&self) -> Place {
+        self.place
     }
 
     /// Time spent waiting for batches since the last call.
@@ -99,8 +92,7 @@ impl Feed {
         let received = self.batches.as_ref().and_then(|batches| batches.recv().ok());
         self.waited += asked.elapsed();
         let packed = received.ok_or_else(|| Error::Usage("the packing thread has stopped".into()))??;
-        self.position = packed.position;
-        self.failures = packed.failures;
+        self.place = packed.place;
         packed.batch.upload(device)
     }
 }
@@ -119,8 +111,7 @@ struct Packing {
     loader: Loader<Result<Example>>,
     packer: Packer,
     pending: Option<Example>,
-    failures: u64,
-    failures_in_a_row: u64,
+    skipped: Skipped,
     fixed_shape: bool,
 }
 
@@ -143,32 +134,13 @@ impl Packing {
         loop {
             let (ordinal, made) =
                 self.loader.next().ok_or_else(|| Error::Usage("the loader has stopped".into()))??;
-            match made {
-                Ok(example) => {
-                    self.failures_in_a_row = 0;
-                    if let Some(left) = self.packer.push(example) {
-                        self.pending = Some(left);
-                        let batch = self.packer.finish_host(self.fixed_shape)?;
-                        return Ok(Packed { batch, position: ordinal, failures: self.failures });
-                    }
-                }
-                Err(error) => self.count_failure(error)?,
+            let Some(example) = self.skipped.check(made)? else { continue };
+            if let Some(left) = self.packer.push(example) {
+                self.pending = Some(left);
+                let batch = self.packer.finish_host(self.fixed_shape)?;
+                let place = Place { position: ordinal, skipped: self.skipped.count() };
+                return Ok(Packed { batch, place });
             }
         }
-    }
-
-    fn count_failure(&mut self, error: Error) -> Result<()> {
-        if !matches!(error, Error::Data(DataError::Sample { .. })) {
-            return Err(error);
-        }
-        self.failures += 1;
-        self.failures_in_a_row += 1;
-        if self.failures <= NAMED_FAILURES {
-            eprintln!("m6: skipped: {error}");
-        }
-        if self.failures_in_a_row == MAX_FAILURES_IN_A_ROW {
-            return Err(error);
-        }
-        Ok(())
     }
 }

@@ -6,6 +6,8 @@ mod codes;
 mod config;
 mod feed;
 mod loss;
+mod skipped;
+mod texts;
 mod validation;
 mod window;
 
@@ -24,17 +26,30 @@ pub use batch::{Batch, Packer, Targets};
 pub use codes::{CodeRecipe, CodeTable};
 pub use config::{SamplesConfig, ScheduleConfig, TokenizerConfig, TrainConfig, ValidationConfig};
 pub use loss::{Losses, losses};
+pub use texts::texts;
 
 use crate::error::{Error, Result};
-use crate::generate::{DrawRequest, draw, rows_grid};
+use crate::generate::{draw, rows_grid};
 use crate::model::{Mode, Model};
 use crate::objectives::{ExampleSource, ModelView, Task};
-use feed::Feed;
+use feed::{Feed, Place};
 use validation::Validation;
 use window::Window;
 
 const TOKENIZER: &str = "tokenizer.json";
 const MODEL: &str = "model";
+/// Keys that may change when a run goes on: they do not touch what it computes, or are checked on their own.
+const FREE_KEYS: [&str; 9] = [
+    "run",
+    "device",
+    "vqgan",
+    "log_every",
+    "checkpoint_every",
+    "keep",
+    "data.workers",
+    "validation",
+    "samples",
+];
 
 /// What a run came to.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -47,19 +62,14 @@ pub struct Outcome {
     pub step: u64,
 }
 
-/// Trains as the config says; a run folder that holds a run is taken up from its newest checkpoint.
+/// Trains as the config says; a run folder that holds checkpoints is taken up from the newest.
 ///
 /// # Errors
 /// When a setting is wrong, data or tokenizers cannot be read, a file cannot be written, or the loss is no number.
 pub fn run(config_path: &Path, overrides: &[String]) -> Result<Outcome> {
     let loaded = m6_run::config::load::<TrainConfig>(config_path, overrides)?;
     loaded.config.validate()?;
-    let resumes = RunDir::exists(&loaded.config.run);
-    let run = if resumes {
-        RunDir::open(&loaded.config.run)?
-    } else {
-        RunDir::create(&loaded.config.run, &loaded.table)?
-    };
+    let run = RunDir::open_or_create(&loaded.config.run, &loaded.table, &FREE_KEYS)?;
     Trainer::start(loaded.config, run)?.train()
 }
 
@@ -75,8 +85,9 @@ struct Trainer {
     checkpoints: Checkpoints,
     log: MetricLog,
     progress: Progress,
+    window: Window,
     step: u64,
-    position: u64,
+    place: Place,
 }
 
 impl Trainer {
@@ -84,12 +95,14 @@ impl Trainer {
         let device = device(&config.device)?;
         set_tf32(true)?;
         tch::manual_seed(config.seed as i64);
+        let checkpoints = Checkpoints::new(run.checkpoints(), config.keep)?;
+        let resumed = checkpoints.latest()?;
         let shards = ShardSet::open(&config.data.shards)?;
         for warning in shards.warnings() {
             eprintln!("m6: {warning}");
         }
         let vqgan = Vqgan::load(&config.vqgan, device)?;
-        let tokenizer = open_tokenizer(&config, &run, &shards)?;
+        let tokenizer = open_tokenizer(&config, &run, &shards, resumed.is_some())?;
         let codes = if config.tasks.weight(Task::TextToImage) > 0.0 {
             let recipe = CodeRecipe {
                 shards: &shards,
@@ -126,12 +139,13 @@ impl Trainer {
         }
         let mut optimizer = AdamW::new(&model.params, config.optimizer);
         let mut ema = Ema::new(&model.params, config.ema);
-        let checkpoints = Checkpoints::new(run.checkpoints(), config.keep)?;
-        let (mut step, mut position) = (0, 0);
-        if let Some((saved, dir)) = checkpoints.latest()? {
-            position = checkpoint::read(&dir, &model.params, &mut optimizer, &mut ema)?;
-            step = saved;
-        }
+        let mut window = Window::new(device);
+        let (step, place) = match &resumed {
+            Some((step, dir)) => {
+                (*step, checkpoint::read(dir, &model, &mut optimizer, &mut ema, &mut window)?)
+            }
+            None => (0, Place::default()),
+        };
         let log = MetricLog::open(&run, (step > 0).then_some(step))?;
         let progress = Progress::new(config.schedule.steps, step);
         progress.note(&format!(
@@ -152,8 +166,9 @@ impl Trainer {
             checkpoints,
             log,
             progress,
+            window,
             step,
-            position,
+            place,
         })
     }
 
@@ -169,24 +184,23 @@ impl Trainer {
         let transformer = &self.model.transformer;
         let packer = Packer::new(transformer.vocab(), transformer.positions(), plan.tokens);
         let mut feed =
-            Feed::start(self.source.clone(), self.position, self.config.data.workers, packer, self.device)?;
-        let mut window = Window::new(self.device);
+            Feed::start(self.source.clone(), self.place, self.config.data.workers, packer, self.device)?;
         while self.step < plan.steps && !stop.requested() {
             self.optimizer.zero_grad()?;
             for _ in 0..plan.accumulation {
                 let batch = feed.next_batch(self.device)?;
                 let losses = losses(&self.model.transformer, &batch, Mode::Train)?;
                 (&losses.total / plan.accumulation as f64).backward();
-                window.add(&losses, &batch);
+                self.window.add(&losses, &batch);
             }
             let grad_norm = self.optimizer.clip_grad_norm(plan.clip)?;
             let lr = schedule.at(self.step);
             self.optimizer.step(lr, &grad_norm)?;
             self.ema.update(self.step)?;
             self.step += 1;
-            self.position = feed.position();
+            self.place = feed.place();
             if self.due(self.config.log_every) {
-                self.report(&mut window, &mut feed, lr, &grad_norm)?;
+                self.report(&mut feed, lr, &grad_norm)?;
             }
             self.look_at_the_model()?;
             if self.due(self.config.checkpoint_every) || self.step == plan.steps {
@@ -209,8 +223,8 @@ impl Trainer {
         every > 0 && self.step.is_multiple_of(every)
     }
 
-    fn report(&mut self, window: &mut Window, feed: &mut Feed, lr: f64, grad_norm: &Tensor) -> Result<()> {
-        let report = window.read(grad_norm)?;
+    fn report(&mut self, feed: &mut Feed, lr: f64, grad_norm: &Tensor) -> Result<()> {
+        let report = self.window.read(grad_norm)?;
         if !report.loss.is_finite() {
             let problem = format!("the loss is {} at step {} (lr {lr:.2e})", report.loss, self.step);
             return Err(Error::file(self.run.path(), problem));
@@ -224,7 +238,7 @@ impl Trainer {
             ("grad_norm".into(), report.grad_norm),
             ("tokens_per_s".into(), rate),
             ("data_wait".into(), feed.take_waited().as_secs_f64() / report.seconds),
-            ("skipped_samples".into(), feed.failures() as f64),
+            ("skipped_samples".into(), self.place.skipped as f64),
             ("memory_peak_bytes".into(), memory(self.device)?.peak as f64),
         ];
         row.extend(report.tasks.iter().map(|(task, loss)| (format!("loss/{}", task.name()), *loss)));
@@ -264,43 +278,34 @@ impl Trainer {
     }
 
     fn draw(&self, samples: &SamplesConfig) -> Result<Rgb8> {
-        let request = DrawRequest {
-            prompts: samples.prompts.clone(),
-            count: samples.count,
-            seed: self.config.seed,
-            sampling: samples.sampling,
-            guidance: samples.guidance,
-        };
-        let drawings = draw(&self.model, &request, |_, _| {})?;
+        let drawings = draw(&self.model, &samples.request(self.config.seed), |_, _| {})?;
         Ok(rows_grid(&drawings, samples.count))
     }
 
     fn save(&mut self) -> Result<()> {
-        let (model, optimizer, ema, position) = (&self.model, &self.optimizer, &self.ema, self.position);
+        let Self { model, optimizer, ema, window, place, .. } = &*self;
         self.checkpoints
-            .save(self.step, |dir| checkpoint::write(dir, &model.params, optimizer, ema, position))?;
+            .save(self.step, |dir| checkpoint::write(dir, model, optimizer, ema, window, *place))?;
         Ok(())
     }
 }
 
-/// The run's text tokenizer: the one it started with, else the one of the config.
-fn open_tokenizer(config: &TrainConfig, run: &RunDir, shards: &ShardSet) -> Result<Tokenizer> {
+/// The run's text tokenizer: the one it started with where it is resumed, else the one of the config.
+fn open_tokenizer(
+    config: &TrainConfig,
+    run: &RunDir,
+    shards: &ShardSet,
+    is_resumed: bool,
+) -> Result<Tokenizer> {
     let kept = run.path().join(TOKENIZER);
-    if kept.is_file() {
+    if is_resumed {
         return Ok(Tokenizer::load(&kept)?);
     }
     let tokenizer = match (&config.tokenizer.file, config.tokenizer.train) {
         (Some(file), _) => Tokenizer::load(file)?,
         (None, size) => {
-            let fields = [Some(&config.data.captions), config.data.prompts.as_ref()];
-            let mut texts = Vec::new();
-            for index in 0..shards.len() {
-                let sample = shards.sample(index)?;
-                for fields in fields.into_iter().flatten() {
-                    texts.extend(fields.all(&sample)?.into_iter().map(|caption| caption.text));
-                }
-            }
-            train_bpe(texts.into_iter(), size.unwrap_or_default())?
+            let fields: Vec<_> = [&config.data.captions].into_iter().chain(&config.data.prompts).collect();
+            train_bpe(texts(shards, &fields, || ())?.into_iter(), size.unwrap_or_default())?
         }
     };
     tokenizer.save(&kept)?;

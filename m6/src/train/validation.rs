@@ -10,6 +10,7 @@ use super::batch::Packer;
 use super::codes::{CodeRecipe, CodeTable};
 use super::config::{TrainConfig, ValidationConfig};
 use super::loss::losses;
+use super::skipped::Skipped;
 use crate::error::Result;
 use crate::model::{Mode, Model};
 use crate::objectives::{ExampleSource, ModelView, Task};
@@ -61,13 +62,15 @@ impl Validation {
         Ok(Self { source, tasks, examples: settings.examples, tokens: config.schedule.tokens })
     }
 
-    /// Mean cross-entropy of each task's targets, in nats a token.
+    /// Mean cross-entropy of each task's targets, in nats a token; samples that cannot be used are left out.
     pub(super) fn losses(&self, model: &Model, device: Device) -> Result<Vec<(Task, f64)>> {
         let _guard = tch::no_grad_guard();
-        self.tasks.iter().map(|&task| Ok((task, self.loss_of(model, task, device)?))).collect()
+        let mut skipped = Skipped::default();
+        self.tasks.iter().map(|&task| Ok((task, self.loss_of(model, task, device, &mut skipped)?))).collect()
     }
 
-    fn loss_of(&self, model: &Model, task: Task, device: Device) -> Result<f64> {
+    /// No number where there is no example.
+    fn loss_of(&self, model: &Model, task: Task, device: Device, skipped: &mut Skipped) -> Result<f64> {
         let transformer = &model.transformer;
         let mut packer = Packer::new(transformer.vocab(), transformer.positions(), self.tokens);
         let mut sums = Tensor::zeros([2], (Kind::Float, device));
@@ -78,7 +81,7 @@ impl Validation {
             Ok(())
         };
         for ordinal in 0..self.examples {
-            let mut left = Some(self.source.example_of(ordinal, task)?);
+            let mut left = skipped.check(self.source.example_of(ordinal, task))?;
             while let Some(example) = left.take() {
                 left = packer.push(example);
                 if left.is_some() {
@@ -89,6 +92,6 @@ impl Validation {
         if !packer.is_empty() {
             score(&mut packer)?;
         }
-        Ok(sums.double_value(&[0]) / sums.double_value(&[1]).max(1.0))
+        Ok(sums.double_value(&[0]) / sums.double_value(&[1]))
     }
 }

@@ -1,7 +1,9 @@
 //! Running sums between two reports, kept on the device and read back once.
 
+use std::collections::BTreeMap;
 use std::time::Instant;
 
+use m6_runtime::RuntimeError;
 use tch::{Device, Kind, Tensor};
 
 use super::batch::Batch;
@@ -10,6 +12,13 @@ use crate::error::Result;
 use crate::objectives::Task;
 
 const TASKS: i64 = Task::ALL.len() as i64;
+
+const LOSS: &str = "loss";
+const TASK_SUMS: &str = "task_sums";
+const TASK_COUNTS: &str = "task_counts";
+const EXPERT_LOAD: &str = "expert_load";
+/// Batches, tokens.
+const COUNTS: &str = "counts";
 
 /// Sums since the last report.
 pub(super) struct Window {
@@ -65,6 +74,44 @@ impl Window {
         self.tokens += batch.real as u64;
     }
 
+    /// The sums by name, for a checkpoint.
+    pub(super) fn state(&self) -> Vec<(String, Tensor)> {
+        let counts = Tensor::from_slice(&[self.batches as i64, self.tokens as i64]);
+        let mut state = vec![
+            (LOSS.to_owned(), self.loss.shallow_clone()),
+            (TASK_SUMS.to_owned(), self.task_sums.shallow_clone()),
+            (TASK_COUNTS.to_owned(), self.task_counts.shallow_clone()),
+            (COUNTS.to_owned(), counts),
+        ];
+        state.extend(self.expert_load.as_ref().map(|load| (EXPERT_LOAD.to_owned(), load.shallow_clone())));
+        state
+    }
+
+    /// Takes sums from [`Window::state`].
+    ///
+    /// # Errors
+    /// When one is missing.
+    pub(super) fn load_state(
+        &mut self,
+        state: Vec<(String, Tensor)>,
+    ) -> std::result::Result<(), RuntimeError> {
+        let mut state: BTreeMap<String, Tensor> = state.into_iter().collect();
+        let device = self.device;
+        self.expert_load = state.remove(EXPERT_LOAD).map(|load| load.to_device(device));
+        let mut take = |name: &str| {
+            state.remove(name).ok_or_else(|| RuntimeError::Torch(format!("window: `{name}` is missing")))
+        };
+        self.loss = take(LOSS)?.to_device(device);
+        self.task_sums = take(TASK_SUMS)?.to_device(device);
+        self.task_counts = take(TASK_COUNTS)?.to_device(device);
+        let counts = Vec::<i64>::try_from(take(COUNTS)?).map_err(RuntimeError::from)?;
+        let [batches, tokens] = counts[..] else {
+            return Err(RuntimeError::Torch(format!("window: `{COUNTS}` has {} values", counts.len())));
+        };
+        (self.batches, self.tokens) = (batches as u64, tokens as u64);
+        Ok(())
+    }
+
     /// Reads everything in one copy and starts anew.
     pub(super) fn read(&mut self, grad_norm: &Tensor) -> Result<Report> {
         let spread = self.expert_load.as_ref().map(|load| {
@@ -78,7 +125,7 @@ impl Window {
         let parts: Vec<&Tensor> =
             scalars.iter().chain([&self.task_sums, &self.task_counts]).chain(spread.as_ref()).collect();
         let values = Tensor::cat(&parts, 0).to_device(Device::Cpu).to_kind(Kind::Double);
-        let values = Vec::<f64>::try_from(values).map_err(m6_runtime::RuntimeError::from)?;
+        let values = Vec::<f64>::try_from(values).map_err(RuntimeError::from)?;
         let tasks = TASKS as usize;
         let (sums, counts) = (&values[2..2 + tasks], &values[2 + tasks..2 + 2 * tasks]);
         let report = Report {

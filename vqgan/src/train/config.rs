@@ -159,6 +159,9 @@ impl TrainConfig {
                 return problem(key, "0, expected at least 1".into());
             }
         }
+        if let Err(message) = self.optimizer.validate() {
+            return problem("optimizer", message);
+        }
         let discriminator = self.discriminator.iter().flat_map(|d| {
             [
                 ("discriminator.lr", d.lr, f64::MAX),

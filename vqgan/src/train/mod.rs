@@ -4,7 +4,6 @@ mod config;
 mod critic;
 mod state;
 
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use m6_data::{SampleOrder, ShardSet};
@@ -73,7 +72,7 @@ fn train(
     }
     let shards = ShardSet::open(&config.data.shards)?;
     let validation = validation_pictures(config)?;
-    let run = open_run(config, &loaded.table)?;
+    let run = RunDir::open_or_create(&config.run, &loaded.table, &FREE_KEYS)?;
     let checkpoints = Checkpoints::new(run.checkpoints(), config.keep)?;
     let mut state = State::new(config, device)?;
     let resumed = checkpoints.latest()?;
@@ -98,6 +97,8 @@ fn train(
     let ScheduleConfig { steps, batch, accumulation, clip, .. } = config.schedule;
     let mut images = 0;
     let mut stopped = false;
+    let dir = run.path().join(MODEL_DIR);
+    let mut scores = None;
 
     while step < steps && !stopped {
         tch::manual_seed(named_seed(config.seed, &format!("step {step}")) as i64);
@@ -161,6 +162,10 @@ fn train(
             let report = state.with_averages(|model| validate(model, &validation, step, &mut metrics))?;
             progress.note(&summary(step, &report));
         }
+        if step == steps {
+            // The scores are those of the file, whose weights are rounded.
+            scores = Some(validate(&export(&mut state, &dir)?, &validation, step, &mut metrics)?);
+        }
         stopped = stop(step);
         if step % config.checkpoint_every == 0 || step == steps || stopped {
             checkpoints.save(step, |dir| state.save(dir, pictures.next_ordinal()))?;
@@ -171,41 +176,20 @@ fn train(
         progress.note(&format!("stopped and saved at step {step}; the same command goes on from there"));
         return Ok(TrainOutcome { run: run.path().to_owned(), steps: step, finished: None });
     }
-    let dir = run.path().join(MODEL_DIR);
-    state.with_averages(|model| model.save(&dir, Dtype::Bfloat16))?;
-    // The scores are those of the file, whose weights are rounded.
-    let report = validate(&Vqgan::load(&dir, device)?, &validation, step, &mut metrics)?;
+    let report = match scores {
+        Some(report) => report,
+        // The run had come to its end before, and the scores are in its metrics.
+        None => evaluate(&export(&mut state, &dir)?, &validation)?,
+    };
     progress.note(&summary(step, &report));
     progress.note(&format!("model: {}", dir.display()));
     Ok(TrainOutcome { run: run.path().to_owned(), steps: step, finished: Some((dir, report)) })
 }
 
-/// Opens the run folder, or starts it if it holds no run.
-fn open_run(config: &TrainConfig, table: &toml::Table) -> Result<RunDir> {
-    if !RunDir::exists(&config.run) {
-        return Ok(RunDir::create(&config.run, table)?);
-    }
-    let run = RunDir::open(&config.run)?;
-    let stored = m6_run::config::load::<TrainConfig>(run.config(), &[])?.table;
-    match first_difference(&stored, table, "") {
-        None => Ok(run),
-        Some(key) => Err(VqganError::OtherConfig { run: config.run.clone(), key }),
-    }
-}
-
-/// The first key that has another value in `b` than in `a`, except [`FREE_KEYS`].
-fn first_difference(a: &toml::Table, b: &toml::Table, prefix: &str) -> Option<String> {
-    let keys: BTreeSet<&String> = a.keys().chain(b.keys()).collect();
-    keys.into_iter().find_map(|name| {
-        let key = format!("{prefix}{name}");
-        match (a.get(name), b.get(name)) {
-            _ if FREE_KEYS.contains(&key.as_str()) => None,
-            (Some(toml::Value::Table(a)), Some(toml::Value::Table(b))) => {
-                first_difference(a, b, &format!("{key}."))
-            }
-            (a, b) => (a != b).then_some(key),
-        }
-    })
+/// Writes the averaged model to `dir` in bf16 and reads it back.
+fn export(state: &mut State, dir: &Path) -> Result<Vqgan> {
+    state.with_averages(|model| model.save(dir, Dtype::Bfloat16))?;
+    Vqgan::load(dir, state.model.device())
 }
 
 fn training_stream(config: &TrainConfig, shards: ShardSet, first_ordinal: u64) -> Result<PictureStream> {
