@@ -40,10 +40,17 @@ impl PatchConfig {
             return Err(format!("channels = {:?}: expected one to eight widths", self.channels));
         }
         if let Some(width) = self.channels.iter().find(|&&c| c <= 0 || c % NORM_GROUPS != 0) {
-            return Err(format!("channels = {:?}: {width} is not a multiple of {NORM_GROUPS}", self.channels));
+            return Err(format!(
+                "channels = {:?}: {width} is not a multiple of {NORM_GROUPS}",
+                self.channels
+            ));
         }
         if self.resolution <= 0 || self.resolution % (1 << halvings) != 0 {
-            return Err(format!("resolution = {}: expected a multiple of {}", self.resolution, 1 << halvings));
+            return Err(format!(
+                "resolution = {}: expected a multiple of {}",
+                self.resolution,
+                1 << halvings
+            ));
         }
         Ok(())
     }
@@ -66,7 +73,8 @@ impl PatchEncoder {
             (conv, GroupNorm::new(&(params / "norm" / i), NORM_GROUPS, output, NORM_EPS))
         });
         let convolutions = convolutions.collect();
-        let project = Linear::new(&(params / "project"), input, width, Init::Normal(1.0 / (input as f64).sqrt()));
+        let project =
+            Linear::new(&(params / "project"), input, width, Init::Normal(1.0 / (input as f64).sqrt()));
         Self { convolutions, project }
     }
 
@@ -104,7 +112,11 @@ mod tests {
         // A bright corner at the upper right of the second picture is felt most at patch (0, 3) of that picture.
         let lit = dark.copy();
         let _ = lit.get(1).narrow(1, 0, 6).narrow(2, 26, 6).fill_(255);
-        let change = (encoder.forward(&lit, Kind::Float) - features).abs().sum_dim_intlist([1].as_slice(), false, Kind::Float);
+        let change = (encoder.forward(&lit, Kind::Float) - features).abs().sum_dim_intlist(
+            [1].as_slice(),
+            false,
+            Kind::Float,
+        );
         assert_eq!(change.argmax(None, false).int64_value(&[]), 16 + 3);
     }
 
