@@ -11,6 +11,8 @@ mod ffi;
 pub mod nn;
 pub mod optim;
 mod params;
+#[cfg(test)]
+mod traps;
 mod weights;
 
 pub use error::{Result, RuntimeError, first_line};
