@@ -1,0 +1,385 @@
+//! What is wrong gets one clear line and an exit code, and costs nothing that was already written.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt;
+use std::path::Path;
+
+use serde_json::Value;
+
+use crate::scene::{Finished, Sample, Scene, finish, samples};
+
+const FAILURE: i32 = 1;
+const WRONG_USE: i32 = 2;
+
+/// What is wrong unless the program ended with `code` and one line that has all `words`.
+fn check(what: &str, finished: &Finished, code: i32, words: &[&str]) -> Option<String> {
+    let Finished { code: found, stderr, .. } = finished;
+    let complaints: Vec<&str> =
+        stderr.lines().filter(|line| line.starts_with("m6: ") || line.starts_with("error: ")).collect();
+    let is_one_line = complaints.len() == 1 && words.iter().all(|word| complaints[0].contains(word));
+    let is_handled =
+        !["panicked", "internal error", "libtorch:", "backtrace"].iter().any(|bad| stderr.contains(bad));
+    if *found == Some(code) && is_one_line && is_handled {
+        return None;
+    }
+    Some(format!(
+        "{what}: expected exit code {code} and one line with {words:?}, got {found:?} and\n{stderr}"
+    ))
+}
+
+#[track_caller]
+fn assert_refused(what: &str, finished: &Finished, code: i32, words: &[&str]) {
+    if let Some(problem) = check(what, finished, code, words) {
+        panic!("{problem}");
+    }
+}
+
+/// A command, its exit code, and words of the line that it prints.
+type Case<'a> = (&'a str, i32, &'a [&'a str]);
+
+/// Runs every case, whose arguments are separated by spaces.
+#[track_caller]
+fn assert_all_refused(scene: &Scene, cases: &[Case]) {
+    let problem = |(line, code, words): &Case| {
+        let args: Vec<&str> = line.split(' ').collect();
+        check(line, &scene.run(&args), *code, words)
+    };
+    let problems: Vec<String> = cases.iter().filter_map(problem).collect();
+    assert!(problems.is_empty(), "{}", problems.join("\n"));
+}
+
+#[test]
+fn settings() {
+    let scene = Scene::with_tokenizer();
+    let text = fs::read_to_string(scene.path("train.toml")).unwrap();
+    fs::write(scene.path("typo.toml"), text.replace("log_every", "log_evrey")).unwrap();
+    fs::write(scene.path("type.toml"), text.replace("log_every = 3", "log_every = 'often'")).unwrap();
+    fs::write(scene.path("broken.toml"), text.replace("log_every = 3", "log_every = = 3")).unwrap();
+    fs::write(scene.path("bytes.toml"), [0xff, 0xfe]).unwrap();
+    assert_all_refused(
+        &scene,
+        &[
+            ("train none.toml", FAILURE, &["none.toml", "No such file"]),
+            ("train bytes.toml", FAILURE, &["bytes.toml", "UTF-8"]),
+            ("train typo.toml", WRONG_USE, &["typo.toml", "`log_evrey`", "did you mean `log_every`?"]),
+            ("train type.toml", WRONG_USE, &["type.toml", "`log_every`", "\"often\"", "expected u64"]),
+            ("train broken.toml", WRONG_USE, &["broken.toml, line 9, column"]),
+            ("vqgan train train.toml", WRONG_USE, &["train.toml", "unknown field"]),
+        ],
+    );
+    let settings: [(&str, &[&str]); 35] = [
+        ("train train.toml --set schedule.stesp=3", &["--set schedule.stesp=3", "did you mean `steps`?"]),
+        ("train train.toml --set schedule.steps=many", &["schedule.steps=many", "expected u64"]),
+        ("train train.toml --set schedule.steps=-1", &["schedule.steps=-1", "expected u64"]),
+        ("train train.toml --set schedule.steps=0", &["schedule.steps", "expected 1 or more"]),
+        ("train train.toml --set schedule.steps", &["--set schedule.steps", "expected KEY=VALUE"]),
+        ("train train.toml --set schedule.tokens=0", &["schedule.tokens", "expected 1 or more"]),
+        ("train train.toml --set schedule.lr=nan", &["schedule.lr = NaN"]),
+        ("train train.toml --set schedule.clip=-1", &["schedule.clip = -1"]),
+        ("train train.toml --set schedule.min_ratio=nan", &["schedule.min_ratio = NaN"]),
+        ("train train.toml --set ema=1.5", &["ema = 1.5"]),
+        ("train train.toml --set device=tpu", &["`tpu`", "expected `cpu`"]),
+        ("train train.toml --set model.width=20", &["model.width = 20", "multiple of"]),
+        ("train train.toml --set model.heads=0", &["model.heads = 0"]),
+        ("train train.toml --set model.dropout=nan", &["model.dropout = NaN"]),
+        ("train train.toml --set model.moe.active=9", &["model.moe.active = 9"]),
+        ("train train.toml --set model.patches.resolution=7", &["model.patches.resolution = 7"]),
+        ("train train.toml --set tasks.captioning=-1", &["tasks.captioning = -1"]),
+        ("train train.toml --set tasks.text_to_image.noise=2", &["noise = 2"]),
+        (
+            "train train.toml --set optimizer={beta1=2.0,beta2=0.9,eps=0.0,weight_decay=0.0}",
+            &["optimizer.beta1 = 2"],
+        ),
+        ("train train.toml --set tokenizer.train=10", &["vocab_size = 10", "256"]),
+        ("train train.toml --set tokenizer.file=bpe.json", &["tokenizer", "not both"]),
+        ("train train.toml --set data.transform=resize:16", &["data.transform", "16 x 16"]),
+        ("train train.toml --set data.code_transform=random_crop:8", &["data.code_transform", "16 x 16"]),
+        ("train train.toml --set data.transform=blur:3", &["data.transform", "blur:3"]),
+        ("train train.toml --set data.captions.0.weight=0", &["data.captions", "weight = 0"]),
+        ("train train.toml --set data.shards=[]", &["shards", "expected at least one"]),
+        ("train train.toml --set data.shards.0=none-*.tar", &["none-*.tar", "no such file"]),
+        ("train train.toml --set validation.shards.0=none.tar", &["none.tar", "no such file"]),
+        ("train train.toml --set validation.examples=0", &["validation.examples", "expected 1 or more"]),
+        ("train train.toml --set samples.count=0", &["samples.count", "expected 1 or more"]),
+        ("train train.toml --set samples.sampling.top_p=2", &["samples", "top-p 2"]),
+        ("vqgan train vqgan.toml --set schedule.batch=0", &["schedule.batch", "expected at least 1"]),
+        ("vqgan train vqgan.toml --set model.ch=20", &["model.ch", "multiple of 32"]),
+        ("vqgan train vqgan.toml --set optimizer.beta1=2", &["optimizer", "beta1 = 2"]),
+        ("vqgan train vqgan.toml --set data.shards=[]", &["shards", "expected at least one"]),
+    ];
+    let cases = settings.map(|(line, words)| (line, WRONG_USE, words));
+    assert_all_refused(&scene, &cases);
+}
+
+#[test]
+fn flags() {
+    let scene = Scene::with_model();
+    let draw = "generate heart --model run/model --device cpu";
+    let caption = "caption pictures/red-bar.png --model run/model --device cpu";
+    let score = "eval pictures shards/*.tar --model run/model --device cpu";
+    let long = "word".repeat(100);
+    let cases: [(String, i32, &[&str]); 23] = [
+        (format!("{draw} --temperature -1"), WRONG_USE, &["--temperature -1"]),
+        (format!("{draw} --temperature nan"), WRONG_USE, &["--temperature NaN"]),
+        (format!("{draw} --top-p 2"), WRONG_USE, &["--top-p 2"]),
+        (format!("{draw} --top-k -1"), WRONG_USE, &["-1"]),
+        (format!("{draw} --guidance inf"), WRONG_USE, &["--guidance inf"]),
+        (format!("{draw} -n 0"), WRONG_USE, &["0", "1..=10000"]),
+        (format!("{draw} --seed -1"), WRONG_USE, &["-1"]),
+        (format!("{draw} -o out.jpg"), WRONG_USE, &["out.jpg", ".png"]),
+        (format!("{draw} -o pictures"), WRONG_USE, &["pictures", ".png"]),
+        (format!("generate {long} --model run/model --device cpu"), WRONG_USE, &["tokens", "at most 32"]),
+        ("generate heart --model run/model --device tpu".into(), WRONG_USE, &["`tpu`", "`cpu`"]),
+        ("generate heart --model run/model --device cuda:99".into(), WRONG_USE, &["`cuda:99`"]),
+        ("generate heart".into(), WRONG_USE, &["required"]),
+        (format!("{caption} --beams 0"), WRONG_USE, &["--beams 0"]),
+        (format!("{caption} --lang fr"), WRONG_USE, &["fr"]),
+        ("data show shards/*.tar --field json".into(), WRONG_USE, &["json", "key"]),
+        ("data show shards/*.tar -n 0".into(), WRONG_USE, &["0", "1..=10000"]),
+        ("data info shards".into(), WRONG_USE, &["shards is a folder"]),
+        ("data pack none shards".into(), FAILURE, &["none", "No such file"]),
+        ("tokenizer train shards/*.tar --field json:en --vocab-size 9".into(), WRONG_USE, &["9", "256"]),
+        ("eval captions shards/*.tar --model run/model --device cpu --limit 0".into(), WRONG_USE, &["0"]),
+        (format!("{score} --prompt {{en}}"), WRONG_USE, &["candidates 100", "12"]),
+        (format!("{score} --prompt {{de}}"), FAILURE, &["red-square", "{de}"]),
+    ];
+    let cases: Vec<Case> = cases.iter().map(|(line, code, words)| (line.as_str(), *code, *words)).collect();
+    assert_all_refused(&scene, &cases);
+    let prompt = OsStr::from_bytes(b"\xff\xfe");
+    let args = ["generate", "--model", "run/model"].map(OsStr::new);
+    let picture = scene.run(&["caption", "vqgan.toml", "--model", "run/model", "--device", "cpu"]);
+    assert_eq!(picture.code, Some(FAILURE));
+    assert!(picture.stderr.contains("m6: vqgan.toml: broken picture"), "{}", picture.stderr);
+    assert_refused("non-UTF-8 prompt", &scene.run(&[&args[..], &[prompt]].concat()), WRONG_USE, &["UTF-8"]);
+}
+
+#[test]
+fn outputs_that_cannot_be_written() {
+    let scene = Scene::with_model();
+    fs::write(scene.path("file"), "").unwrap();
+    let draw = "generate heart --model run/model --device cpu -n 1 -o";
+    let cases: [(String, i32, &[&str]); 6] = [
+        (format!("{draw} file/out.png"), FAILURE, &["file"]),
+        ("train train.toml --set run=file/run".into(), FAILURE, &["file/run"]),
+        ("vqgan train vqgan.toml --set run=file".into(), FAILURE, &["file"]),
+        ("data pack pictures file".into(), FAILURE, &["file"]),
+        ("tokenizer train shards/*.tar --field json:en -o file/bpe.json".into(), FAILURE, &["file"]),
+        ("eval captions shards/*.tar --model run/model --device cpu --out file".into(), FAILURE, &["file"]),
+    ];
+    let cases: Vec<Case> = cases.iter().map(|(line, code, words)| (line.as_str(), *code, *words)).collect();
+    assert_all_refused(&scene, &cases);
+    let full = fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let status = scene.command(&["data", "info", "shards/*.tar", "--json"]).stdout(full).output().unwrap();
+    let finished = Finished {
+        code: status.status.code(),
+        stdout: String::new(),
+        stderr: String::from_utf8(status.stderr).unwrap(),
+    };
+    assert_refused("a full disk behind stdout", &finished, FAILURE, &["standard output", "No space left"]);
+}
+
+/// Samples of which the first is replaced by a broken one.
+fn with_broken(members: &[(&str, &[u8])]) -> Vec<Sample> {
+    let mut all = samples();
+    all[0] = Sample::new("broken", members);
+    all
+}
+
+#[test]
+fn broken_samples_are_skipped_named_and_counted() {
+    let png = samples().remove(0).members.remove(0).1;
+    let names = br#"{"en": "a heart", "zh": "\u5fc3"}"#;
+    let broken: [(&str, &[(&str, &[u8])], &str); 6] = [
+        ("a broken picture", &[("png", &png[..40]), ("json", names)], "broken picture"),
+        ("no picture", &[("json", names)], "no picture"),
+        ("no caption field", &[("png", &png), ("json", b"{\"de\": \"Herz\"}")], "none of the caption fields"),
+        ("no JSON", &[("png", &png)], "none of the caption fields"),
+        ("text that is not UTF-8", &[("png", &png), ("json", b"{\"en\": \"\xff\"}")], "not UTF-8"),
+        ("broken JSON", &[("png", &png), ("json", b"{\"en\": ")], "malformed"),
+    ];
+    let scene = Scene::with_tokenizer();
+    for (what, members, reason) in broken {
+        scene.write_shard("shards", with_broken(members));
+        let finished = scene.run(&["train", "train.toml", "--set", "schedule.steps=6"]);
+        assert_eq!(finished.code, Some(0), "{what}:\n{}", finished.stderr);
+        let named =
+            |line: &str| line.contains("sample broken of shards/train-000000.tar") && line.contains(reason);
+        assert!(finished.stderr.lines().any(named), "{what}:\n{}", finished.stderr);
+        let metrics = fs::read_to_string(scene.path("run/metrics.jsonl")).unwrap();
+        let skipped = |line| serde_json::from_str::<Value>(line).unwrap()["skipped_samples"].as_f64();
+        let most = metrics.lines().filter_map(skipped).fold(0.0, f64::max);
+        assert!(most > 0.0, "{what} was not counted:\n{metrics}");
+        fs::remove_dir_all(scene.path("run")).unwrap();
+
+        let bpe = ["tokenizer", "train", "shards/*.tar", "--field", "json:en", "--field", "json:zh"];
+        let finished = scene.run(&bpe);
+        assert_eq!(finished.code, Some(0), "{what}:\n{}", finished.stderr);
+    }
+
+    scene
+        .write_shard("shards", samples().into_iter().map(|s| Sample::new(&s.key, &[("png", b"no picture")])));
+    let finished =
+        scene.run(&["train", "train.toml", "--set", "schedule.steps=2", "--set", "validation.examples=2"]);
+    assert_ne!(finished.code, Some(0));
+    assert!(
+        finished.stderr.lines().last().is_some_and(|line| line.starts_with("m6: ")),
+        "{}",
+        finished.stderr
+    );
+    assert_eq!(scene.run(&["vqgan", "train", "vqgan.toml", "--set", "run=new"]).code, Some(FAILURE));
+}
+
+#[test]
+fn truncated_shards_are_used_up_to_the_cut() {
+    let scene = Scene::with_tokenizer();
+    let shard = scene.path("shards/train-000000.tar");
+    let bytes = fs::read(&shard).unwrap();
+    fs::write(&shard, &bytes[..bytes.len() / 2 + 100]).unwrap();
+    let finished = scene.run(&["train", "train.toml", "--set", "schedule.steps=2"]);
+    assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+    assert!(finished.stderr.contains("train-000000.tar at byte 12288: truncated"), "{}", finished.stderr);
+    let info = scene.json(&["data", "info", "shards/*.tar", "--json"]);
+    assert!(info[0]["samples"].as_u64().is_some_and(|n| (4..=7).contains(&n)), "{info:?}");
+
+    fs::write(&shard, &bytes[..300]).unwrap();
+    let line = "data info shards/train-000000.tar";
+    assert_all_refused(&scene, &[(line, WRONG_USE, &["train-000000.tar", "no whole sample"])]);
+    fs::remove_file(&shard).unwrap();
+    assert_all_refused(&scene, &[(line, WRONG_USE, &["train-000000.tar", "no such file"])]);
+    fs::create_dir(&shard).unwrap();
+    assert_all_refused(&scene, &[(line, WRONG_USE, &["train-000000.tar is a folder"])]);
+}
+
+fn copy(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let target = to.join(entry.file_name());
+        match entry.file_type().unwrap().is_dir() {
+            true => copy(&entry.path(), &target),
+            false => drop(fs::copy(entry.path(), target).unwrap()),
+        }
+    }
+}
+
+#[test]
+fn model_folders() {
+    let scene = Scene::with_model();
+    let line = "generate heart --model model --device cpu";
+    let with_damage = |what: &str, damage: &dyn Fn(&Path), words: &[&str]| {
+        let model = scene.path("model");
+        copy(&scene.path("run/model"), &model);
+        damage(&model);
+        let args: Vec<&str> = line.split(' ').collect();
+        assert_refused(what, &scene.run(&args), FAILURE, words);
+        fs::remove_dir_all(model).unwrap();
+    };
+    let files = [
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "vqgan/config.json",
+        "vqgan/model.safetensors",
+    ];
+    for file in files {
+        with_damage(
+            &format!("without {file}"),
+            &|model| fs::remove_file(model.join(file)).unwrap(),
+            &[file, "No such file"],
+        );
+        let cut = |model: &Path| {
+            let bytes = fs::read(model.join(file)).unwrap();
+            fs::write(model.join(file), &bytes[..bytes.len() / 2]).unwrap();
+        };
+        with_damage(&format!("{file} is cut"), &cut, &[file]);
+        with_damage(&format!("{file} is empty"), &|model| fs::write(model.join(file), "").unwrap(), &[file]);
+    }
+
+    let bpe =
+        ["tokenizer", "train", "shards/*.tar", "--field", "json:en", "--vocab-size", "270", "-o", "bpe.json"];
+    scene.succeed(&bpe);
+    let other_tokenizer = |model: &Path| {
+        fs::write(model.join("tokenizer.json"), fs::read(scene.path("bpe.json")).unwrap()).unwrap()
+    };
+    with_damage("another tokenizer", &other_tokenizer, &["tokenizer.json", "not the one", "trained with"]);
+    let other_vqgan = |model: &Path| {
+        let path = model.join("vqgan/model.safetensors");
+        let mut bytes = fs::read(&path).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        fs::write(path, bytes).unwrap();
+    };
+    with_damage("another image tokenizer", &other_vqgan, &["vqgan", "not the one", "trained with"]);
+    assert_all_refused(
+        &scene,
+        &[
+            (line, FAILURE, &["model", "expected a model folder"]),
+            ("train train.toml --set run=new --set vqgan=none", FAILURE, &["none", "No such file"]),
+            ("vqgan eval none shards/*.tar --device cpu", FAILURE, &["none", "No such file"]),
+        ],
+    );
+}
+
+#[test]
+fn a_run_does_not_go_on_with_other_tokenizers_or_settings() {
+    let scene = Scene::with_tokenizer();
+    let mut running = scene.start(&["train", "train.toml"]);
+    running.wait_for_path(&scene.path("run/checkpoints/step-00000004"));
+    running.signal("KILL");
+    running.finish();
+    let changed = "train train.toml --set seed=6";
+    assert_all_refused(&scene, &[(changed, WRONG_USE, &["run was started with another `seed`"])]);
+
+    let weights = scene.path("tokenizer/model/model.safetensors");
+    let bytes = fs::read(&weights).unwrap();
+    let mut other = bytes.clone();
+    *other.last_mut().unwrap() ^= 1;
+    fs::write(&weights, other).unwrap();
+    assert_all_refused(&scene, &[("train train.toml", FAILURE, &["image tokenizer", "not the one"])]);
+    fs::write(&weights, bytes).unwrap();
+    scene.succeed(&["train", "train.toml"]);
+}
+
+#[test]
+fn a_full_disk_leaves_the_checkpoint_before_it() {
+    // Room for logs and codes, but not for weights, in units of 512 or 1024 bytes. The signal that would end the program
+    // is ignored, so that it sees the failure as it would see a full disk.
+    const NO_ROOM: &str = "trap '' XFSZ; ulimit -f 40";
+    let scene = Scene::with_tokenizer();
+    for (args, run) in
+        [(["train", "train.toml"].as_slice(), "run"), (&["vqgan", "train", "vqgan.toml"], "tokenizer")]
+    {
+        let mut running = scene.start(args);
+        running.wait_for_path(&scene.path(run).join("checkpoints/step-00000004"));
+        running.signal("KILL");
+        running.finish();
+        let finished = finish(scene.command_after(NO_ROOM, args));
+        let words = ["checkpoint of step", "was not saved", "File too large", "older checkpoints are intact"];
+        assert_refused(run, &finished, FAILURE, &words);
+        scene.succeed(args);
+    }
+}
+
+#[test]
+fn a_damaged_newest_checkpoint_is_named_and_the_one_before_is_not_used_unasked() {
+    let scene = Scene::with_tokenizer();
+    for (args, run) in
+        [(["train", "train.toml"].as_slice(), "run"), (&["vqgan", "train", "vqgan.toml"], "tokenizer")]
+    {
+        let mut running = scene.start(args);
+        running.wait_for_path(&scene.path(run).join("checkpoints/step-00000008"));
+        running.signal("INT");
+        assert_eq!(running.finish().code, Some(0));
+        let checkpoints = fs::read_dir(scene.path(run).join("checkpoints")).unwrap();
+        let mut checkpoints: Vec<_> = checkpoints.map(|entry| entry.unwrap().path()).collect();
+        checkpoints.sort();
+        let [older, newest] = checkpoints.as_slice() else { panic!("{checkpoints:?}") };
+        let weights = newest.join("model.safetensors");
+        fs::write(&weights, &fs::read(&weights).unwrap()[1..]).unwrap();
+        let name = |path: &Path| path.file_name().unwrap().to_str().unwrap().to_owned();
+        let words = [&name(newest), "is damaged", "model.safetensors", "older checkpoints", &name(older)];
+        assert_refused(run, &scene.run(args), FAILURE, &words);
+        fs::remove_dir_all(newest).unwrap();
+        scene.succeed(args);
+    }
+}

@@ -1,7 +1,0 @@
-//! Links libtorch.
-
-include!("../build-support/link.rs");
-
-fn main() {
-    link_libtorch();
-}

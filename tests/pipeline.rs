@@ -1,0 +1,130 @@
+//! From a folder of pictures to captions and drawings, command after command.
+
+use std::fs;
+
+use serde_json::Value;
+
+use crate::scene::Scene;
+
+const PICTURES: usize = 12;
+
+#[track_caller]
+fn has_keys(object: &Value, keys: &[&str]) {
+    for key in keys {
+        assert!(!object[key].is_null(), "no `{key}` in {object}");
+    }
+}
+
+#[track_caller]
+fn one(mut lines: Vec<Value>) -> Value {
+    assert_eq!(lines.len(), 1, "{lines:?}");
+    lines.remove(0)
+}
+
+#[test]
+fn pictures_become_a_model_that_draws_and_captions() {
+    let scene = Scene::new();
+
+    let packed = one(scene.json(&["data", "pack", "pictures", "shards", "--prefix", "train", "--json"]));
+    assert_eq!((&packed["samples"], &packed["skipped"]), (&PICTURES.into(), &Value::Array(vec![])));
+    let info = one(scene.json(&["data", "info", "shards/train-*.tar", "--json"]));
+    assert_eq!((&info["samples"], &info["broken"]), (&PICTURES.into(), &0.into()));
+    assert_eq!(info["captions"][".json zh"]["count"], PICTURES);
+    scene.succeed(&[
+        "data",
+        "show",
+        "shards/train-*.tar",
+        "--field",
+        "json:en",
+        "-n",
+        "5",
+        "-o",
+        "sheet.png",
+    ]);
+    assert!(scene.path("sheet.png").is_file());
+
+    let bpe = ["--field", "json:en", "--field", "json:zh", "--vocab-size", "280", "-o", "bpe.json"];
+    scene.succeed(&[&["tokenizer", "train", "shards/train-*.tar"], bpe.as_slice()].concat());
+    scene.succeed(&["vqgan", "train", "vqgan.toml", "--set", "schedule.steps=8"]);
+    let scores = one(scene.json(&[
+        "vqgan",
+        "eval",
+        "tokenizer/model",
+        "shards/train-*.tar",
+        "--grid",
+        "grid.png",
+        "--device",
+        "cpu",
+        "--json",
+    ]));
+    has_keys(&scores, &["samples", "psnr", "ssim", "codebook_usage", "perplexity"]);
+    assert_eq!(scores["samples"], PICTURES);
+    assert!(scene.path("grid.png").is_file());
+
+    let own_bpe = ["--set", "tokenizer={ file = 'bpe.json' }"];
+    scene.succeed(&[&["train", "train.toml", "--set", "schedule.steps=8"], own_bpe.as_slice()].concat());
+    let rows = fs::read_to_string(scene.path("run/metrics.jsonl")).unwrap();
+    let rows: Vec<Value> = rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let steps: Vec<u64> = rows.iter().filter_map(|row| row["step"].as_u64()).collect();
+    assert_eq!(steps, [3, 6, 7, 8]);
+    has_keys(&rows[1], &["loss", "lr", "grad_norm", "tokens_per_s", "loss/text_to_image"]);
+    has_keys(&rows[2], &["validation/captioning", "validation/text_to_image"]);
+    assert!(scene.path("run/samples/step-00000008-samples.png").is_file());
+
+    let model = ["--model", "run/model", "--device", "cpu", "--json"];
+    let drawn = scene.json(
+        &[&["generate", "red bar", "蓝方块", "-n", "2", "--seed", "7", "-o", "art/out.png"], &model[..]]
+            .concat(),
+    );
+    assert_eq!(drawn.len(), 4);
+    for (i, line) in drawn.iter().enumerate() {
+        assert_eq!(line["file"], format!("art/out-{i:03}.png"));
+        assert_eq!(line["prompt"], ["red bar", "蓝方块"][i / 2]);
+        assert_eq!(line["seed"], 7 + i as u64 % 2);
+        assert!(scene.path(line["file"].as_str().unwrap()).is_file());
+    }
+    assert!(scene.path("art/out.png").is_file());
+    let sidecar: Value = serde_json::from_slice(&fs::read(scene.path("art/out.json")).unwrap()).unwrap();
+    assert_eq!(sidecar["pictures"].as_array().map(Vec::len), Some(4));
+
+    let captions =
+        scene.json(&[&["caption", "pictures/red-bar.png", "art/out-000.png"], &model[..]].concat());
+    let seen: Vec<_> = captions.iter().map(|line| (line["image"].as_str(), line["lang"].as_str())).collect();
+    let images = ["pictures/red-bar.png", "art/out-000.png"];
+    let expected = images.map(|image| [(Some(image), Some("en")), (Some(image), Some("zh"))]).concat();
+    assert_eq!(seen, expected);
+    for line in &captions {
+        let best = &line["captions"][0];
+        assert!(best["text"].is_string() && best["logprob"].as_f64().is_some_and(|p| p <= 0.0), "{line}");
+    }
+
+    let scores = one(scene.json(
+        &[&["eval", "captions", "shards/train-*.tar", "--beams", "2", "--out", "scores"], &model[..]]
+            .concat(),
+    ));
+    assert_eq!(scores["samples"], PICTURES);
+    has_keys(&scores, &["en", "zh", "by_style"]);
+    assert_eq!(fs::read_to_string(scene.path("scores/captions.jsonl")).unwrap().lines().count(), PICTURES);
+
+    let options = ["--candidates", "4", "--prompt", "{en}", "--limit", "3", "--train", "shards/train-*.tar"];
+    let scores =
+        one(scene.json(&[&["eval", "pictures", "shards/train-*.tar"], &options[..], &model[..]].concat()));
+    assert_eq!((&scores["samples"], &scores["chance"]), (&3.into(), &0.25.into()));
+    has_keys(&scores["prompts"][0], &["prompt", "seconds_per_picture", "spaces", "round_trip"]);
+}
+
+#[test]
+fn one_picture_does_not_depend_on_its_neighbours() {
+    let scene = Scene::with_model();
+    let draw = |prompts: &[&str], out: &str| {
+        let flags = ["--model", "run/model", "--device", "cpu", "--seed", "3", "-n", "2", "-o", out];
+        scene.succeed(&[&["generate"], prompts, &flags].concat());
+    };
+    draw(&["red bar", "blue pole"], "both.png");
+    draw(&["red bar", "blue pole"], "again.png");
+    draw(&["blue pole"], "alone.png");
+    let read = |name: &str| fs::read(scene.path(name)).unwrap();
+    assert_eq!(read("both.png"), read("again.png"));
+    assert_eq!(read("both-003.png"), read("alone-001.png"));
+    assert_ne!(read("alone-000.png"), read("alone-001.png"));
+}

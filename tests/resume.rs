@@ -1,0 +1,102 @@
+//! A run that was interrupted, however often and wherever, ends as one that never was.
+
+use std::fs;
+use std::path::Path;
+
+use serde_json::{Map, Value};
+
+use crate::scene::{Sample, Scene, samples};
+
+/// Metrics that measure the machine and not the run.
+const MEASURED: [&str; 4] = ["tokens_per_s", "data_wait", "memory_peak_bytes", "images_per_second"];
+
+/// The rows of `metrics.jsonl` without what is measured.
+fn rows(run: &Path) -> Vec<Map<String, Value>> {
+    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap();
+    let row = |line| {
+        let mut row: Map<String, Value> = serde_json::from_str(line).unwrap();
+        row.retain(|key, _| !MEASURED.contains(&key.as_str()));
+        row
+    };
+    text.lines().map(row).collect()
+}
+
+#[track_caller]
+fn assert_same(scene: &Scene, one: &str, other: &str) {
+    assert_eq!(rows(&scene.path(one)), rows(&scene.path(other)));
+    let weights = |run: &str| fs::read(scene.path(run).join("model/model.safetensors")).unwrap();
+    assert!(weights(one) == weights(other), "the weights of {one} and {other} differ");
+}
+
+/// Lets `command`, of a run that logs at steps 3, 6, 9, ... and saves at 4, 8, 12, ..., be killed right after a
+/// checkpoint, in the middle of a window of losses, and twice before its first step; then stops it politely, and
+/// finishes it with other workers.
+fn run_with_interruptions(scene: &Scene, command: &[&str], run: &str) {
+    let set_run = format!("run={run}");
+    let command = [command, &["--set", &set_run]].concat();
+    let killed = |running: crate::scene::Running| {
+        running.signal("KILL");
+        let finished = running.finish();
+        assert_eq!(finished.code, None, "it ended before it was killed:\n{}", finished.stderr);
+    };
+
+    let mut running = scene.start(&command);
+    running.wait_for_path(&scene.path(run).join("checkpoints/step-00000004"));
+    killed(running);
+
+    let mut running = scene.start(&command);
+    running.wait_for_line("step 9/");
+    killed(running);
+
+    for _ in 0..2 {
+        let running = scene.start(&command);
+        std::thread::sleep(std::time::Duration::from_millis(300));
+        killed(running);
+    }
+
+    let mut running = scene.start(&command);
+    running.wait_for_line("step 12/");
+    running.signal("INT");
+    let stopped = running.finish();
+    assert_eq!(stopped.code, Some(0), "{}", stopped.stderr);
+    assert!(stopped.stdout.contains("the same command resumes it"), "{}", stopped.stdout);
+
+    scene.succeed(&[&command[..], &["--set", "data.workers=3"]].concat());
+}
+
+/// A scene of which one sample is broken, so that it has to be counted too.
+fn scene_with_a_broken_sample() -> Scene {
+    let scene = Scene::with_tokenizer();
+    let broken = Sample::new("broken", &[("png", b"no picture"), ("json", br#"{"en": "a", "zh": "b"}"#)]);
+    scene.write_shard("shards", samples().into_iter().chain([broken]));
+    scene
+}
+
+#[test]
+fn training_resumes_exactly() {
+    let scene = scene_with_a_broken_sample();
+    let train = ["train", "train.toml"];
+    scene.succeed(&train);
+    let skipped = |row: &Map<String, Value>| row.get("skipped_samples").and_then(Value::as_f64) > Some(0.0);
+    assert!(rows(&scene.path("run")).iter().any(skipped), "the broken sample was not met");
+    scene.succeed(&[&train[..], &["--set", "run=same", "--set", "data.workers=2"]].concat());
+    assert_same(&scene, "run", "same");
+    run_with_interruptions(&scene, &train, "interrupted");
+    assert_same(&scene, "run", "interrupted");
+    scene.succeed(&train);
+    assert_same(&scene, "run", "same");
+}
+
+#[test]
+fn training_of_the_image_tokenizer_resumes_exactly() {
+    let scene = scene_with_a_broken_sample();
+    let train = ["vqgan", "train", "vqgan.toml"];
+    let whole = [&train[..], &["--set", "run=run"]].concat();
+    scene.succeed(&whole);
+    scene.succeed(&[&train[..], &["--set", "run=same", "--set", "data.workers=2"]].concat());
+    assert_same(&scene, "run", "same");
+    run_with_interruptions(&scene, &train, "interrupted");
+    assert_same(&scene, "run", "interrupted");
+    scene.succeed(&whole);
+    assert_same(&scene, "run", "same");
+}
