@@ -116,7 +116,7 @@ pub enum RunError {
     },
     /// The handler of SIGINT and SIGTERM could not be installed.
     #[error("cannot handle SIGINT and SIGTERM: {0}")]
-    Signal(#[from] ctrlc::Error),
+    Signal(#[source] std::io::Error),
 }
 
 fn older_checkpoints(older: &[PathBuf]) -> String {

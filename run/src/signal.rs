@@ -1,46 +1,49 @@
 //! A polite stop on Ctrl-C and SIGTERM.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, OnceLock};
 
-use crate::error::Result;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::flag;
+
+use crate::error::{Result, RunError};
 
 /// Exit code of a process that a second signal ended at once: 128 + SIGINT, as shells report it.
 const EXIT_INTERRUPTED: i32 = 130;
 
-static REQUESTED: AtomicBool = AtomicBool::new(false);
-static INSTALLED: Mutex<bool> = Mutex::new(false);
+static REQUESTED: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 
 /// Says whether the user or the system asked this process to stop.
 ///
-/// After [`StopFlag::install`] the first SIGINT, SIGTERM or SIGHUP only raises the flag, so that a training loop
-/// can finish its step and save; a second one ends the process at once with code 130.
-#[derive(Debug, Clone, Copy)]
-pub struct StopFlag(());
+/// After [`StopFlag::install`] the first SIGINT or SIGTERM only raises the flag, so that a training loop can finish
+/// its step and save; a second one ends the process at once with code 130. SIGHUP is left as it is, so that `nohup`
+/// works.
+#[derive(Debug, Clone)]
+pub struct StopFlag(Arc<AtomicBool>);
 
 impl StopFlag {
-    /// Installs the signal handler; later calls share the first one's.
+    /// Installs the signal handlers; later calls share the first one's.
     ///
     /// # Errors
-    /// When the system refuses, or other code in this process has already installed a handler.
+    /// When the system refuses.
     pub fn install() -> Result<Self> {
-        let mut installed = INSTALLED.lock().unwrap_or_else(PoisonError::into_inner);
-        if !*installed {
-            ctrlc::try_set_handler(|| {
-                if REQUESTED.swap(true, Ordering::SeqCst) {
-                    std::process::exit(EXIT_INTERRUPTED);
-                }
-                eprintln!("stopping after this step; press Ctrl-C again to stop at once");
-            })?;
-            *installed = true;
+        if let Some(flag) = REQUESTED.get() {
+            return Ok(Self(flag.clone()));
         }
-        Ok(Self(()))
+        let requested = Arc::new(AtomicBool::new(false));
+        for signal in [SIGINT, SIGTERM] {
+            // In this order: the first signal finds the flag down, raises it and goes on; the second finds it raised.
+            flag::register_conditional_shutdown(signal, EXIT_INTERRUPTED, requested.clone())
+                .and_then(|_| flag::register(signal, requested.clone()))
+                .map_err(RunError::Signal)?;
+        }
+        Ok(Self(REQUESTED.get_or_init(|| requested).clone()))
     }
 
     /// Whether a stop was asked for.
     #[must_use]
     pub fn requested(&self) -> bool {
-        REQUESTED.load(Ordering::SeqCst)
+        self.0.load(Ordering::SeqCst)
     }
 }
 
@@ -56,7 +59,7 @@ mod tests {
     const NAME: &str = "signal::tests::first_signal_asks_and_second_ends";
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    fn wait_for_flag(flag: StopFlag) {
+    fn wait_for_flag(flag: &StopFlag) {
         let start = Instant::now();
         while !flag.requested() && start.elapsed() < PATIENCE {
             std::thread::sleep(Duration::from_millis(1));
@@ -68,15 +71,26 @@ mod tests {
     fn first_signal_asks_and_second_ends() {
         if is_child() {
             let flag = StopFlag::install().unwrap();
-            StopFlag::install().unwrap();
+            let same = StopFlag::install().unwrap();
             assert!(!flag.requested());
             eprintln!("ready");
-            wait_for_flag(flag);
+            wait_for_flag(&flag);
+            assert!(same.requested());
             eprintln!("requested");
             std::thread::sleep(PATIENCE);
             return;
         }
-        let mut process = child(NAME, std::path::Path::new("."), ":")
+        interrupt_then_terminate(":");
+    }
+
+    /// `nohup` and a script's background start a process with signals ignored.
+    #[test]
+    fn signals_that_were_ignored_at_the_start_work_too() {
+        interrupt_then_terminate("trap '' INT HUP");
+    }
+
+    fn interrupt_then_terminate(setup: &str) {
+        let mut process = child(NAME, std::path::Path::new("."), setup)
             .stderr(Stdio::piped())
             .stdout(Stdio::null())
             .spawn()
