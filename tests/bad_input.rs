@@ -190,7 +190,8 @@ fn with_broken(members: &[(&str, &[u8])]) -> Vec<Sample> {
 fn broken_samples_are_skipped_named_and_counted() {
     let png = samples().remove(0).members.remove(0).1;
     let names = br#"{"en": "a heart", "zh": "\u5fc3"}"#;
-    let broken: [(&str, &[(&str, &[u8])], &str); 6] = [
+    type Members<'a> = &'a [(&'a str, &'a [u8])];
+    let broken: [(&str, Members, &str); 6] = [
         ("a broken picture", &[("png", &png[..40]), ("json", names)], "broken picture"),
         ("no picture", &[("json", names)], "no picture"),
         ("no caption field", &[("png", &png), ("json", b"{\"de\": \"Herz\"}")], "none of the caption fields"),

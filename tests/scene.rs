@@ -219,15 +219,17 @@ impl Sample {
 
 /// A picture and its names for each colour and shape.
 pub fn samples() -> Vec<Sample> {
-    let pairs = COLOURS.iter().flat_map(|colour| SHAPES.iter().map(move |shape| (colour, shape)));
-    let sample =
-        |((en, zh, rgb), (shape_en, shape_zh, size)): (&(&str, &str, [u8; 3]), &(&str, &str, [f32; 2]))| {
-            let names =
-                json!({ "en": format!("{en} {shape_en}"), "zh": format!("{zh}{shape_zh}"), "style": "flat" });
-            let png = rectangle(*rgb, *size).encode_png().unwrap();
-            Sample::new(&format!("{en}-{shape_en}"), &[("png", &png), ("json", names.to_string().as_bytes())])
-        };
-    pairs.map(sample).collect()
+    let mut samples = Vec::new();
+    for (en, zh, rgb) in COLOURS {
+        for (shape_en, shape_zh, size) in SHAPES {
+            let (name_en, name_zh) = (format!("{en} {shape_en}"), format!("{zh}{shape_zh}"));
+            let names = json!({ "en": name_en, "zh": name_zh, "style": "flat" }).to_string();
+            let png = rectangle(rgb, size).encode_png().unwrap();
+            let members: [(&str, &[u8]); 2] = [("png", &png), ("json", names.as_bytes())];
+            samples.push(Sample::new(&format!("{en}-{shape_en}"), &members));
+        }
+    }
+    samples
 }
 
 /// A rectangle in the middle of a white picture; its sides are shares of the picture's.

@@ -78,6 +78,22 @@ impl ShardSet {
         self.bytes
     }
 
+    /// A fingerprint of what the set holds and in which order: keys, member names, offsets and sizes.
+    pub fn identity(&self) -> String {
+        let mut hasher = blake3::Hasher::new();
+        for sample in &self.samples {
+            hasher.update(sample.key.as_bytes());
+            for member in &sample.members {
+                hasher.update(b"\0");
+                hasher.update(member.extension.as_bytes());
+                hasher.update(&member.offset.to_le_bytes());
+                hasher.update(&member.size.to_le_bytes());
+            }
+            hasher.update(b"\n");
+        }
+        hasher.finalize().to_hex().to_string()
+    }
+
     /// Damage found while indexing, one line each.
     pub fn warnings(&self) -> &[String] {
         &self.warnings

@@ -33,6 +33,9 @@ impl AdamWConfig {
                 return Err(format!("{key} = {value}: expected 0 <= {key} < 1"));
             }
         }
+        if self.eps == 0.0 {
+            return Err("eps = 0: expected above 0, or weights without a gradient become no numbers".into());
+        }
         for (key, value) in [("eps", self.eps), ("weight_decay", self.weight_decay)] {
             if !(value >= 0.0 && value.is_finite()) {
                 return Err(format!("{key} = {value}: expected 0 or more"));

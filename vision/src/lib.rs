@@ -23,6 +23,9 @@ pub struct PatchConfig {
 /// Groups of the norms between the convolutions.
 pub const NORM_GROUPS: i64 = 16;
 const NORM_EPS: f64 = 1e-6;
+/// Bounds that keep a damaged or absurd config from asking for all memory.
+const MAX_RESOLUTION: i64 = 1 << 13;
+const MAX_CHANNELS: i64 = 1 << 16;
 
 impl PatchConfig {
     /// Patches a side, `g`.
@@ -39,11 +42,16 @@ impl PatchConfig {
         if halvings == 0 || halvings > 8 {
             return Err(format!("channels = {:?}: expected one to eight widths", self.channels));
         }
-        if let Some(width) = self.channels.iter().find(|&&c| c <= 0 || c % NORM_GROUPS != 0) {
+        if let Some(width) =
+            self.channels.iter().find(|&&c| !(1..=MAX_CHANNELS).contains(&c) || c % NORM_GROUPS != 0)
+        {
             return Err(format!(
-                "channels = {:?}: {width} is not a multiple of {NORM_GROUPS}",
+                "channels = {:?}: {width} is not a multiple of {NORM_GROUPS} up to {MAX_CHANNELS}",
                 self.channels
             ));
+        }
+        if self.resolution > MAX_RESOLUTION {
+            return Err(format!("resolution = {}: expected at most {MAX_RESOLUTION}", self.resolution));
         }
         if self.resolution <= 0 || self.resolution % (1 << halvings) != 0 {
             return Err(format!(
@@ -125,7 +133,7 @@ mod tests {
         let wrong = PatchConfig { resolution: 30, ..config() };
         assert_eq!(wrong.validate().unwrap_err(), "resolution = 30: expected a multiple of 8");
         let wrong = PatchConfig { channels: vec![10], ..config() };
-        assert_eq!(wrong.validate().unwrap_err(), "channels = [10]: 10 is not a multiple of 16");
+        assert_eq!(wrong.validate().unwrap_err(), "channels = [10]: 10 is not a multiple of 16 up to 65536");
         assert!(config().validate().is_ok());
     }
 }

@@ -31,7 +31,7 @@ pub use config::{ConfigProblem, VqganConfig};
 pub use error::{Result, VqganError};
 pub use eval::VqganReport;
 pub use loss::LossWeights;
-pub use model::{Bottleneck, Dtype, Vqgan, VqganOutput};
+pub use model::{Bottleneck, Dtype, FILES, Vqgan, VqganOutput};
 pub use pictures::{pictures_to_tensor, to_bytes, to_pictures, to_unit};
 pub use quantize::Quantized;
 pub use revive::RevivalConfig;

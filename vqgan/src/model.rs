@@ -16,6 +16,8 @@ use crate::quantize::{Quantized, Quantizer, normalize};
 
 const CONFIG_FILE: &str = "config.json";
 const WEIGHT_FILE: &str = "model.safetensors";
+/// The files of a model folder.
+pub const FILES: [&str; 2] = [CONFIG_FILE, WEIGHT_FILE];
 /// Hexadecimal digits of the weight file's BLAKE3 that name a tokenizer.
 const HASH_DIGITS: usize = 16;
 

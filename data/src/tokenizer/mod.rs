@@ -98,6 +98,8 @@ impl Tokenizer {
 
     fn from_engine(mut inner: tokenizers::Tokenizer) -> Self {
         inner.set_encode_special_tokens(true);
+        // Published files often pad every text to a fixed length.
+        inner.with_padding(None);
         let vocab_size = inner.get_vocab(true).into_values().max().map_or(0, |id| id as usize + 1);
         Self { inner, vocab_size }
     }

@@ -134,16 +134,15 @@ fn score_row(
     Ok(())
 }
 
-/// The picture on a white square, scaled to what the model's patches are made for.
+/// The picture scaled to what the model's patches are made for, its long side to the whole side, on a white square.
 fn fit(picture: &Rgb8, model: &Model) -> Result<Rgb8> {
-    let side = picture.width.max(picture.height);
     let resolution = model.info.model.patches.resolution as u32;
-    if picture.width == picture.height {
-        return Ok(picture.resize(resolution, resolution)?);
-    }
-    let mut square = Rgb8::filled(side, side, WHITE);
-    square.paste(picture, (side - picture.width) / 2, (side - picture.height) / 2);
-    Ok(square.resize(resolution, resolution)?)
+    let long_side = u64::from(picture.width.max(picture.height));
+    let scaled = |side: u32| ((u64::from(side) * u64::from(resolution)).div_ceil(long_side)).max(1) as u32;
+    let small = picture.resize(scaled(picture.width), scaled(picture.height))?;
+    let mut square = Rgb8::filled(resolution, resolution, WHITE);
+    square.paste(&small, (resolution - small.width) / 2, (resolution - small.height) / 2);
+    Ok(square)
 }
 
 /// `[m, d]` hidden rows to log-probabilities `[m, text rows]`, minus infinity where no caption may go.

@@ -62,12 +62,18 @@ impl DrawRequest {
     }
 
     /// The prompts as ids; an empty prompt becomes the null prompt.
-    fn prefixes(&self, model: &Model) -> Result<Vec<Vec<i64>>> {
+    ///
+    /// # Errors
+    /// When a prompt is longer than the model takes or has no token in its vocabulary.
+    pub(crate) fn prefixes(&self, model: &Model) -> Result<Vec<Vec<i64>>> {
         let limit = model.info.model.max_text as usize;
         let ids = |prompt: &String| {
             let ids = model.tokenizer.encode(prompt.trim())?;
             match ids.len() {
-                0 => Ok(null_prompt(model.info.vocab)),
+                0 if prompt.trim().is_empty() => Ok(null_prompt(model.info.vocab)),
+                0 => Err(Error::Usage(format!(
+                    "the prompt {prompt:?} has no token in this model's vocabulary"
+                ))),
                 n if n > limit => Err(Error::Usage(format!(
                     "the prompt {prompt:?} has {n} tokens; this model takes at most {limit}"
                 ))),

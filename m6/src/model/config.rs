@@ -43,6 +43,15 @@ pub struct MoeConfig {
     pub z_loss: f64,
 }
 
+/// Bounds that keep a damaged or absurd config from asking for all memory; far above any model that is built.
+const MAX_WIDTH: i64 = 1 << 16;
+const MAX_LAYERS: i64 = 1 << 10;
+const MAX_TEXT: i64 = 1 << 20;
+/// What a grouped matrix product takes at once.
+const MAX_EXPERTS: i64 = 1 << 10;
+/// What flash attention takes.
+const MAX_HEAD_WIDTH: i64 = 256;
+
 impl ModelConfig {
     /// Width of one head, `k`.
     pub fn head_width(&self) -> i64 {
@@ -55,14 +64,14 @@ impl ModelConfig {
     /// When a size is not positive or does not divide as it must.
     pub fn validate(&self) -> Result<(), String> {
         let sizes = [
-            ("width", self.width),
-            ("layers", self.layers),
-            ("heads", self.heads),
-            ("hidden", self.hidden),
-            ("max_text", self.max_text),
+            ("width", self.width, MAX_WIDTH),
+            ("layers", self.layers, MAX_LAYERS),
+            ("heads", self.heads, MAX_WIDTH),
+            ("hidden", self.hidden, MAX_WIDTH),
+            ("max_text", self.max_text, MAX_TEXT),
         ];
-        if let Some((key, value)) = sizes.iter().find(|(_, value)| *value <= 0) {
-            return Err(format!("{key} = {value}: expected a positive number"));
+        if let Some((key, value, most)) = sizes.iter().find(|(_, value, most)| !(1..=*most).contains(value)) {
+            return Err(format!("{key} = {value}: expected 1 to {most}"));
         }
         // Flash attention and grouped products want rows of whole 16-byte words in bf16.
         if self.width % (8 * self.heads) != 0 {
@@ -72,6 +81,9 @@ impl ModelConfig {
                 8 * self.heads
             ));
         }
+        if self.head_width() > MAX_HEAD_WIDTH {
+            return Err(format!("heads = {}: expected heads of at most {MAX_HEAD_WIDTH} values", self.heads));
+        }
         if self.hidden % 8 != 0 {
             return Err(format!("hidden = {}: expected a multiple of 8", self.hidden));
         }
@@ -79,6 +91,14 @@ impl ModelConfig {
             return Err(format!("dropout = {}: expected 0 <= dropout < 1", self.dropout));
         }
         if let Some(moe) = &self.moe {
+            if !(1..=MAX_EXPERTS).contains(&moe.experts) {
+                return Err(format!("moe.experts = {}: expected 1 to {MAX_EXPERTS}", moe.experts));
+            }
+            for (key, value) in [("balance_loss", moe.balance_loss), ("z_loss", moe.z_loss)] {
+                if !(value >= 0.0 && value.is_finite()) {
+                    return Err(format!("moe.{key} = {value}: expected 0 or more"));
+                }
+            }
             if moe.active < 1 || moe.active > moe.experts {
                 return Err(format!(
                     "moe.active = {}: expected 1 to moe.experts = {}",

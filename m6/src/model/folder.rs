@@ -121,6 +121,11 @@ impl Model {
         let vqgan = Vqgan::load(&dir.join(VQGAN), device)?;
         same(&dir.join(TOKENIZER), "text tokenizer", &tokenizer.hash()?, &info.tokenizer)?;
         same(&dir.join(VQGAN), "image tokenizer", vqgan.hash().unwrap_or_default(), &info.vqgan)?;
+        let vocab = Vocab { text: tokenizer.vocab_size() as i64, codes: vqgan.config().codebook_size };
+        if info.vocab != vocab || info.code_grid != vqgan.config().grid() {
+            let problem = "vocab, code_grid: not those of the tokenizers beside it";
+            return Err(Error::file(&dir.join(CONFIG), problem));
+        }
         let params = Params::new(device, 0);
         let transformer = Transformer::new(&params, &info.model, info.vocab, info.code_grid);
         params.load(&dir.join(WEIGHTS), info.dtype.kind())?;
@@ -135,10 +140,10 @@ impl Model {
     pub fn save(&self, dir: &Path, vqgan_dir: &Path) -> Result<()> {
         let target = dir.join(VQGAN);
         fs::create_dir_all(&target).map_err(|error| Error::file(&target, error))?;
-        for entry in fs::read_dir(vqgan_dir).map_err(|error| Error::file(vqgan_dir, error))? {
-            let entry = entry.map_err(|error| Error::file(vqgan_dir, error))?;
-            let bytes = fs::read(entry.path()).map_err(|error| Error::file(&entry.path(), error))?;
-            write_atomic(target.join(entry.file_name()), &bytes)?;
+        for name in m6_vqgan::FILES {
+            let source = vqgan_dir.join(name);
+            let bytes = fs::read(&source).map_err(|error| Error::file(&source, error))?;
+            write_atomic(target.join(name), &bytes)?;
         }
         self.tokenizer.save(&dir.join(TOKENIZER))?;
         self.params.save(&dir.join(WEIGHTS), self.info.dtype.kind())?;

@@ -48,7 +48,6 @@ pub struct ExampleSource {
     codes: Option<Arc<CodeTable>>,
     vocab: Vocab,
     max_text: usize,
-    resolution: u32,
 }
 
 /// What an [`ExampleSource`] needs to know of the model.
@@ -85,7 +84,7 @@ impl ExampleSource {
         }
         let order = SampleOrder::new(shards.len(), seed)?;
         let (vocab, max_text) = (model.vocab, model.max_text as usize);
-        Ok(Self { shards, order, seed, data, tasks, tokenizer, codes, vocab, max_text, resolution })
+        Ok(Self { shards, order, seed, data, tasks, tokenizer, codes, vocab, max_text })
     }
 
     /// The example at `ordinal`, of a task drawn by the shares.
@@ -96,11 +95,15 @@ impl ExampleSource {
         let mut rng = sample_rng(self.seed, ordinal);
         let total: f64 = Task::ALL.iter().map(|t| self.tasks.weight(*t)).sum();
         let mut draw = rng.random_range(0.0..total);
-        let task = Task::ALL.into_iter().filter(|t| self.tasks.weight(*t) > 0.0).find(|t| {
-            draw -= self.tasks.weight(*t);
-            draw < 0.0
-        });
-        self.build(ordinal, task.unwrap_or(Task::TextToImage), &mut rng)
+        let mut task = Task::LanguageModelling;
+        for candidate in Task::ALL.into_iter().filter(|t| self.tasks.weight(*t) > 0.0) {
+            task = candidate;
+            draw -= self.tasks.weight(candidate);
+            if draw < 0.0 {
+                break;
+            }
+        }
+        self.build(ordinal, task, &mut rng)
     }
 
     /// The example at `ordinal` as one of `task`.
@@ -134,7 +137,9 @@ impl ExampleSource {
             Task::TextToImage => {
                 let (_, prompt) = self.text(&sample, self.prompts(), rng)?;
                 let codes = self.codes.as_ref().ok_or_else(|| sample.error("has no codes"))?;
-                let codes = codes.view(index, rng.random_range(0..codes.views()));
+                let view = rng.random_range(0..codes.views());
+                let codes =
+                    codes.view(index, view).ok_or_else(|| sample.error("its picture could not be read"))?;
                 self.tasks.text_to_image.example(self.vocab, prompt, codes, rng)
             }
         })
@@ -155,7 +160,6 @@ impl ExampleSource {
             .transform
             .apply(&sample_image(sample)?, rng)
             .map_err(|e| sample.error(e.to_string()))?;
-        debug_assert_eq!((picture.width, picture.height), (self.resolution, self.resolution));
         Ok(picture)
     }
 
@@ -168,6 +172,9 @@ impl ExampleSource {
     ) -> Result<(Language, Vec<i64>)> {
         let caption = fields.pick(sample, rng)?.ok_or_else(|| sample.error("all its captions are empty"))?;
         let mut ids: Vec<i64> = self.tokenizer.encode(&caption.text)?.into_iter().map(i64::from).collect();
+        if ids.is_empty() {
+            return Err(sample.error("its caption has no token in the vocabulary").into());
+        }
         ids.truncate(self.max_text - 1);
         Ok((language(&caption), ids))
     }

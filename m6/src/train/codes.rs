@@ -12,16 +12,19 @@ use m6_data::shard::{ShardSet, sample_image};
 use m6_data::transform::Transform;
 use m6_data::{DataError, Loader};
 use m6_run::Task as Job;
-use m6_runtime::{read_tensors, write_tensors};
+use m6_runtime::{RuntimeError, first_line, read_tensors, write_tensors};
 use m6_vqgan::{Vqgan, pictures_to_tensor, to_unit};
 use tch::{Device, Kind, Tensor};
 
+use super::skipped::Skipped;
 use crate::error::{Error, Result};
 
 /// Pictures that are encoded at a time.
-const BATCH: usize = 128;
+const BATCH: usize = 64;
 /// Codes are stored in 16 bits.
 const MAX_CODEBOOK: i64 = 1 << 15;
+/// Stands for the codes of a view whose picture could not be read.
+const NO_CODE: i16 = -1;
 const NAME: &str = "codes";
 
 /// `views` code grids for each sample of a shard set.
@@ -55,10 +58,11 @@ impl CodeTable {
         self.views
     }
 
-    /// The codes of one view of a sample, row-major.
-    pub fn view(&self, sample: usize, view: usize) -> Vec<u32> {
+    /// The codes of one view of a sample, row-major; `None` where its picture could not be read.
+    pub fn view(&self, sample: usize, view: usize) -> Option<Vec<u32>> {
         let start = (sample * self.views + view) * self.length;
-        self.codes[start..start + self.length].iter().map(|&code| code as u32).collect()
+        let codes = &self.codes[start..start + self.length];
+        (codes[0] != NO_CODE).then(|| codes.iter().map(|&code| code as u32).collect())
     }
 
     /// Reads the table from `dir` if it was made by this recipe, else makes and keeps it.
@@ -70,9 +74,7 @@ impl CodeTable {
         let path = dir.join(format!("{NAME}-{}.safetensors", fingerprint(recipe, vqgan)));
         let expected = recipe.shards.len() * recipe.views * length;
         if path.is_file() {
-            let (_, tensor) = read_tensors(&path)?.swap_remove(0);
-            let codes =
-                Vec::<i16>::try_from(tensor.flatten(0, -1)).map_err(m6_runtime::RuntimeError::from)?;
+            let codes = read(&path, vqgan.config().codebook_size)?;
             if codes.len() != expected {
                 return Err(Error::file(&path, format!("holds {} codes, expected {expected}", codes.len())));
             }
@@ -85,11 +87,27 @@ impl CodeTable {
     }
 }
 
+fn read(path: &Path, codebook_size: i64) -> Result<Vec<i16>> {
+    let tensors = read_tensors(path)?;
+    let [(_, tensor)] = tensors.as_slice() else {
+        return Err(Error::file(path, format!("holds {} tensors, expected one", tensors.len())));
+    };
+    let codes = Vec::<i16>::try_from(tensor.flatten(0, -1))
+        .map_err(|error| Error::file(path, first_line(&error.to_string())))?;
+    let legal = |code: &&i16| **code == NO_CODE || (0..codebook_size).contains(&i64::from(**code));
+    match codes.iter().find(|code| !legal(code)) {
+        Some(code) => {
+            Err(Error::file(path, format!("holds the code {code}, expected 0 to {}", codebook_size - 1)))
+        }
+        None => Ok(codes),
+    }
+}
+
 fn fingerprint(recipe: &CodeRecipe, vqgan: &Vqgan) -> String {
     let mut hasher = blake3::Hasher::new();
     let transform = String::from(recipe.transform.clone());
-    let sizes = format!("{} {} {} {}", recipe.shards.len(), recipe.shards.bytes(), recipe.views, recipe.seed);
-    for part in [vqgan.hash().unwrap_or_default(), &transform, &sizes, &recipe.patterns.join("\n")] {
+    let numbers = format!("{} {}", recipe.views, recipe.seed);
+    for part in [vqgan.hash().unwrap_or_default(), &transform, &numbers, &recipe.shards.identity()] {
         hasher.update(part.as_bytes());
         hasher.update(b"\0");
     }
@@ -115,33 +133,46 @@ fn make(recipe: &CodeRecipe, vqgan: &Vqgan, device: Device) -> Result<Vec<i16>> 
     let view = move |ordinal: u64| -> std::result::Result<Rgb8, DataError> {
         // The loader runs ahead of the last picture; what it makes there is not used.
         let sample = shards.sample((ordinal / views) as usize % shards.len())?;
-        transform.apply(&sample_image(&sample)?, &mut sample_rng(seed, ordinal))
+        let picture = sample_image(&sample)?;
+        let viewed = transform.apply(&picture, &mut sample_rng(seed, ordinal));
+        viewed.map_err(|error| sample.error(error.to_string()))
     };
     let loader = Loader::start(0, recipe.workers, 4 * BATCH, view)?;
     let mut job = Job::new("encode pictures", total as u64, "views");
-    let mut codes = Vec::with_capacity(total);
-    let mut batch = Vec::with_capacity(BATCH);
-    let blank = Rgb8::filled(side, side, [u8::MAX; 3]);
-    let mut broken = 0u64;
+    let mut codes: Vec<i16> = Vec::with_capacity(total);
+    let mut batch: Vec<Option<Rgb8>> = Vec::with_capacity(BATCH);
+    let mut skipped = Skipped::default();
     for made in loader.take(total) {
         let (ordinal, picture) = made?;
-        batch.push(picture.unwrap_or_else(|error| {
-            // The sample is skipped in training for the same reason, and counted there.
-            if broken == 0 {
-                eprintln!("m6: {error}");
-            }
-            broken += 1;
-            blank.clone()
-        }));
+        batch.push(skipped.check(picture.map_err(Error::from))?);
         if batch.len() == BATCH || ordinal + 1 == total as u64 {
-            let _guard = tch::no_grad_guard();
-            let pictures = to_unit(&pictures_to_tensor(&batch)?, device)?;
-            let encoded = vqgan.encode(&pictures)?.to_kind(Kind::Int16).flatten(0, -1).to_device(Device::Cpu);
-            codes.extend(Vec::<i16>::try_from(encoded).map_err(m6_runtime::RuntimeError::from)?);
+            codes.extend(encode(vqgan, &batch, device)?);
             job.advance(batch.len() as u64);
             batch.clear();
         }
     }
     job.finish();
     Ok(codes)
+}
+
+/// The codes of a batch, [`NO_CODE`] for every code of a missing picture.
+fn encode(vqgan: &Vqgan, batch: &[Option<Rgb8>], device: Device) -> Result<Vec<i16>> {
+    let _guard = tch::no_grad_guard();
+    let length = (vqgan.config().grid() * vqgan.config().grid()) as usize;
+    let present: Vec<Rgb8> = batch.iter().flatten().cloned().collect();
+    let mut encoded = Vec::new();
+    if !present.is_empty() {
+        let pictures = to_unit(&pictures_to_tensor(&present)?, device)?;
+        let codes = vqgan.encode(&pictures)?.to_kind(Kind::Int16).flatten(0, -1).to_device(Device::Cpu);
+        encoded = Vec::<i16>::try_from(codes).map_err(RuntimeError::from)?;
+    }
+    let mut rows = encoded.chunks(length);
+    let missing = vec![NO_CODE; length];
+    Ok(batch
+        .iter()
+        .flat_map(|picture| match picture {
+            Some(_) => rows.next().unwrap_or(&missing).to_vec(),
+            None => missing.clone(),
+        })
+        .collect())
 }

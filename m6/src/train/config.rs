@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use m6_data::CaptionFields;
 use m6_runtime::optim::AdamWConfig;
 use serde::{Deserialize, Serialize};
 
@@ -146,6 +147,12 @@ impl TrainConfig {
             positive.into_iter().chain(validation).chain(samples).find(|(_, value)| *value == 0)
         {
             return usage(format!("{key} = 0: expected 1 or more"));
+        }
+        let fields = [Some(&self.data.captions), self.data.prompts.as_ref()];
+        for field in fields.into_iter().flatten().flat_map(CaptionFields::fields) {
+            if let Some(lang) = field.lang.as_deref().filter(|lang| !matches!(*lang, "zh" | "en")) {
+                return usage(format!("data: lang = \"{lang}\": expected zh or en"));
+            }
         }
         if self.tokenizer.file.is_some() == self.tokenizer.train.is_some() {
             return usage("tokenizer: expected either `file` or `train`, not both".into());

@@ -91,7 +91,15 @@ impl Feed {
         let asked = Instant::now();
         let received = self.batches.as_ref().and_then(|batches| batches.recv().ok());
         self.waited += asked.elapsed();
-        let packed = received.ok_or_else(|| Error::Usage("the packing thread has stopped".into()))??;
+        let Some(packed) = received else {
+            match self.thread.take().map(JoinHandle::join) {
+                Some(Err(panic)) => std::panic::resume_unwind(panic),
+                _ => unreachable!(
+                    "the packing thread ends only after an error or a panic, or when it is dropped"
+                ),
+            }
+        };
+        let packed = packed?;
         self.place = packed.place;
         packed.batch.upload(device)
     }
@@ -101,7 +109,7 @@ impl Drop for Feed {
     fn drop(&mut self) {
         self.batches = None;
         if let Some(thread) = self.thread.take() {
-            // A panic there has already been reported as a stream that stopped.
+            // A panic there has ended the stream and was passed on by `next_batch`.
             let _ = thread.join();
         }
     }

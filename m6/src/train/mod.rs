@@ -134,8 +134,12 @@ impl Trainer {
         let validation =
             config.validation.as_ref().map(|v| Validation::open(&config, v, &run, &model)).transpose()?;
 
-        if let Some(dir) = &config.init {
+        if let (Some(dir), None) = (&config.init, &resumed) {
             model.load_weights(dir)?;
+        }
+        if let Some(samples) = &config.samples {
+            // A prompt that the model cannot take is found now and not at the first drawing.
+            samples.request(config.seed).prefixes(&model)?;
         }
         let mut optimizer = AdamW::new(&model.params, config.optimizer);
         let mut ema = Ema::new(&model.params, config.ema);

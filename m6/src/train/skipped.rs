@@ -41,10 +41,12 @@ impl Skipped {
                 self.count += 1;
                 self.in_a_row += 1;
                 if self.in_a_row == MAX_IN_A_ROW {
-                    return Err(error);
+                    let problem =
+                        format!("{MAX_IN_A_ROW} samples in a row cannot be used; the last: {error}");
+                    return Err(Error::Usage(problem));
                 }
                 if self.count <= NAMED {
-                    eprintln!("skipped: {error}");
+                    eprintln!("m6: skipped: {error}");
                 }
                 Ok(None)
             }
