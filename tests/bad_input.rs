@@ -7,7 +7,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use crate::scene::{Finished, Sample, Scene, finish, samples};
+use crate::scene::{Finished, Member, Sample, Scene, finish, samples};
 
 const FAILURE: i32 = 1;
 const WRONG_USE: i32 = 2;
@@ -180,7 +180,7 @@ fn outputs_that_cannot_be_written() {
 }
 
 /// Samples of which the first is replaced by a broken one.
-fn with_broken(members: &[(&str, &[u8])]) -> Vec<Sample> {
+fn with_broken(members: &[Member]) -> Vec<Sample> {
     let mut all = samples();
     all[0] = Sample::new("broken", members);
     all

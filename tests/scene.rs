@@ -210,8 +210,11 @@ pub struct Sample {
     pub members: Vec<(String, Vec<u8>)>,
 }
 
+/// A member of a sample: extension and content.
+pub type Member<'a> = (&'a str, &'a [u8]);
+
 impl Sample {
-    pub fn new(key: &str, members: &[(&str, &[u8])]) -> Self {
+    pub fn new(key: &str, members: &[Member]) -> Self {
         let members = members.iter().map(|(e, bytes)| ((*e).to_owned(), bytes.to_vec())).collect();
         Self { key: key.to_owned(), members }
     }
@@ -220,13 +223,15 @@ impl Sample {
 /// A picture and its names for each colour and shape.
 pub fn samples() -> Vec<Sample> {
     let mut samples = Vec::new();
-    for (en, zh, rgb) in COLOURS {
-        for (shape_en, shape_zh, size) in SHAPES {
-            let (name_en, name_zh) = (format!("{en} {shape_en}"), format!("{zh}{shape_zh}"));
-            let names = json!({ "en": name_en, "zh": name_zh, "style": "flat" }).to_string();
+    for (colour, colour_zh, rgb) in COLOURS {
+        for (shape, shape_zh, size) in SHAPES {
+            let (en, zh) = (format!("{colour} {shape}"), format!("{colour_zh}{shape_zh}"));
+            let names = json!({ "en": en, "zh": zh, "style": "flat" }).to_string();
             let png = rectangle(rgb, size).encode_png().unwrap();
-            let members: [(&str, &[u8]); 2] = [("png", &png), ("json", names.as_bytes())];
-            samples.push(Sample::new(&format!("{en}-{shape_en}"), &members));
+            samples.push(Sample::new(
+                &format!("{colour}-{shape}"),
+                &[("png", &png), ("json", names.as_bytes())],
+            ));
         }
     }
     samples
