@@ -10,7 +10,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 FEATURES := $(if $(filter 1,$(CUDA)),--features cuda)
-# One profile for all, so that libtorch's bindings are compiled once.
+# One profile and one set of packages for all, so that libtorch's bindings are compiled once.
 ALL := --release --workspace $(FEATURES)
 
 .DEFAULT_GOAL := help
@@ -23,7 +23,7 @@ setup: ## libtorch into .libtorch
 	@scripts/setup_libtorch.sh
 
 demo: setup ## pretrain a tiny model, draw and caption pictures: out/demo/index.html
-	cargo build --release -p m6 $(FEATURES)
+	cargo build $(ALL)
 	$(TARGET_DIR)/release/m6 demo --out out/demo
 
 # Tests run beside each other: one thread each.

@@ -46,7 +46,7 @@ impl Skipped {
                     return Err(Error::Usage(problem));
                 }
                 if self.count <= NAMED {
-                    eprintln!("m6: skipped: {error}");
+                    eprintln!("skipped: {error}");
                 }
                 Ok(None)
             }
