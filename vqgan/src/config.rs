@@ -13,7 +13,7 @@ const MAX_WIDTH: i64 = 1 << 16;
 const MAX_LEVELS: usize = 8;
 
 /// Encoder, decoder and codebook, under the names of taming-transformers' `ddconfig` (Esser et al. 2021).
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct VqganConfig {
     /// Side of the training pictures in pixels. The network is convolutional and takes other sizes too.
@@ -33,6 +33,15 @@ pub struct VqganConfig {
     pub codebook_size: i64,
     /// Width of a code; small and normalised as in LlamaGen (Sun et al. 2024).
     pub code_dim: i64,
+    /// What a nat of a code's information costs against its squared distance (entropy-constrained vector
+    /// quantisation, Chou, Lookabaugh and Gray 1989); 0 takes the nearest code. Without it a plain background gets
+    /// hundreds of codes that look alike, and who models the codes has to learn that noise.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub rate: f64,
+}
+
+fn is_zero(value: &f64) -> bool {
+    *value == 0.0
 }
 
 /// A key of [`VqganConfig`] and what is wrong with its value.
@@ -90,6 +99,9 @@ impl VqganConfig {
         in_range("z_channels", self.z_channels, 1, MAX_WIDTH)?;
         in_range("codebook_size", self.codebook_size, 2, i64::from(i32::MAX))?;
         in_range("code_dim", self.code_dim, 2, MAX_WIDTH)?;
+        if !(self.rate >= 0.0 && self.rate.is_finite()) {
+            return problem("rate", format!("{}, expected 0 or more", self.rate));
+        }
         if !(1..=MAX_LEVELS).contains(&self.ch_mult.len()) {
             return problem("ch_mult", format!("{} levels, expected 1 to {MAX_LEVELS}", self.ch_mult.len()));
         }
@@ -142,6 +154,7 @@ pub(crate) mod tests {
             z_channels: 16,
             codebook_size: 32,
             code_dim: 8,
+            rate: 0.0,
         }
     }
 
@@ -176,6 +189,7 @@ pub(crate) mod tests {
             message(VqganConfig { attn_resolutions: vec![4], ..tiny() }),
             "attn_resolutions: 4, expected sides among [16, 8]"
         );
+        assert_eq!(message(VqganConfig { rate: -0.1, ..tiny() }), "rate: -0.1, expected 0 or more");
         assert_eq!(
             message(VqganConfig { codebook_size: 1, ..tiny() }),
             "codebook_size: 1, expected 2 to 2147483647"

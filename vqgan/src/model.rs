@@ -172,6 +172,11 @@ impl Vqgan {
         self.quantizer.codebook()
     }
 
+    /// Tells a quantiser with a rate how often each code is chosen, `[codebook_size]` in any unit.
+    pub(crate) fn set_price(&mut self, usage_k: &Tensor, floor: f64) {
+        self.quantizer.set_price(usage_k, floor);
+    }
+
     /// One training pass over pictures `[b, 3, h, w]` from -1 to 1, with gradients.
     #[must_use]
     pub fn forward(&self, x: &Tensor, bottleneck: Bottleneck) -> VqganOutput {

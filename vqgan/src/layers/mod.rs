@@ -124,6 +124,7 @@ mod tests {
             z_channels: 32,
             codebook_size: 2,
             code_dim: 2,
+            rate: 0.0,
         };
         Encoder::new(&(&params / "encoder"), &config);
         Decoder::new(&(&params / "decoder"), &config);
