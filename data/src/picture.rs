@@ -117,6 +117,20 @@ impl Rgb8 {
         }
     }
 
+    /// Multiplies brightness, then contrast (about the mean luma), then saturation (about each pixel's luma).
+    pub fn scale_colours(&mut self, brightness: f32, contrast: f32, saturation: f32) {
+        let (pixels, _) = self.pixels.as_chunks_mut::<CHANNELS>();
+        let count = pixels.len().max(1) as f32;
+        let bright = |pixel: &[u8; CHANNELS]| pixel.map(|value| f32::from(value) * brightness);
+        let mean = pixels.iter().map(|pixel| luma(&bright(pixel))).sum::<f32>() / count;
+        for pixel in pixels {
+            let contrasted = bright(pixel).map(|value| mean + (value - mean) * contrast);
+            let own = luma(&contrasted);
+            // A float becomes a byte by saturation.
+            *pixel = contrasted.map(|value| (own + (value - own) * saturation).round() as u8);
+        }
+    }
+
     /// Copies `other` to (`x`, `y`); what does not fit is cut off.
     pub fn paste(&mut self, other: &Rgb8, x: u32, y: u32) {
         let columns = other.width.min(self.width.saturating_sub(x)) as usize * CHANNELS;
@@ -134,6 +148,11 @@ impl Rgb8 {
         let length = self.width as usize * CHANNELS;
         &self.pixels[row as usize * length..][..length]
     }
+}
+
+/// Brightness as ITU-R BT.601 weighs the channels.
+fn luma([red, green, blue]: &[f32; CHANNELS]) -> f32 {
+    0.299 * red + 0.587 * green + 0.114 * blue
 }
 
 /// Arranges pictures row by row in `columns`, on white, `gap` pixels apart and from the border. Cells have the size of the
@@ -256,6 +275,20 @@ mod tests {
         let plain = Rgb8::filled(9, 7, [10, 20, 30]);
         assert_eq!(plain.resize(18, 3).unwrap(), Rgb8::filled(18, 3, [10, 20, 30]));
         assert!(plain.resize(0, 3).is_err());
+    }
+
+    #[test]
+    fn colours_are_scaled_one_after_the_other() {
+        let scaled = |brightness, contrast, saturation| {
+            let mut picture = Rgb8 { width: 2, height: 1, pixels: vec![200, 100, 0, 40, 40, 40] };
+            picture.scale_colours(brightness, contrast, saturation);
+            picture.pixels
+        };
+        assert_eq!(scaled(1.0, 1.0, 1.0), [200, 100, 0, 40, 40, 40]);
+        assert_eq!(scaled(1.5, 1.0, 1.0), [255, 150, 0, 60, 60, 60]);
+        // Lumas 118.5 and 40, their mean 79.25.
+        assert_eq!(scaled(1.0, 0.0, 1.0), [79; 6]);
+        assert_eq!(scaled(1.0, 1.0, 0.0), [119, 119, 119, 40, 40, 40]);
     }
 
     #[test]

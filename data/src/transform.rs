@@ -13,6 +13,10 @@ use crate::picture::Rgb8;
 ///
 /// * `resize:N` scales the short side to N pixels and keeps the aspect,
 /// * `center_crop:N` and `random_crop:N` cut out N x N pixels,
+/// * `random_resized_crop:N,S` cuts out a random share of the area, from S to 1, with an aspect from 3/4 to 4/3, and
+///   scales it to N x N (Szegedy et al. 2015, section 6),
+/// * `color_jitter:X` multiplies brightness, contrast and saturation, in this order, each by a factor from 1 - X to
+///   1 + X,
 /// * `flip:P` mirrors left and right with probability P.
 ///
 /// The empty string changes nothing.
@@ -25,11 +29,18 @@ enum Step {
     Resize(u32),
     CenterCrop(u32),
     RandomCrop(u32),
+    RandomResizedCrop(u32, f64),
+    ColorJitter(f64),
     Flip(f64),
 }
 
 impl Transform {
-    /// Applies the steps; `rng` decides crops and flips.
+    /// `resize:N | center_crop:N`, in which nothing is random.
+    pub fn centered(side: u32) -> Self {
+        Self(vec![Step::Resize(side), Step::CenterCrop(side)])
+    }
+
+    /// Applies the steps; `rng` decides crops, colours and flips.
     ///
     /// # Errors
     /// A crop that is larger than the picture at that point.
@@ -47,6 +58,14 @@ impl Transform {
                     let (x, y) = (rng.random_range(0..=margin.x), rng.random_range(0..=margin.y));
                     picture = picture.crop(x, y, n, n)?;
                 }
+                Step::RandomResizedCrop(n, min_share) => {
+                    picture = random_resized_crop(&picture, n, min_share, rng)?;
+                }
+                Step::ColorJitter(strength) => {
+                    let mut factor = || rng.random_range(1.0 - strength..=1.0 + strength) as f32;
+                    let (brightness, contrast, saturation) = (factor(), factor(), factor());
+                    picture.scale_colours(brightness, contrast, saturation);
+                }
                 Step::Flip(probability) => {
                     if rng.random_bool(probability) {
                         picture.flip_horizontal();
@@ -60,9 +79,9 @@ impl Transform {
     /// (width, height) of every result, when that does not depend on the picture: after a crop.
     pub fn output_size(&self) -> Option<(u32, u32)> {
         self.0.iter().fold(None, |size, step| match *step {
-            Step::CenterCrop(n) | Step::RandomCrop(n) => Some((n, n)),
+            Step::CenterCrop(n) | Step::RandomCrop(n) | Step::RandomResizedCrop(n, _) => Some((n, n)),
             Step::Resize(n) => size.map(|_| (n, n)),
-            Step::Flip(_) => size,
+            Step::ColorJitter(_) | Step::Flip(_) => size,
         })
     }
 }
@@ -89,6 +108,26 @@ fn resize_short_side(picture: &Rgb8, short: u32) -> Result<Rgb8> {
     picture.resize(scaled(width), scaled(height))
 }
 
+fn random_resized_crop(picture: &Rgb8, n: u32, min_share: f64, rng: &mut impl Rng) -> Result<Rgb8> {
+    /// The widest and, as its inverse, the tallest aspect.
+    const MAX_ASPECT: f64 = 4.0 / 3.0;
+    /// Draws until a rectangle fits; then the whole picture is taken.
+    const ATTEMPTS: usize = 10;
+    let area = f64::from(picture.width) * f64::from(picture.height);
+    for _ in 0..ATTEMPTS {
+        let cut = area * rng.random_range(min_share..=1.0);
+        let aspect = rng.random_range(-MAX_ASPECT.ln()..=MAX_ASPECT.ln()).exp();
+        let side = |pixels: f64| (pixels.sqrt().round() as u32).max(1);
+        let (width, height) = (side(cut * aspect), side(cut / aspect));
+        if width <= picture.width && height <= picture.height {
+            let x = rng.random_range(0..=picture.width - width);
+            let y = rng.random_range(0..=picture.height - height);
+            return picture.crop(x, y, width, height)?.resize(n, n);
+        }
+    }
+    picture.resize(n, n)
+}
+
 impl FromStr for Transform {
     type Err = DataError;
 
@@ -108,19 +147,30 @@ impl FromStr for Step {
         const MAX_SIDE: u32 = 1 << 16;
         let fail = |reason: &str| DataError::Transform { spec: spec.to_owned(), reason: reason.to_owned() };
         let (name, value) = spec.split_once(':').unwrap_or((spec, ""));
-        let side = || {
+        let side_of = |value: &str| {
             let side = value.trim().parse().ok().filter(|n| (1..=MAX_SIDE).contains(n));
             side.ok_or_else(|| fail("expected a size in pixels, such as 128"))
         };
+        let share_of = |value: &str, what: &str| {
+            let share = value.trim().parse().ok().filter(|p| (0.0..=1.0).contains(p));
+            share.ok_or_else(|| fail(&format!("expected {what} from 0 to 1")))
+        };
+        let side = || side_of(value);
         match name.trim() {
             "resize" => side().map(Step::Resize),
             "center_crop" => side().map(Step::CenterCrop),
             "random_crop" => side().map(Step::RandomCrop),
-            "flip" => {
-                let probability = value.trim().parse().ok().filter(|p| (0.0..=1.0).contains(p));
-                probability.map(Step::Flip).ok_or_else(|| fail("expected a probability from 0 to 1"))
+            "random_resized_crop" => {
+                let (side, share) = value
+                    .split_once(',')
+                    .ok_or_else(|| fail("expected a size and a share, such as 128,0.6"))?;
+                Ok(Step::RandomResizedCrop(side_of(side)?, share_of(share, "a share of the area")?))
             }
-            _ => Err(fail("expected resize:N, center_crop:N, random_crop:N or flip:P")),
+            "color_jitter" => share_of(value, "a strength").map(Step::ColorJitter),
+            "flip" => share_of(value, "a probability").map(Step::Flip),
+            _ => Err(fail(
+                "expected resize:N, center_crop:N, random_crop:N, random_resized_crop:N,S, color_jitter:X or flip:P",
+            )),
         }
     }
 }
@@ -131,6 +181,8 @@ impl fmt::Display for Step {
             Step::Resize(n) => write!(f, "resize:{n}"),
             Step::CenterCrop(n) => write!(f, "center_crop:{n}"),
             Step::RandomCrop(n) => write!(f, "random_crop:{n}"),
+            Step::RandomResizedCrop(n, share) => write!(f, "random_resized_crop:{n},{share}"),
+            Step::ColorJitter(strength) => write!(f, "color_jitter:{strength}"),
             Step::Flip(p) => write!(f, "flip:{p}"),
         }
     }
@@ -183,14 +235,19 @@ mod tests {
         assert_eq!(size("", 3, 2), (3, 2));
         assert_eq!(parse("resize:144 | random_crop:128 | flip:0.5").output_size(), Some((128, 128)));
         assert_eq!(parse("center_crop:128|resize:64").output_size(), Some((64, 64)));
+        assert_eq!(size("random_resized_crop:24,0.1 | color_jitter:0.5", 40, 9), (24, 24));
+        assert_eq!(parse("random_resized_crop:24,0.1 | color_jitter:0.5").output_size(), Some((24, 24)));
         assert_eq!(parse("resize:64").output_size(), None);
     }
 
     #[test]
     fn randomness_comes_from_the_generator_alone() {
-        let crop = |seed| apply("random_crop:8 | flip:0.5", 32, 32, seed).unwrap();
-        assert_eq!(crop(1), crop(1));
-        assert!((2..10).any(|seed| crop(seed) != crop(1)));
+        for spec in ["random_crop:8 | flip:0.5", "random_resized_crop:8,0.5", "color_jitter:0.2"] {
+            let made = |seed| apply(spec, 32, 32, seed).unwrap();
+            assert_eq!(made(1), made(1), "{spec}");
+            assert!((2..10).any(|seed| made(seed) != made(1)), "{spec}");
+        }
+        assert_eq!(apply("color_jitter:0", 4, 4, 1).unwrap(), apply("", 4, 4, 1).unwrap());
         assert_eq!(apply("flip:0", 4, 4, 1).unwrap(), apply("", 4, 4, 1).unwrap());
         assert_ne!(apply("flip:1", 4, 4, 1).unwrap(), apply("", 4, 4, 1).unwrap());
     }
@@ -205,6 +262,8 @@ mod tests {
     fn bad_steps_are_named() {
         for spec in
             ["resize", "resize:0", "resize:-1", "resize:1e9", "flip:2", "flip:x", "rotate:9", "resize:8 | "]
+                .into_iter()
+                .chain(["random_resized_crop:8", "random_resized_crop:8,2", "color_jitter:-1"])
         {
             assert!(spec.parse::<Transform>().is_err(), "{spec}");
         }
@@ -214,8 +273,18 @@ mod tests {
 
     proptest! {
         #[test]
-        fn text_round_trip(sizes in proptest::collection::vec((0u8..4, 1u32..500, 0.0f64..=1.0), 0..5)) {
-            let step = |(kind, n, p)| [Step::Resize(n), Step::CenterCrop(n), Step::RandomCrop(n), Step::Flip(p)][usize::from(kind)];
+        fn text_round_trip(sizes in proptest::collection::vec((0u8..6, 1u32..500, 0.0f64..=1.0), 0..5)) {
+            let step = |(kind, n, p)| {
+                let all = [
+                    Step::Resize(n),
+                    Step::CenterCrop(n),
+                    Step::RandomCrop(n),
+                    Step::RandomResizedCrop(n, p),
+                    Step::ColorJitter(p),
+                    Step::Flip(p),
+                ];
+                all[usize::from(kind)]
+            };
             let transform = Transform(sizes.into_iter().map(step).collect());
             prop_assert_eq!(parse(&transform.to_string()), transform);
         }
