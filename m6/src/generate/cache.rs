@@ -122,28 +122,14 @@ impl KvCache {
 fn pad(transformer: &Transformer, prefixes: &[Vec<Piece>]) -> (Sequence, Vec<i64>, Vec<Rgb8>) {
     let positions = transformer.positions();
     let patches = (positions.patch_grid * positions.patch_grid) as usize;
-    let length = |prefix: &Vec<Piece>| -> usize {
-        prefix
-            .iter()
-            .map(|piece| match piece {
-                Piece::Text(ids) => ids.len(),
-                Piece::Picture(_) => patches,
-            })
-            .sum()
-    };
-    let lengths: Vec<usize> = prefixes.iter().map(length).collect();
+    let lengths: Vec<usize> =
+        prefixes.iter().map(|prefix| prefix.iter().map(|piece| piece.tokens(patches)).sum()).collect();
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let mut sequence = Sequence::new(transformer.vocab(), positions);
     let mut pictures = Vec::new();
     for (prefix, length) in prefixes.iter().zip(&lengths) {
         for piece in prefix {
-            match piece {
-                Piece::Text(ids) => sequence.prefix_text(ids),
-                Piece::Picture(picture) => {
-                    sequence.patches();
-                    pictures.push(picture.clone());
-                }
-            }
+            piece.clone().append(&mut sequence, &mut pictures);
         }
         sequence.padding(longest - length);
     }
@@ -161,8 +147,7 @@ fn visible(lengths: &[i64], longest: i64, targets: i64) -> Tensor {
 mod tests {
     use super::*;
     use crate::generate::testing::{picture, tiny};
-    use crate::objectives::{Example, Target, Task};
-    use crate::train::Packer;
+    use crate::objectives::{Example, Packer, Target, Task};
 
     /// Prefixes of three lengths, one of them with a picture and one empty, and three codes for each.
     fn rows() -> Vec<(Vec<Piece>, [u32; 3])> {

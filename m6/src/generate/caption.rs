@@ -11,8 +11,7 @@ use super::beam::{Candidate, Hypothesis, Search};
 use super::cache::KvCache;
 use crate::error::{Error, Result};
 use crate::model::{Language, Mode, Model, Sequence, Special, Vocab};
-use crate::objectives::{Example, Piece, Target, Task};
-use crate::train::Packer;
+use crate::objectives::{Example, Packer, Piece, Target, Task};
 
 /// Rows that go through the transformer at once.
 const ROWS: usize = 64;

@@ -45,9 +45,9 @@ impl Attention {
     /// Those of `attend`.
     pub fn forward(&self, x_nd: &Tensor, attend: &mut Attend) -> Result<Tensor> {
         let qkv = self.qkv.forward(x_nd).view([-1, 3, self.heads, self.head_width]); // [n, 3, h, k]
-        let q = self.q_norm.forward(&qkv.select(1, 0));
-        let k = self.k_norm.forward(&qkv.select(1, 1));
-        let attended = attend(&q, &k, &qkv.select(1, 2))?; // [n, h, k]
+        // One node of the graph: three selects would each fill the gradient of all of `qkv` with zeros.
+        let [q, k, v] = &qkv.unbind(1)[..] else { unreachable!("three along axis 1") };
+        let attended = attend(&self.q_norm.forward(q), &self.k_norm.forward(k), v)?; // [n, h, k]
         Ok(self.out.forward(&attended.flatten(1, 2)))
     }
 }

@@ -11,8 +11,11 @@
 //! The first four are M6's (section 3.3), the fifth its text-guided generation (section 4.1).
 
 mod captioning;
+mod codes;
 mod image_denoising;
 mod language_modelling;
+mod packing;
+mod skipped;
 mod source;
 mod text_denoising;
 mod text_to_image;
@@ -20,6 +23,9 @@ mod text_to_image;
 use m6_data::picture::Rgb8;
 use serde::{Deserialize, Serialize};
 
+pub use codes::{CodeRecipe, CodeTable};
+pub use packing::{Batch, HostBatch, Packer, Targets};
+pub(crate) use skipped::Skipped;
 pub use source::{DataConfig, ExampleSource, ModelView};
 pub use text_to_image::{TextToImage, null_prompt};
 
@@ -117,6 +123,27 @@ pub enum Piece {
     Picture(Rgb8),
 }
 
+impl Piece {
+    /// Tokens of the piece in a row; `patches` is the number of patches of a picture.
+    pub fn tokens(&self, patches: usize) -> usize {
+        match self {
+            Self::Text(ids) => ids.len(),
+            Self::Picture(_) => patches,
+        }
+    }
+
+    /// Appends its tokens, and its picture to the pictures of the row.
+    pub fn append(self, sequence: &mut Sequence, pictures: &mut Vec<Rgb8>) {
+        match self {
+            Self::Text(ids) => sequence.prefix_text(&ids),
+            Self::Picture(picture) => {
+                sequence.patches();
+                pictures.push(picture);
+            }
+        }
+    }
+}
+
 /// What is predicted.
 #[derive(Debug, Clone)]
 pub enum Target {
@@ -150,11 +177,7 @@ pub struct Example {
 impl Example {
     /// Tokens of the example in a row; `patches` is the number of patches of a picture.
     pub fn tokens(&self, patches: usize) -> usize {
-        let prefix = self.prefix.iter().map(|piece| match piece {
-            Piece::Text(ids) => ids.len(),
-            Piece::Picture(_) => patches,
-        });
-        prefix.sum::<usize>() + self.target.tokens()
+        self.prefix.iter().map(|piece| piece.tokens(patches)).sum::<usize>() + self.target.tokens()
     }
 }
 

@@ -11,10 +11,11 @@ use m6_data::transform::Transform;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
-use super::{Example, Task, TasksConfig, captioning, image_denoising, language_modelling, text_denoising};
+use super::{
+    CodeTable, Example, Task, TasksConfig, captioning, image_denoising, language_modelling, text_denoising,
+};
 use crate::error::{Error, Result};
 use crate::model::{Language, Vocab};
-use crate::train::CodeTable;
 
 /// Where examples come from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -9,10 +9,8 @@ use m6_data::Loader;
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
-use super::batch::{Batch, HostBatch, Packer};
-use super::skipped::Skipped;
 use crate::error::{Error, Result};
-use crate::objectives::{Example, ExampleSource};
+use crate::objectives::{Batch, Example, ExampleSource, HostBatch, Packer, Skipped};
 
 /// Examples that each worker makes ahead.
 const EXAMPLES_AHEAD: usize = 64;

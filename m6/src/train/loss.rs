@@ -2,10 +2,9 @@
 
 use tch::{Kind, Reduction, Tensor};
 
-use super::batch::{Batch, Targets};
 use crate::error::Result;
 use crate::model::{Mode, Transformer};
-use crate::objectives::Task;
+use crate::objectives::{Batch, Targets, Task};
 
 /// Losses of one micro-batch, all on the device.
 #[derive(Debug)]

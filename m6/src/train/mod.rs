@@ -1,12 +1,9 @@
 //! The training loop: next batch, forward, backward, clip, step, log, validate, draw, save, stop.
 
-mod batch;
 mod checkpoint;
-mod codes;
 mod config;
 mod feed;
 mod loss;
-mod skipped;
 mod texts;
 mod validation;
 mod window;
@@ -22,8 +19,6 @@ use m6_runtime::optim::{AdamW, Ema};
 use m6_vqgan::Vqgan;
 use tch::{Device, Tensor};
 
-pub use batch::{Batch, Packer, Targets};
-pub use codes::{CodeRecipe, CodeTable};
 pub use config::{SamplesConfig, ScheduleConfig, TokenizerConfig, TrainConfig, ValidationConfig};
 pub use loss::{Losses, losses};
 pub use texts::texts;
@@ -31,7 +26,7 @@ pub use texts::texts;
 use crate::error::{Error, Result};
 use crate::generate::{draw, rows_grid};
 use crate::model::{Mode, Model};
-use crate::objectives::{ExampleSource, ModelView, Task};
+use crate::objectives::{CodeRecipe, CodeTable, ExampleSource, ModelView, Packer, Task};
 use feed::{Feed, Place};
 use validation::Validation;
 use window::Window;
@@ -200,6 +195,7 @@ impl Trainer {
             let grad_norm = self.optimizer.clip_grad_norm(plan.clip)?;
             let lr = schedule.at(self.step);
             self.optimizer.step(lr, &grad_norm)?;
+            self.window.add_update(&grad_norm);
             self.ema.update(self.step)?;
             self.step += 1;
             self.place = feed.place();
@@ -240,6 +236,7 @@ impl Trainer {
             ("loss".into(), report.loss),
             ("lr".into(), lr),
             ("grad_norm".into(), report.grad_norm),
+            ("skipped_updates".into(), report.skipped_updates),
             ("tokens_per_s".into(), rate),
             ("data_wait".into(), feed.take_waited().as_secs_f64() / report.seconds),
             ("skipped_samples".into(), self.place.skipped as f64),

@@ -2,8 +2,8 @@
 
 use m6_data::{CaptionFields, ShardSet};
 
-use super::skipped::Skipped;
 use crate::error::{Error, Result};
+use crate::objectives::Skipped;
 
 /// Every text of `fields` in every sample; `on_sample` is called after each. Samples whose texts cannot be read are
 /// named and left out.

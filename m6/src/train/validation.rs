@@ -2,18 +2,15 @@
 
 use std::sync::Arc;
 
-use m6_data::ShardSet;
+use m6_data::{ShardSet, Transform};
 use m6_run::RunDir;
 use tch::{Device, Kind, Tensor};
 
-use super::batch::Packer;
-use super::codes::{CodeRecipe, CodeTable};
 use super::config::{TrainConfig, ValidationConfig};
 use super::loss::losses;
-use super::skipped::Skipped;
 use crate::error::Result;
 use crate::model::{Mode, Model};
-use crate::objectives::{ExampleSource, ModelView, Task};
+use crate::objectives::{CodeRecipe, CodeTable, DataConfig, ExampleSource, ModelView, Packer, Skipped, Task};
 
 /// Held-out examples.
 pub(super) struct Validation {
@@ -24,7 +21,7 @@ pub(super) struct Validation {
 }
 
 impl Validation {
-    /// Opens the validation shards with the training data's captions and transforms.
+    /// Opens the validation shards with the training data's captions; pictures are not augmented.
     pub(super) fn open(
         config: &TrainConfig,
         settings: &ValidationConfig,
@@ -33,10 +30,11 @@ impl Validation {
     ) -> Result<Self> {
         let shards = ShardSet::open(&settings.shards)?;
         let device = model.params.device();
+        let code_transform = Transform::centered(model.vqgan.config().resolution as u32);
         let codes = if config.tasks.weight(Task::TextToImage) > 0.0 {
             let recipe = CodeRecipe {
                 shards: &shards,
-                transform: &config.data.code_transform,
+                transform: &code_transform,
                 views: 1,
                 seed: config.seed,
                 workers: config.data.workers,
@@ -56,9 +54,10 @@ impl Validation {
             max_text: model.info.model.max_text,
             resolution: model.info.model.patches.resolution,
         };
+        let data =
+            DataConfig { transform: Transform::centered(view.resolution as u32), ..config.data.clone() };
         let tokenizer = model.tokenizer.clone();
-        let source =
-            ExampleSource::new(shards, config.seed, config.data.clone(), shares, tokenizer, codes, view)?;
+        let source = ExampleSource::new(shards, config.seed, data, shares, tokenizer, codes, view)?;
         Ok(Self { source, tasks, examples: settings.examples, tokens: config.schedule.tokens })
     }
 

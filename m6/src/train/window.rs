@@ -6,10 +6,9 @@ use std::time::Instant;
 use m6_runtime::RuntimeError;
 use tch::{Device, Kind, Tensor};
 
-use super::batch::Batch;
 use super::loss::Losses;
 use crate::error::Result;
-use crate::objectives::Task;
+use crate::objectives::{Batch, Task};
 
 const TASKS: i64 = Task::ALL.len() as i64;
 
@@ -17,8 +16,8 @@ const LOSS: &str = "loss";
 const TASK_SUMS: &str = "task_sums";
 const TASK_COUNTS: &str = "task_counts";
 const EXPERT_LOAD: &str = "expert_load";
-/// Batches, tokens.
-const COUNTS: &str = "counts";
+const BATCHES: &str = "batches";
+const SKIPPED_UPDATES: &str = "skipped_updates";
 
 /// Sums since the last report.
 pub(super) struct Window {
@@ -27,7 +26,9 @@ pub(super) struct Window {
     task_sums: Tensor,
     task_counts: Tensor,
     expert_load: Option<Tensor>,
+    skipped_updates: Tensor,
     batches: u64,
+    /// Of this process alone, as `start` is: a rate does not span an interruption.
     tokens: u64,
     start: Instant,
 }
@@ -40,6 +41,8 @@ pub(super) struct Report {
     pub tasks: Vec<(Task, f64)>,
     /// Norm of the last update's gradients before clipping.
     pub grad_norm: f64,
+    /// Updates that were left out because their gradients were not finite.
+    pub skipped_updates: f64,
     /// Tokens that were not padding.
     pub tokens: u64,
     /// Length of the window.
@@ -57,6 +60,7 @@ impl Window {
             task_sums: zeros(&[TASKS]),
             task_counts: zeros(&[TASKS]),
             expert_load: None,
+            skipped_updates: zeros(&[]),
             batches: 0,
             tokens: 0,
             start: Instant::now(),
@@ -74,14 +78,19 @@ impl Window {
         self.tokens += batch.real as u64;
     }
 
+    /// Counts the update whose gradients had this norm.
+    pub(super) fn add_update(&mut self, grad_norm: &Tensor) {
+        self.skipped_updates += grad_norm.isfinite().logical_not();
+    }
+
     /// The sums by name, for a checkpoint.
     pub(super) fn state(&self) -> Vec<(String, Tensor)> {
-        let counts = Tensor::from_slice(&[self.batches as i64, self.tokens as i64]);
         let mut state = vec![
             (LOSS.to_owned(), self.loss.shallow_clone()),
             (TASK_SUMS.to_owned(), self.task_sums.shallow_clone()),
             (TASK_COUNTS.to_owned(), self.task_counts.shallow_clone()),
-            (COUNTS.to_owned(), counts),
+            (SKIPPED_UPDATES.to_owned(), self.skipped_updates.shallow_clone()),
+            (BATCHES.to_owned(), Tensor::from(self.batches as i64)),
         ];
         state.extend(self.expert_load.as_ref().map(|load| (EXPERT_LOAD.to_owned(), load.shallow_clone())));
         state
@@ -104,11 +113,8 @@ impl Window {
         self.loss = take(LOSS)?.to_device(device);
         self.task_sums = take(TASK_SUMS)?.to_device(device);
         self.task_counts = take(TASK_COUNTS)?.to_device(device);
-        let counts = Vec::<i64>::try_from(take(COUNTS)?).map_err(RuntimeError::from)?;
-        let [batches, tokens] = counts[..] else {
-            return Err(RuntimeError::Torch(format!("window: `{COUNTS}` has {} values", counts.len())));
-        };
-        (self.batches, self.tokens) = (batches as u64, tokens as u64);
+        self.skipped_updates = take(SKIPPED_UPDATES)?.to_device(device);
+        self.batches = i64::try_from(take(BATCHES)?).map_err(RuntimeError::from)? as u64;
         Ok(())
     }
 
@@ -119,18 +125,20 @@ impl Window {
             (load.std_dim([-1].as_slice(), false, false) / load.mean_dim([-1].as_slice(), false, Kind::Float))
                 .mean(Kind::Float)
         });
-        let has_experts = spread.is_some();
-        let scalars = [&self.loss, grad_norm].map(|t| t.reshape([1]));
+        let scalars = [&self.loss, grad_norm, &self.skipped_updates].map(|t| t.reshape([1]));
         let spread = spread.map(|t| t.reshape([1]));
         let parts: Vec<&Tensor> =
             scalars.iter().chain([&self.task_sums, &self.task_counts]).chain(spread.as_ref()).collect();
         let values = Tensor::cat(&parts, 0).to_device(Device::Cpu).to_kind(Kind::Double);
         let values = Vec::<f64>::try_from(values).map_err(RuntimeError::from)?;
         let tasks = TASKS as usize;
-        let (sums, counts) = (&values[2..2 + tasks], &values[2 + tasks..2 + 2 * tasks]);
+        let (head, rest) = values.split_at(scalars.len());
+        let (sums, rest) = rest.split_at(tasks);
+        let (counts, spread) = rest.split_at(tasks);
         let report = Report {
-            loss: values[0] / self.batches.max(1) as f64,
-            grad_norm: values[1],
+            loss: head[0] / self.batches.max(1) as f64,
+            grad_norm: head[1],
+            skipped_updates: head[2],
             tasks: Task::ALL
                 .into_iter()
                 .enumerate()
@@ -139,7 +147,7 @@ impl Window {
                 .collect(),
             tokens: self.tokens,
             seconds: self.start.elapsed().as_secs_f64(),
-            expert_spread: has_experts.then(|| values[2 + 2 * tasks]),
+            expert_spread: spread.first().copied(),
         };
         *self = Self::new(self.device);
         Ok(report)

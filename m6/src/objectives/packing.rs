@@ -6,9 +6,9 @@ use m6_runtime::device::upload;
 use m6_vqgan::pictures_to_tensor;
 use tch::{Device, Tensor};
 
+use super::{Example, Target, Task};
 use crate::error::Result;
 use crate::model::{Positions, Sequence, Tokens, Vocab};
-use crate::objectives::{Example, Piece, Target, Task};
 
 /// On a GPU the number of pictures is rounded up to a multiple of this: cuDNN plans every convolution anew for a
 /// batch size that it has not met.
@@ -101,13 +101,7 @@ impl Packer {
         for example in std::mem::take(&mut self.examples) {
             let start = sequence.len();
             for piece in example.prefix {
-                match piece {
-                    Piece::Text(ids) => sequence.prefix_text(&ids),
-                    Piece::Picture(picture) => {
-                        sequence.patches();
-                        pictures.push(picture);
-                    }
-                }
+                piece.append(&mut sequence, &mut pictures);
             }
             let first = sequence.len();
             example.target.append(&mut sequence, self.vocab);
@@ -193,6 +187,7 @@ impl HostTargets {
 mod tests {
     use super::*;
     use crate::model::{Language, Special};
+    use crate::objectives::Piece;
 
     const VOCAB: Vocab = Vocab { text: 20, codes: 4 };
     const POSITIONS: Positions = Positions { text: 8, patch_grid: 2, code_grid: 2 };

@@ -11,19 +11,19 @@ const NAMED: u64 = 10;
 
 /// Counts samples that cannot be used and names the first of them on stderr.
 #[derive(Debug, Clone, Copy, Default)]
-pub(super) struct Skipped {
+pub(crate) struct Skipped {
     count: u64,
     in_a_row: u64,
 }
 
 impl Skipped {
     /// Goes on counting at `count`.
-    pub(super) fn resume(count: u64) -> Self {
+    pub(crate) fn resume(count: u64) -> Self {
         Self { count, in_a_row: 0 }
     }
 
     /// Samples skipped so far.
-    pub(super) fn count(&self) -> u64 {
+    pub(crate) fn count(&self) -> u64 {
         self.count
     }
 
@@ -31,7 +31,7 @@ impl Skipped {
     ///
     /// # Errors
     /// When the problem is not one sample's, or too many fail one after the other.
-    pub(super) fn check<T>(&mut self, made: Result<T>) -> Result<Option<T>> {
+    pub(crate) fn check<T>(&mut self, made: Result<T>) -> Result<Option<T>> {
         match made {
             Ok(value) => {
                 self.in_a_row = 0;
