@@ -111,7 +111,7 @@ fn resize_short_side(picture: &Rgb8, short: u32) -> Result<Rgb8> {
 fn random_resized_crop(picture: &Rgb8, n: u32, min_share: f64, rng: &mut impl Rng) -> Result<Rgb8> {
     /// The widest and, as its inverse, the tallest aspect.
     const MAX_ASPECT: f64 = 4.0 / 3.0;
-    /// Draws until a rectangle fits; then the whole picture is taken.
+    /// Draws until a rectangle fits; then the square in the middle is taken.
     const ATTEMPTS: usize = 10;
     let area = f64::from(picture.width) * f64::from(picture.height);
     for _ in 0..ATTEMPTS {
@@ -125,7 +125,8 @@ fn random_resized_crop(picture: &Rgb8, n: u32, min_share: f64, rng: &mut impl Rn
             return picture.crop(x, y, width, height)?.resize(n, n);
         }
     }
-    picture.resize(n, n)
+    let side = picture.width.min(picture.height);
+    picture.crop((picture.width - side) / 2, (picture.height - side) / 2, side, side)?.resize(n, n)
 }
 
 impl FromStr for Transform {
@@ -238,6 +239,7 @@ mod tests {
         assert_eq!(size("random_resized_crop:24,0.1 | color_jitter:0.5", 40, 9), (24, 24));
         assert_eq!(parse("random_resized_crop:24,0.1 | color_jitter:0.5").output_size(), Some((24, 24)));
         assert_eq!(parse("resize:64").output_size(), None);
+        assert_eq!(Transform::centered(64), parse("resize:64 | center_crop:64"));
     }
 
     #[test]
@@ -291,7 +293,9 @@ mod tests {
 
         #[test]
         fn any_text_is_survived(spec in ".{0,40}") {
-            let _ = spec.parse::<Transform>();
+            if let Ok(transform) = spec.parse::<Transform>() {
+                prop_assert_eq!(parse(&transform.to_string()), transform);
+            }
         }
     }
 }

@@ -36,12 +36,8 @@ pub struct VqganConfig {
     /// What a nat of a code's information costs against its squared distance (entropy-constrained vector
     /// quantisation, Chou, Lookabaugh and Gray 1989); 0 takes the nearest code. Without it a plain background gets
     /// hundreds of codes that look alike, and who models the codes has to learn that noise.
-    #[serde(default, skip_serializing_if = "is_zero")]
+    #[serde(default)]
     pub rate: f64,
-}
-
-fn is_zero(value: &f64) -> bool {
-    *value == 0.0
 }
 
 /// A key of [`VqganConfig`] and what is wrong with its value.

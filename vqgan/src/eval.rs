@@ -79,7 +79,7 @@ pub fn run(
 ) -> Result<VqganReport> {
     let model = Vqgan::load(dir, device(device_name)?)?;
     let side = model.config().resolution;
-    let transform: Transform = format!("resize:{side} | center_crop:{side}").parse()?;
+    let transform = Transform::centered(side as u32);
     let shards = ShardSet::open(shards)?;
     let total = limit.unwrap_or(usize::MAX).min(shards.len()) as u64;
     let last = shards.len() - 1;

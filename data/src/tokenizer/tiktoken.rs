@@ -187,7 +187,8 @@ mod tests {
     proptest! {
         #[test]
         fn any_file_is_survived(text in "[A-Z= 0-9\n]{0,60}") {
-            let _ = to_json(&text);
+            // Too short to hold a token for each byte.
+            prop_assert!(to_json(&text).is_err());
         }
     }
 }

@@ -153,3 +153,23 @@ impl Window {
         Ok(report)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn skipped_updates_are_counted_across_a_checkpoint_and_the_rate_is_not() {
+        let mut before = Window::new(Device::Cpu);
+        for norm in [1.0, f64::NAN, f64::INFINITY] {
+            before.add_update(&Tensor::from(norm));
+        }
+        (before.batches, before.tokens) = (3, 700);
+        let mut after = Window::new(Device::Cpu);
+        after.load_state(before.state()).unwrap();
+        after.add_update(&Tensor::from(f64::NAN));
+        assert_eq!((after.batches, after.tokens), (3, 0));
+        assert_eq!(after.read(&Tensor::from(1.0f32)).unwrap().skipped_updates, 3.0);
+        assert_eq!(after.read(&Tensor::from(1.0f32)).unwrap().skipped_updates, 0.0);
+    }
+}
