@@ -160,14 +160,14 @@ pub struct Running {
 }
 
 impl Running {
-    /// Waits for a line of standard error that begins with `text`.
+    /// Waits for a line of standard error that `is_it`.
     #[track_caller]
-    pub fn wait_for_line(&mut self, text: &str) {
+    pub fn wait_for_line(&mut self, is_it: impl Fn(&str) -> bool) {
         loop {
             let start = self.seen.len();
             let read = self.stderr.read_line(&mut self.seen).unwrap();
-            assert!(read > 0, "ended without the line {text:?}:\n{}", self.seen);
-            if self.seen[start..].starts_with(text) {
+            assert!(read > 0, "ended without the line that was waited for:\n{}", self.seen);
+            if is_it(&self.seen[start..]) {
                 return;
             }
         }

@@ -33,11 +33,10 @@ pub struct VqganConfig {
     pub codebook_size: i64,
     /// Width of a code; small and normalised as in LlamaGen (Sun et al. 2024).
     pub code_dim: i64,
-    /// What a nat of a code's information costs against its squared distance (entropy-constrained vector
-    /// quantisation, Chou, Lookabaugh and Gray 1989); 0 takes the nearest code. Without it a plain background gets
-    /// hundreds of codes that look alike, and who models the codes has to learn that noise.
+    /// Whether code 0 stands for blank: every position whose pixels are all white has it. Without, the background of
+    /// cut-out pictures gets hundreds of codes that look alike, and who models the codes has to learn that noise.
     #[serde(default)]
-    pub rate: f64,
+    pub blank_code: bool,
 }
 
 /// A key of [`VqganConfig`] and what is wrong with its value.
@@ -95,9 +94,6 @@ impl VqganConfig {
         in_range("z_channels", self.z_channels, 1, MAX_WIDTH)?;
         in_range("codebook_size", self.codebook_size, 2, i64::from(i32::MAX))?;
         in_range("code_dim", self.code_dim, 2, MAX_WIDTH)?;
-        if !(self.rate >= 0.0 && self.rate.is_finite()) {
-            return problem("rate", format!("{}, expected 0 or more", self.rate));
-        }
         if !(1..=MAX_LEVELS).contains(&self.ch_mult.len()) {
             return problem("ch_mult", format!("{} levels, expected 1 to {MAX_LEVELS}", self.ch_mult.len()));
         }
@@ -150,7 +146,7 @@ pub(crate) mod tests {
             z_channels: 16,
             codebook_size: 32,
             code_dim: 8,
-            rate: 0.0,
+            blank_code: false,
         }
     }
 
@@ -185,7 +181,6 @@ pub(crate) mod tests {
             message(VqganConfig { attn_resolutions: vec![4], ..tiny() }),
             "attn_resolutions: 4, expected sides among [16, 8]"
         );
-        assert_eq!(message(VqganConfig { rate: -0.1, ..tiny() }), "rate: -0.1, expected 0 or more");
         assert_eq!(
             message(VqganConfig { codebook_size: 1, ..tiny() }),
             "codebook_size: 1, expected 2 to 2147483647"

@@ -1,26 +1,20 @@
-//! The quantiser of LlamaGen (Sun et al. 2024): narrow, normalised codes; on request with a price on rare codes.
+//! The quantiser of LlamaGen (Sun et al. 2024): narrow, normalised codes; on request one of them for blank places.
 //!
 //! Legend: `n` positions of all pictures of a batch, `d` code width, `k` codes.
 
 use m6_runtime::nn::Embedding;
-use m6_runtime::{Group, Init, Params};
+use m6_runtime::{Init, Params};
 use tch::{Kind, Tensor};
 
 use crate::config::VqganConfig;
+
+/// The code of blank positions, where a tokenizer has one.
+pub(crate) const BLANK_CODE: i64 = 0;
 
 /// Codebook of unit vectors; which one a position gets is decided by the angle.
 #[derive(Debug)]
 pub(crate) struct Quantizer {
     embedding: Embedding,
-    price: Option<Price>,
-}
-
-/// What codes cost beside their distance.
-#[derive(Debug)]
-struct Price {
-    rate: f64,
-    /// Information of each code in nats, `[k]`; all the same at first.
-    nats_k: Tensor,
 }
 
 /// Positions with their codes.
@@ -41,20 +35,7 @@ impl Quantizer {
             // Replaced by encoder outputs before it is trained; only directions count.
             Init::Normal(1.0),
         );
-        let price = (config.rate > 0.0).then(|| Price {
-            rate: config.rate,
-            nats_k: params.add("nats", &[config.codebook_size], Init::Zeros, Group::Buffer),
-        });
-        Self { embedding, price }
-    }
-
-    /// Sets what each code costs by how often it is chosen, `[k]` in any unit. Rarer than `floor` counts as `floor`:
-    /// a code without a price is out of reach for ever.
-    pub(crate) fn set_price(&mut self, usage_k: &Tensor, floor: f64) {
-        if let Some(price) = &mut self.price {
-            let share = usage_k.clamp_min(floor);
-            price.nats_k.copy_(&-(&share / share.sum(Kind::Float)).log());
-        }
+        Self { embedding }
     }
 
     /// The table `[k, d]` as it is stored, not normalised.
@@ -67,16 +48,13 @@ impl Quantizer {
         normalize(&self.embedding.forward(codes))
     }
 
-    /// The code of each unit row of `rows_nd`: the nearest, or that with the least sum of squared distance and price.
-    pub(crate) fn quantize(&self, rows_nd: &Tensor) -> Quantized {
-        let codes_n = match &self.price {
-            None => nearest(rows_nd, self.codebook()).0,
-            Some(price) => {
-                let _guard = tch::no_grad_guard();
-                // The squared distance of unit vectors is two less twice their product.
-                let gain = cosines(rows_nd, self.codebook()) * 2.0 - &price.nats_k * price.rate;
-                gain.argmax(-1, false)
-            }
+    /// The nearest code of each unit row of `rows_nd`; where the positions `blank_n` are known, these have
+    /// [`BLANK_CODE`].
+    pub(crate) fn quantize(&self, rows_nd: &Tensor, blank_n: Option<&Tensor>) -> Quantized {
+        let (codes_n, _) = nearest(rows_nd, self.codebook());
+        let codes_n = match blank_n {
+            Some(blank_n) => codes_n.masked_fill(blank_n, BLANK_CODE),
+            None => codes_n,
         };
         Quantized { rows_nd: self.lookup(&codes_n), codes_n }
     }
@@ -95,13 +73,8 @@ pub(crate) fn normalize(x: &Tensor) -> Tensor {
 pub(crate) fn nearest(rows_nd: &Tensor, codebook_kd: &Tensor) -> (Tensor, Tensor) {
     let _guard = tch::no_grad_guard();
     // Between unit vectors the smallest distance is the largest product.
-    let (cosine_n, codes_n) = cosines(rows_nd, codebook_kd).max_dim(-1, false);
+    let (cosine_n, codes_n) = rows_nd.matmul(&normalize(codebook_kd).tr()).max_dim(-1, false);
     (codes_n, cosine_n)
-}
-
-/// Of every unit row of `rows_nd` with every code, `[n, k]`.
-fn cosines(rows_nd: &Tensor, codebook_kd: &Tensor) -> Tensor {
-    rows_nd.matmul(&normalize(codebook_kd).tr())
 }
 
 impl Quantized {
@@ -124,6 +97,7 @@ impl Quantized {
 
 #[cfg(test)]
 mod tests {
+    use m6_runtime::Group;
     use tch::Device;
 
     use super::*;
@@ -140,7 +114,7 @@ mod tests {
     fn the_code_is_the_nearest_by_euclidean_distance_of_unit_vectors() {
         let (_, quantizer, raw) = setup();
         let rows = normalize(&raw);
-        let quantized = quantizer.quantize(&rows);
+        let quantized = quantizer.quantize(&rows, None);
         let distances = (rows.unsqueeze(1) - normalize(quantizer.codebook()).unsqueeze(0)).square();
         let expected = distances.sum_dim_intlist([-1].as_slice(), false, Kind::Float).argmin(-1, false);
         assert_eq!(quantized.codes_n, expected);
@@ -149,26 +123,24 @@ mod tests {
     }
 
     #[test]
-    fn a_price_moves_rows_to_common_codes_and_no_further_than_it_is_worth() {
-        let params = Params::new(Device::Cpu, 1);
-        let config = VqganConfig { codebook_size: 3, code_dim: 2, rate: 0.1, ..tiny() };
-        let mut quantizer = Quantizer::new(&(&params / "quantize"), &config);
-        let unit = |angle: f64| [angle.cos() as f32, angle.sin() as f32];
-        let table = [unit(0.0), unit(0.2), unit(2.0)].concat();
-        tch::no_grad(|| quantizer.codebook().shallow_clone().copy_(&Tensor::from_slice(&table).view([3, 2])));
-        let rows = Tensor::from_slice(&[unit(0.15), unit(1.9)].concat()).view([2, 2]);
-        let codes = |quantizer: &Quantizer| Vec::<i64>::try_from(quantizer.quantize(&rows).codes_n).unwrap();
-        assert_eq!(codes(&quantizer), [1, 2]);
-        // Squared distances .0225 and .0025 to the first two codes; the price makes up for .23 and more.
-        quantizer.set_price(&Tensor::from_slice(&[100.0f32, 10.0, 0.0]), 0.1);
-        assert_eq!(codes(&quantizer), [0, 2]);
+    fn blank_positions_have_the_blank_code_and_the_others_their_nearest() {
+        let (_, quantizer, raw) = setup();
+        let rows = normalize(&raw);
+        let blank: Vec<bool> = (0..10).map(|position| position % 3 == 0).collect();
+        let plain = quantizer.quantize(&rows, None);
+        let quantized = quantizer.quantize(&rows, Some(&Tensor::from_slice(&blank)));
+        for (position, &blank) in (0..).zip(&blank) {
+            let expected = if blank { BLANK_CODE } else { plain.codes_n.int64_value(&[position]) };
+            assert_eq!(quantized.codes_n.int64_value(&[position]), expected);
+        }
+        assert_eq!(quantized.rows_nd, quantizer.lookup(&quantized.codes_n));
     }
 
     #[test]
     fn straight_through_gives_the_code_and_the_encoders_gradient() {
         let (_, quantizer, raw) = setup();
         let rows = raw.detach().set_requires_grad(true);
-        let quantized = quantizer.quantize(&normalize(&rows));
+        let quantized = quantizer.quantize(&normalize(&rows), None);
         let through = quantized.straight_through(&rows);
         assert!((&through - &quantized.rows_nd).abs().max().double_value(&[]) < 1e-6);
         (through * 3.0).sum(Kind::Float).backward();
@@ -180,12 +152,12 @@ mod tests {
     fn each_loss_moves_its_own_side_only() {
         let (_, quantizer, raw) = setup();
         let rows = normalize(&raw);
-        let quantized = quantizer.quantize(&rows);
+        let quantized = quantizer.quantize(&rows, None);
         quantized.codebook_loss(&rows).backward();
         assert!(quantizer.codebook().grad().defined() && !raw.grad().defined());
         let (_, quantizer, raw) = setup();
         let rows = normalize(&raw);
-        let quantized = quantizer.quantize(&rows);
+        let quantized = quantizer.quantize(&rows, None);
         quantized.commitment_loss(&rows).backward();
         assert!(!quantizer.codebook().grad().defined() && raw.grad().defined());
     }

@@ -36,11 +36,6 @@ impl Revival {
         Self { config, usage_k: params.add("usage", &[codebook_size], Init::Ones, Group::Buffer) }
     }
 
-    /// The usage below which a code is dead.
-    pub(crate) fn threshold(&self) -> f64 {
-        self.config.threshold
-    }
-
     /// Running usage `[k]`, 1 being an equal share.
     pub(crate) fn usage(&self) -> &Tensor {
         &self.usage_k

@@ -123,7 +123,10 @@ pub struct PicturesArgs {
     /// Pictures among which the true one is to be found, itself included
     #[arg(long, value_name = "N", default_value_t = 100)]
     candidates: usize,
-    /// Seed of every picture and of the choice of candidates
+    /// Draw this many for each sample and keep the one that the model itself finds to show the prompt best
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1_000))]
+    best_of: u64,
+    /// Seed of the first drawing of every sample and of the choice of candidates
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Below 1 for safer, above 1 for wilder pictures; 0 always takes the most likely code
@@ -149,6 +152,7 @@ impl PicturesArgs {
             prompts: self.prompts,
             candidates: self.candidates,
             limit: self.common.limit(),
+            best_of: self.best_of as usize,
             guidance: self.guidance,
             sampling: Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p },
             seed: self.seed,

@@ -31,7 +31,10 @@ pub struct Args {
     /// Pictures of each prompt
     #[arg(short = 'n', long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=10_000))]
     count: u64,
-    /// Picture i of every prompt is drawn with seed SEED + i
+    /// Draw this many for each picture and keep the one that the model itself finds to show the prompt best
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=1_000))]
+    best_of: u64,
+    /// Drawing i of every prompt comes from seed SEED + i
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Below 1 for safer, above 1 for wilder pictures; 0 always takes the most likely code
@@ -60,6 +63,7 @@ struct Settings {
     #[serde(flatten)]
     sampling: Sampling,
     guidance: f64,
+    best_of: u64,
 }
 
 /// A picture that was written.
@@ -104,17 +108,12 @@ impl Args {
         let model = Model::load(&self.model, device(&self.device)?)?;
 
         let pictures = request.prompts.len() as u64 * self.count;
-        let mut task = None;
-        let mut counted = 0;
-        let drawings = draw(&model, &request, |done, all| {
-            let task =
-                task.get_or_insert_with(|| Task::new(&format!("draw {pictures} pictures"), all, "codes"));
-            task.advance(done - counted);
-            counted = done;
-        })?;
-        task.map(Task::finish);
+        let mut task = Task::new(&format!("draw {pictures} pictures"), request.codes(&model), "codes");
+        let drawings = draw(&model, &request, |chosen| task.advance(chosen))?;
+        task.finish();
 
-        let settings = Settings { sampling: request.sampling, guidance: request.guidance };
+        let settings =
+            Settings { sampling: request.sampling, guidance: request.guidance, best_of: self.best_of };
         let pictures = self.write(&drawings, settings, &model.info)?;
         if self.json {
             return pictures.iter().try_for_each(|picture| output::json(&Line { picture, settings }));
@@ -130,6 +129,7 @@ impl Args {
         DrawRequest {
             prompts: self.prompts.clone(),
             count: self.count as usize,
+            best_of: self.best_of as usize,
             seed: self.seed,
             sampling: Sampling { temperature: self.temperature, top_k: self.top_k, top_p: self.top_p },
             guidance: self.guidance,
@@ -221,7 +221,7 @@ mod tests {
             "vocab": {"text": 256, "codes": 8}, "code_grid": 1, "dtype": "bf16", "tokenizer": "t", "vqgan": "v",
         }))
         .unwrap();
-        let settings = Settings { sampling: args.request().sampling, guidance: 3.0 };
+        let settings = Settings { sampling: args.request().sampling, guidance: 3.0, best_of: 2 };
         let pictures = args.write(&[drawing(5), drawing(6)], settings, &info).unwrap();
 
         let name = |file: &str| dir.path().join("new").join(file);
@@ -234,7 +234,7 @@ mod tests {
         assert_eq!(
             line,
             json!({"file": file, "prompt": "红心", "seed": 5, "temperature": 1.0, "top_k": 7, "top_p": 1.0,
-                "guidance": 3.0})
+                "guidance": 3.0, "best_of": 2})
         );
     }
 }

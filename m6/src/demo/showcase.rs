@@ -40,21 +40,17 @@ pub(super) fn draw_prompts(model: &Model, out: &Path, clock: &mut Clock) -> Resu
     let request = DrawRequest {
         prompts: PROMPTS.map(str::to_owned).to_vec(),
         count: COUNT,
+        best_of: 1,
         seed: SEED,
         sampling: Sampling::default(),
         guidance: GUIDANCE,
     };
-    let codes = (PROMPTS.len() * COUNT) as u64 * (model.info.code_grid * model.info.code_grid) as u64;
     let drawings = clock.time(
         "draw pictures",
         |drawings: &Vec<_>| format!("{} pictures", drawings.len()),
         || {
-            let mut task = Task::new("draw pictures", codes, "codes");
-            let mut counted = 0;
-            let drawings = draw(model, &request, |done, _| {
-                task.advance(done - counted);
-                counted = done;
-            })?;
+            let mut task = Task::new("draw pictures", request.codes(model), "codes");
+            let drawings = draw(model, &request, |chosen| task.advance(chosen))?;
             task.finish();
             Ok(drawings)
         },

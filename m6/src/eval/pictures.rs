@@ -38,6 +38,8 @@ pub struct PicturesRequest {
     pub candidates: usize,
     /// Draws the first samples only.
     pub limit: Option<usize>,
+    /// Drawings of which the one that the model finds best becomes the picture.
+    pub best_of: usize,
     /// Guidance scale.
     pub guidance: f64,
     /// How codes are chosen.
@@ -88,8 +90,8 @@ struct Row<'a> {
 
 impl PicturesRequest {
     fn drawing(&self, prompts: Vec<String>) -> DrawRequest {
-        let Self { sampling, guidance, seed, .. } = *self;
-        DrawRequest { prompts, count: 1, seed, sampling, guidance }
+        let Self { best_of, sampling, guidance, seed, .. } = *self;
+        DrawRequest { prompts, count: 1, best_of, seed, sampling, guidance }
     }
 }
 
@@ -168,13 +170,9 @@ fn fill(shards: &ShardSet, template: &str, count: usize) -> Result<Vec<String>> 
 
 /// One drawing for each prompt, and how long they took.
 fn draw_all(model: &Model, prompts: Vec<String>, request: &PicturesRequest) -> Result<(Vec<Drawing>, f64)> {
-    let places = (model.info.code_grid * model.info.code_grid) as u64;
-    let mut task = Task::new("draw pictures", prompts.len() as u64 * places, "codes");
-    let mut counted = 0;
-    let drawings = draw(model, &request.drawing(prompts), |done, _| {
-        task.advance(done - counted);
-        counted = done;
-    })?;
+    let request = request.drawing(prompts);
+    let mut task = Task::new("draw pictures", request.codes(model), "codes");
+    let drawings = draw(model, &request, |chosen| task.advance(chosen))?;
     Ok((drawings, task.finish().as_secs_f64()))
 }
 
@@ -268,6 +266,7 @@ mod tests {
             prompts: vec!["{en} {style}".to_owned(), "{zh}".to_owned()],
             candidates,
             limit: Some(2),
+            best_of: 1,
             guidance: 2.0,
             sampling: Sampling { temperature: 1.0, top_k: 0, top_p: 1.0 },
             seed: 3,

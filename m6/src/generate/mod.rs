@@ -5,6 +5,7 @@ mod cache;
 mod caption;
 mod grid;
 mod picture;
+mod rerank;
 mod sampler;
 #[cfg(test)]
 pub(crate) mod testing;
@@ -13,4 +14,5 @@ pub use cache::KvCache;
 pub use caption::{Caption, caption, score_texts};
 pub use grid::rows_grid;
 pub use picture::{DrawRequest, Drawing, draw};
+pub use rerank::fidelity;
 pub use sampler::{Sampling, guide};

@@ -7,6 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Device, Tensor};
 
 use super::cache::KvCache;
+use super::rerank::best_of_each;
 use super::sampler::{Sampling, guide};
 use crate::error::{Error, Result};
 use crate::model::{Model, Sequence, Transformer};
@@ -26,8 +27,10 @@ pub struct DrawRequest {
     pub prompts: Vec<String>,
     /// Pictures of each prompt.
     pub count: usize,
-    /// Picture `i` of every prompt is drawn from the random stream of `seed + i` (wrapping), so that it can be
-    /// drawn again alone.
+    /// Drawings of which the one that shows its prompt best, by [`fidelity`](super::fidelity), becomes the picture; 1 takes what comes.
+    pub best_of: usize,
+    /// Drawing `i` of every prompt comes from the random stream of `seed + i` (wrapping), so that it can be drawn
+    /// again alone. A picture is chosen among `best_of` drawings that follow each other.
     pub seed: u64,
     /// How codes are chosen.
     pub sampling: Sampling,
@@ -55,10 +58,24 @@ impl DrawRequest {
     /// When a setting is out of its range.
     pub fn validate(&self) -> Result<()> {
         self.sampling.validate()?;
+        if self.best_of == 0 {
+            return Err(Error::Usage("--best-of 0: expected 1 or more".into()));
+        }
         if self.guidance >= 0.0 && self.guidance.is_finite() {
             return Ok(());
         }
         Err(Error::Usage(format!("--guidance {}: expected 0 or more", self.guidance)))
+    }
+
+    /// Drawings of each prompt.
+    fn drawings(&self) -> usize {
+        self.count * self.best_of
+    }
+
+    /// Codes that all drawings together have.
+    pub fn codes(&self, model: &Model) -> u64 {
+        let grid = model.info.code_grid as u64;
+        (self.prompts.len() * self.drawings()) as u64 * grid * grid
     }
 
     /// The prompts as ids; an empty prompt becomes the null prompt.
@@ -84,26 +101,22 @@ impl DrawRequest {
     }
 }
 
-/// Draws `count` pictures of each prompt, prompt after prompt. `on_progress` is called with the number of codes chosen
-/// so far and in all.
+/// Draws `count` pictures of each prompt, prompt after prompt, each the best of `best_of` drawings. `on_progress` is
+/// called with the number of codes that were just chosen; in all they are [`DrawRequest::codes`].
 ///
 /// Pictures are drawn in groups, but each from a random stream of its own: apart from the rounding of matrix
 /// products of other sizes, a picture is the same whatever is drawn beside it.
 ///
 /// # Errors
 /// When a setting is out of its range, a prompt is longer than the model takes, or libtorch refuses an operation.
-pub fn draw(
-    model: &Model,
-    request: &DrawRequest,
-    mut on_progress: impl FnMut(u64, u64),
-) -> Result<Vec<Drawing>> {
+pub fn draw(model: &Model, request: &DrawRequest, on_progress: impl FnMut(u64)) -> Result<Vec<Drawing>> {
     let _guard = tch::no_grad_guard();
     request.validate()?;
     let prefixes = request.prefixes(model)?;
     let jobs: Vec<Job> = prefixes
         .iter()
         .flat_map(|prefix| {
-            (0..request.count).map(move |i| Job { prefix, seed: request.seed.wrapping_add(i as u64) })
+            (0..request.drawings()).map(move |i| Job { prefix, seed: request.seed.wrapping_add(i as u64) })
         })
         .collect();
     let sampler = Sampler {
@@ -112,22 +125,18 @@ pub fn draw(
         sampling: request.sampling,
         guidance: request.guidance,
     };
-    let all = jobs.len() as u64 * (model.info.code_grid * model.info.code_grid) as u64;
-    let mut done = 0;
-    let codes = sampler.codes(&jobs, &mut |chosen| {
-        done += chosen;
-        on_progress(done, all);
-    })?;
+    let codes = sampler.codes(&jobs, on_progress)?;
     let pictures = decode(model, &codes)?;
     let drawings = jobs.iter().zip(codes).zip(pictures).enumerate();
-    Ok(drawings
+    let drawings = drawings
         .map(|(i, ((job, codes), picture))| Drawing {
-            prompt: request.prompts[i / request.count].clone(),
+            prompt: request.prompts[i / request.drawings()].clone(),
             seed: job.seed,
             codes,
             picture,
         })
-        .collect())
+        .collect();
+    best_of_each(model, drawings, request.best_of)
 }
 
 /// One picture to draw.
@@ -147,7 +156,7 @@ struct Sampler<'a> {
 
 impl Sampler<'_> {
     /// Codes of each job, in groups that fit the row budget.
-    fn codes(&self, jobs: &[Job], on_progress: &mut impl FnMut(u64)) -> Result<Vec<Vec<u32>>> {
+    fn codes(&self, jobs: &[Job], mut on_progress: impl FnMut(u64)) -> Result<Vec<Vec<u32>>> {
         let budget = if self.device.is_cuda() { ROWS_GPU } else { ROWS_CPU };
         let mut codes = Vec::with_capacity(jobs.len());
         let mut rest = jobs;
@@ -158,7 +167,7 @@ impl Sampler<'_> {
                 rows <= budget
             });
             let (group, later) = rest.split_at(fits.count());
-            codes.extend(self.group(group, on_progress)?);
+            codes.extend(self.group(group, &mut on_progress)?);
             rest = later;
         }
         Ok(codes)
@@ -235,16 +244,16 @@ mod tests {
 
     fn request(prompts: &[&str], count: usize, seed: u64) -> DrawRequest {
         let prompts = prompts.iter().map(|p| (*p).to_owned()).collect();
-        DrawRequest { prompts, count, seed, sampling: SAMPLING, guidance: 3.0 }
+        DrawRequest { prompts, count, best_of: 1, seed, sampling: SAMPLING, guidance: 3.0 }
     }
 
     #[test]
     fn a_picture_does_not_depend_on_those_beside_it() {
         let model = tiny_model();
-        let many = draw(&model, &request(&["a red heart", "", "红"], 3, 7), |_, _| ()).unwrap();
+        let many = draw(&model, &request(&["a red heart", "", "红"], 3, 7), |_| ()).unwrap();
         assert_eq!(many.len(), 9);
         for drawing in &many {
-            let alone = draw(&model, &request(&[&drawing.prompt], 1, drawing.seed), |_, _| ()).unwrap();
+            let alone = draw(&model, &request(&[&drawing.prompt], 1, drawing.seed), |_| ()).unwrap();
             assert_eq!(alone[0].codes, drawing.codes, "{:?} with seed {}", drawing.prompt, drawing.seed);
             assert_eq!((drawing.picture.width, drawing.picture.height), (SIDE, SIDE));
         }
@@ -256,11 +265,11 @@ mod tests {
     #[test]
     fn progress_counts_every_code_once() {
         let model = tiny_model();
-        let mut calls = Vec::new();
-        let drawings =
-            draw(&model, &request(&["a", "b"], 20, 1), |done, all| calls.push((done, all))).unwrap();
-        let all = drawings.iter().map(|d| d.codes.len() as u64).sum();
-        assert!(calls.is_sorted() && calls.last() == Some(&(all, all)), "{calls:?}");
+        let mut done = 0;
+        let request = DrawRequest { best_of: 2, ..request(&["a", "b"], 10, 1) };
+        let drawings = draw(&model, &request, |chosen| done += chosen).unwrap();
+        assert_eq!(request.codes(&model), 2 * drawings.iter().map(|d| d.codes.len() as u64).sum::<u64>());
+        assert_eq!(done, request.codes(&model));
     }
 
     /// The codes that greedy choice takes from mixed logits, by running the whole sequence anew for each code.
@@ -301,7 +310,7 @@ mod tests {
         };
         let jobs = [&null, &first, &second].map(|prefix| Job { prefix, seed: 0 });
         for guidance in [1.0, 2.5] {
-            let drawn = sampler(guidance).codes(&jobs, &mut |_| ()).unwrap();
+            let drawn = sampler(guidance).codes(&jobs, |_| ()).unwrap();
             for (job, drawn) in jobs.iter().zip(drawn) {
                 assert_eq!(drawn, by_definition(&transformer, job.prefix, guidance), "guidance {guidance}");
             }
@@ -311,13 +320,15 @@ mod tests {
     #[test]
     fn a_long_prompt_and_bad_settings_are_named() {
         let model = tiny_model();
-        let message = |request: &DrawRequest| draw(&model, request, |_, _| ()).unwrap_err().to_string();
+        let message = |request: &DrawRequest| draw(&model, request, |_| ()).unwrap_err().to_string();
         assert_eq!(
             message(&request(&["a", "seventeen letters"], 1, 1)),
             "the prompt \"seventeen letters\" has 17 tokens; this model takes at most 16"
         );
         let negative = DrawRequest { guidance: -1.0, ..request(&["a"], 1, 1) };
         assert_eq!(message(&negative), "--guidance -1: expected 0 or more");
+        let none = DrawRequest { best_of: 0, ..request(&["a"], 1, 1) };
+        assert_eq!(message(&none), "--best-of 0: expected 1 or more");
         let cold = Sampling { temperature: -0.5, ..SAMPLING };
         assert!(
             message(&DrawRequest { sampling: cold, ..request(&["a"], 1, 1) })

@@ -119,7 +119,7 @@ impl SamplesConfig {
     /// What to draw.
     pub fn request(&self, seed: u64) -> DrawRequest {
         let Self { prompts, count, guidance, sampling, .. } = self.clone();
-        DrawRequest { prompts, count, seed, sampling, guidance }
+        DrawRequest { prompts, count, best_of: 1, seed, sampling, guidance }
     }
 }
 

@@ -148,8 +148,8 @@ impl Trainer {
         let log = MetricLog::open(&run, (step > 0).then_some(step))?;
         let progress = Progress::new(config.schedule.steps, step);
         progress.note(&format!(
-            "{} parameters on {device:?}, {} samples, from step {step} of {}",
-            model.params.count(),
+            "{:.2} M parameters on {device:?}, {} samples, from step {step} of {}",
+            model.params.count() as f64 / 1e6,
             source.samples(),
             config.schedule.steps
         ));
@@ -279,7 +279,7 @@ impl Trainer {
     }
 
     fn draw(&self, samples: &SamplesConfig) -> Result<Rgb8> {
-        let drawings = draw(&self.model, &samples.request(self.config.seed), |_, _| {})?;
+        let drawings = draw(&self.model, &samples.request(self.config.seed), |_| {})?;
         Ok(rows_grid(&drawings, samples.count))
     }
 

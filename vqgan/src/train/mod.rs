@@ -86,10 +86,10 @@ fn train(
         progress.note(warning);
     }
     progress.note(&format!(
-        "{} at step {step}: {:.2} M parameters on {device:?}, {} training pictures",
-        run.path().display(),
+        "{:.2} M parameters on {device:?}, {} samples, from step {step} of {}",
         state.parameters() as f64 / 1e6,
-        shards.len()
+        shards.len(),
+        config.schedule.steps
     ));
     let mut pictures = training_stream(config, shards, first_ordinal)?;
     let reconstruction = ReconstructionLoss::new(config.model.resolution, config.loss, device);
@@ -145,7 +145,6 @@ fn train(
         if let Some(rows) = rows.filter(|_| step < config.revive_until()) {
             state.revival.revive(&rows, &mut state.codebooks);
         }
-        state.model.set_price(state.revival.usage(), state.revival.threshold());
 
         step += 1;
         if step % config.log_every == 0 || step == steps {
@@ -291,7 +290,7 @@ mod tests {
         keep = 2
         data = { shards = ["SHARD"], transform = "random_crop:16", workers = 2 }
         validation = { shards = ["SHARD"], transform = "center_crop:16", every = 3, samples = 6 }
-        model = { resolution = 16, ch = 32, ch_mult = [1, 1], num_res_blocks = 1, z_channels = 8, codebook_size = 16, code_dim = 4, rate = 0.02 }
+        model = { resolution = 16, ch = 32, ch_mult = [1, 1], num_res_blocks = 1, z_channels = 8, codebook_size = 16, code_dim = 4, blank_code = true }
         loss = { l1 = 1.0, gradient = 0.5, ssim = 0.2, codebook = 1.0, commitment = 0.25 }
         codebook = { warmup = 2, decay = 0.5, threshold = 0.5, until = 0.9 }
         discriminator = { layers = 1, lr = 1e-4, start = 0.5, alone = 1, ramp = 2, weight = 0.1, feature_matching = 1.0 }
