@@ -1,7 +1,7 @@
 //! Tar shards to samples: pictures, texts and token ids, in an order that can be resumed exactly.
 //!
 //! ```no_run
-//! use m6_data::{CaptionFields, Loader, SampleOrder, ShardSet, Transform, sample_image, sample_rng};
+//! use m6_data::{CaptionFields, Loader, SampleOrder, ShardSet, Transform, sample_rng};
 //!
 //! let shards = ShardSet::open(&["datasets/emoji/train-*.tar".to_owned()])?;
 //! let captions: CaptionFields = serde_json::from_str(r#"[{"member": "json", "key": "zh", "lang": "zh"}]"#)?;
@@ -12,7 +12,7 @@
 //! let loader = Loader::start(0, 2, 8, move |ordinal| {
 //!     let mut rng = sample_rng(seed, ordinal);
 //!     let sample = shards.sample(order.index(ordinal))?;
-//!     let picture = transform.apply(&sample_image(&sample)?, &mut rng)?;
+//!     let picture = transform.load(&sample, &mut rng)?;
 //!     Ok::<_, m6_data::DataError>((picture, captions.pick(&sample, &mut rng)?))
 //! })?;
 //! for item in loader.take(100) {
@@ -23,6 +23,7 @@
 //! # Ok::<_, Box<dyn std::error::Error>>(())
 //! ```
 
+pub mod bench;
 pub mod caption;
 pub mod error;
 pub mod info;
@@ -37,6 +38,7 @@ pub mod tokenizer;
 pub mod transform;
 pub mod writer;
 
+pub use bench::{BenchReport, bench};
 pub use caption::{Caption, CaptionField, CaptionFields};
 pub use error::{DataError, Result};
 pub use info::DatasetInfo;

@@ -11,6 +11,7 @@ use crate::writer::write_atomic;
 
 /// Larger pictures are refused before they are decoded (a decompression bomb must not take the memory).
 pub const MAX_PIXELS: u64 = 1 << 28;
+const FORMATS: [ImageFormat; 4] = [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP, ImageFormat::Bmp];
 const CHANNELS: usize = 3;
 const WHITE: u8 = 255;
 
@@ -32,26 +33,42 @@ impl Rgb8 {
         Self { width, height, pixels }
     }
 
-    /// Decodes JPEG, PNG or WebP: upright as its EXIF orientation says, grey, CMYK and 16 bit converted to 8-bit RGB,
-    /// transparency put on white.
+    /// Decodes JPEG, PNG, WebP or BMP: upright as its EXIF orientation says, grey, CMYK and 16 bit converted to 8-bit
+    /// RGB, transparency put on white.
     ///
     /// # Errors
     /// Another format, broken bytes, or more than [`MAX_PIXELS`].
     pub fn decode(bytes: &[u8]) -> Result<Self> {
+        Self::decode_for(bytes, None)
+    }
+
+    /// As [`Rgb8::decode`]; but of a JPEG that will be scaled down to `short_side` only as much may be decoded as that
+    /// needs: a half, a quarter or an eighth of its size, never smaller than `short_side`. Only with the feature
+    /// `turbojpeg`; without it every picture has its full size.
+    ///
+    /// # Errors
+    /// As for [`Rgb8::decode`].
+    pub fn decode_for(bytes: &[u8], short_side: Option<u32>) -> Result<Self> {
         let broken = |e: image::ImageError| DataError::Picture(e.to_string());
         let reader = ImageReader::new(Cursor::new(bytes))
             .with_guessed_format()
             .map_err(|e| DataError::Picture(e.to_string()))?;
-        if !matches!(reader.format(), Some(ImageFormat::Jpeg | ImageFormat::Png | ImageFormat::WebP)) {
-            return Err(DataError::Picture("expected JPEG, PNG or WebP".to_owned()));
-        }
+        let format = reader.format().filter(|format| FORMATS.contains(format));
+        let format =
+            format.ok_or_else(|| DataError::Picture("expected JPEG, PNG, WebP or BMP".to_owned()))?;
         let mut decoder = reader.into_decoder().map_err(broken)?;
         let (width, height) = decoder.dimensions();
         if u64::from(width) * u64::from(height) > MAX_PIXELS {
             return Err(DataError::Picture(format!("{width}x{height} is more than {MAX_PIXELS} pixels")));
         }
         let orientation = decoder.orientation().map_err(broken)?;
-        let mut picture = DynamicImage::from_decoder(decoder).map_err(broken)?;
+        let reduced = short_side
+            .filter(|_| format == ImageFormat::Jpeg)
+            .and_then(|short_side| decode_reduced(bytes, (width, height), short_side));
+        let mut picture = match reduced {
+            Some(reduced) => reduced,
+            None => DynamicImage::from_decoder(decoder).map_err(broken)?,
+        };
         picture.apply_orientation(orientation);
         Ok(on_white(picture))
     }
@@ -169,6 +186,33 @@ pub fn grid(pictures: &[Rgb8], columns: u32, gap: u32) -> Rgb8 {
     sheet
 }
 
+/// A JPEG of the given size at the smallest of the scales for which libjpeg-turbo has fast inverse transforms that leaves
+/// at least `short_side`; `None` where that is the full size, or where the general decoder has to judge.
+#[cfg(feature = "turbojpeg")]
+fn decode_reduced(bytes: &[u8], (width, height): (u32, u32), short_side: u32) -> Option<DynamicImage> {
+    use turbojpeg::{Colorspace, Decompressor, Image, PixelFormat, ScalingFactor};
+    let fits = |part: &u32| (width.min(height) / part) >= short_side;
+    let part = [8, 4, 2].into_iter().find(fits)?;
+    let mut decoder = Decompressor::new().ok()?;
+    let scale = ScalingFactor::new(1, part as usize);
+    decoder.set_scaling_factor(scale).ok()?;
+    let header = decoder.read_header(bytes).ok()?;
+    if matches!(header.colorspace, Colorspace::CMYK | Colorspace::YCCK) {
+        return None;
+    }
+    let (width, height) = (scale.scale(header.width), scale.scale(header.height));
+    let pitch = width * CHANNELS;
+    let mut pixels = vec![0; height * pitch];
+    let image = Image { pixels: pixels.as_mut_slice(), width, pitch, height, format: PixelFormat::RGB };
+    decoder.decompress(bytes, image).ok()?;
+    image::RgbImage::from_raw(width as u32, height as u32, pixels).map(DynamicImage::from)
+}
+
+#[cfg(not(feature = "turbojpeg"))]
+fn decode_reduced(_: &[u8], _: (u32, u32), _: u32) -> Option<DynamicImage> {
+    None
+}
+
 fn on_white(picture: DynamicImage) -> Rgb8 {
     let (width, height) = (picture.width(), picture.height());
     if !picture.color().has_alpha() {
@@ -214,6 +258,31 @@ mod tests {
         for pixel in decoded.pixels.chunks(3) {
             assert!(pixel.iter().zip([200, 30, 60]).all(|(&got, want)| (i32::from(got) - want).abs() < 6));
         }
+    }
+
+    #[test]
+    fn a_jpeg_that_will_be_scaled_down_is_decoded_no_larger_than_needed_and_looks_the_same() {
+        let smooth = image::RgbImage::from_fn(64, 48, |x, y| image::Rgb([x as u8 * 4, y as u8 * 5, 90]));
+        let jpeg = encode(smooth, ImageFormat::Jpeg);
+        let whole = Rgb8::decode(&jpeg).unwrap();
+        for (short_side, part) in [(49, 1), (48, 1), (25, 1), (24, 2), (12, 4), (6, 8), (1, 8)] {
+            let part = if cfg!(feature = "turbojpeg") { part } else { 1 };
+            let reduced = Rgb8::decode_for(&jpeg, Some(short_side)).unwrap();
+            assert_eq!((reduced.width, reduced.height), (64 / part, 48 / part), "short side {short_side}");
+            let expected = whole.resize(64 / part, 48 / part).unwrap();
+            let differences = reduced.pixels.iter().zip(&expected.pixels).map(|(a, b)| a.abs_diff(*b));
+            assert!(differences.max() <= Some(8), "short side {short_side}");
+        }
+        let cut = &jpeg[..jpeg.len() / 2];
+        assert_eq!(Rgb8::decode_for(cut, Some(12)).is_err(), Rgb8::decode(cut).is_err());
+        let png = gradient(40, 40).encode_png().unwrap();
+        assert_eq!(Rgb8::decode_for(&png, Some(4)).unwrap(), gradient(40, 40));
+    }
+
+    #[test]
+    fn a_bitmap_is_read() {
+        let raw = image::RgbImage::from_raw(7, 5, gradient(7, 5).pixels).unwrap();
+        assert_eq!(Rgb8::decode(&encode(raw, ImageFormat::Bmp)).unwrap(), gradient(7, 5));
     }
 
     #[test]

@@ -10,7 +10,7 @@ use crate::picture::Rgb8;
 use crate::tar_index::TarIndex;
 
 /// Extensions that hold a sample's picture, in the order in which they are looked for.
-pub const PICTURE_EXTENSIONS: [&str; 4] = ["webp", "png", "jpg", "jpeg"];
+pub const PICTURE_EXTENSIONS: [&str; 5] = ["webp", "png", "jpg", "jpeg", "bmp"];
 /// A brace list may name at most this many shards.
 const MAX_EXPANSION: usize = 1 << 20;
 
@@ -215,11 +215,16 @@ impl Sample<'_> {
 /// # Errors
 /// Names the sample when it has no picture or a broken one.
 pub fn sample_image(sample: &Sample) -> Result<Rgb8> {
+    sample_image_for(sample, None)
+}
+
+/// As [`sample_image`], by [`Rgb8::decode_for`].
+pub(crate) fn sample_image_for(sample: &Sample, short_side: Option<u32>) -> Result<Rgb8> {
     let bytes =
         PICTURE_EXTENSIONS.iter().find_map(|extension| sample.member(extension)).ok_or_else(|| {
             sample.error(format!("no picture (expected one of {})", PICTURE_EXTENSIONS.join(", ")))
         })?;
-    Rgb8::decode(bytes).map_err(|e| sample.error(e.to_string()))
+    Rgb8::decode_for(bytes, short_side).map_err(|e| sample.error(e.to_string()))
 }
 
 /// webdataset's rule: the key is the path up to the first dot of its file name, the rest is the extension. Hidden files,

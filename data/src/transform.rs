@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{DataError, Result};
 use crate::picture::Rgb8;
+use crate::shard::{Sample, sample_image_for};
 
 /// Steps that are applied to a picture from left to right. In a config it is a string of steps joined by `|`:
 ///
@@ -40,12 +41,28 @@ impl Transform {
         Self(vec![Step::Resize(side), Step::CenterCrop(side)])
     }
 
+    /// Decodes a sample's picture, no larger than needed, and applies the steps.
+    ///
+    /// # Errors
+    /// Names the sample when it has no picture, a broken one, or one that is too small for a crop.
+    pub fn load(&self, sample: &Sample, rng: &mut impl Rng) -> Result<Rgb8> {
+        let picture = sample_image_for(sample, self.short_side())?;
+        self.apply(picture, rng).map_err(|error| sample.error(error.to_string()))
+    }
+
+    /// The short side to which the first step scales every picture.
+    pub(crate) fn short_side(&self) -> Option<u32> {
+        match self.0.first() {
+            Some(&Step::Resize(short)) => Some(short),
+            _ => None,
+        }
+    }
+
     /// Applies the steps; `rng` decides crops, colours and flips.
     ///
     /// # Errors
     /// A crop that is larger than the picture at that point.
-    pub fn apply(&self, picture: &Rgb8, rng: &mut impl Rng) -> Result<Rgb8> {
-        let mut picture = picture.clone();
+    pub fn apply(&self, mut picture: Rgb8, rng: &mut impl Rng) -> Result<Rgb8> {
         for step in &self.0 {
             match *step {
                 Step::Resize(short) => picture = resize_short_side(&picture, short)?,
@@ -224,7 +241,7 @@ mod tests {
 
     fn apply(spec: &str, width: u32, height: u32, seed: u64) -> Result<Rgb8> {
         let pixels = (0..width * height * 3).map(|i| (i % 253) as u8).collect();
-        parse(spec).apply(&Rgb8 { width, height, pixels }, &mut sample_rng(seed, 0))
+        parse(spec).apply(Rgb8 { width, height, pixels }, &mut sample_rng(seed, 0))
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Decoded pictures of shards, made ahead on worker threads; broken ones are named and skipped.
 
-use m6_data::{Loader, Rgb8, ShardSet, Transform, sample_image, sample_rng};
+use m6_data::{Loader, Rgb8, ShardSet, Transform, sample_rng};
 
 use crate::error::{Result, VqganError};
 
@@ -24,10 +24,8 @@ impl PictureStream {
         index: impl Fn(u64) -> usize + Send + Sync + 'static,
         (first_ordinal, workers, ahead): (u64, usize, usize),
     ) -> Result<Self> {
-        let make = move |ordinal| {
-            let picture = sample_image(&shards.sample(index(ordinal))?)?;
-            transform.apply(&picture, &mut sample_rng(seed, ordinal))
-        };
+        let make =
+            move |ordinal| transform.load(&shards.sample(index(ordinal))?, &mut sample_rng(seed, ordinal));
         let loader = Loader::start(first_ordinal, workers, ahead, make)?;
         Ok(Self { loader, next_ordinal: first_ordinal, broken: 0 })
     }

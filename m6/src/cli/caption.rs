@@ -20,7 +20,7 @@ const BATCH: usize = 16;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  m6 caption --model models/emoji --lang zh heart.png cat.jpg")]
 pub struct Args {
-    /// JPEG, PNG or WebP files
+    /// JPEG, PNG, WebP or BMP files
     #[arg(required = true)]
     images: Vec<PathBuf>,
     /// Model folder

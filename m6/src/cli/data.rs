@@ -1,9 +1,12 @@
 //! `m6 data`.
 
+use std::num::NonZero;
 use std::path::PathBuf;
 
 use m6::{Error, Result};
-use m6_data::{DatasetInfo, SampleOrder, ShardSet, ShardWriter, contact_sheet, pack, sample_image};
+use m6_data::{
+    DatasetInfo, SampleOrder, ShardSet, ShardWriter, Transform, bench, contact_sheet, pack, sample_image,
+};
 use m6_run::Task;
 
 use super::args::FieldArgs;
@@ -24,6 +27,8 @@ pub enum Command {
     Info(InfoArgs),
     /// Draw a sheet of pictures with their captions
     Show(ShowArgs),
+    /// Measure how fast shards become pictures
+    Bench(BenchArgs),
 }
 
 impl Command {
@@ -32,6 +37,7 @@ impl Command {
             Self::Pack(args) => args.run(),
             Self::Info(args) => args.run(),
             Self::Show(args) => args.run(),
+            Self::Bench(args) => args.run(),
         }
     }
 }
@@ -175,5 +181,55 @@ impl ShowArgs {
         let items = items.collect::<Result<Vec<_>>>()?;
         contact_sheet(&items, SHEET_COLUMNS, SHEET_TILE)?.save_png(&self.out)?;
         output::line(format_args!("{}  {count} of {} samples", self.out.display(), shards.len()))
+    }
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  m6 data bench 'shards/train-*.tar' --workers 8 --transform 'resize:144 | random_crop:128'\n\n\
+    Times of stages are milliseconds of one worker for a sample."
+)]
+pub struct BenchArgs {
+    /// Shards: files, globs or lists such as `train-{000..017}.tar`
+    #[arg(required = true)]
+    shards: Vec<String>,
+    /// Threads that read, decode and transform; the default is one a core
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_024))]
+    workers: Option<u64>,
+    /// Augmentation, as in a config
+    #[arg(long, value_name = "STEPS", default_value = "")]
+    transform: Transform,
+    /// Samples to load; the default is as many as there are
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    samples: Option<u64>,
+    /// Print the figures as one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl BenchArgs {
+    fn run(self) -> Result<()> {
+        let shards = ShardSet::open(&self.shards)?;
+        for warning in shards.warnings() {
+            eprintln!("{warning}");
+        }
+        let workers = match self.workers {
+            Some(workers) => workers as usize,
+            None => std::thread::available_parallelism().map_or(1, NonZero::get),
+        };
+        let samples = self.samples.unwrap_or(shards.len() as u64);
+        let mut task = Task::new("load", samples, "samples");
+        let report = bench(shards, self.transform, workers, samples, || task.advance(1))?;
+        task.finish();
+        if self.json {
+            return output::json(&report);
+        }
+        let m6_data::BenchReport { samples, broken, seconds, samples_per_s, mb_per_s, stages, .. } = report;
+        output::line(format_args!(
+            "{samples_per_s:.0} samples/s, {mb_per_s:.1} MB/s: {samples} samples in {seconds:.1} s on {workers} \
+             workers, {broken} broken"
+        ))?;
+        let (read, decode, transform) = (stages.read, stages.decode, stages.transform);
+        output::line(format_args!("read {read:.3} ms, decode {decode:.3} ms, transform {transform:.3} ms"))
     }
 }

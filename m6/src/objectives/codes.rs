@@ -8,7 +8,7 @@ use std::path::Path;
 
 use m6_data::order::sample_rng;
 use m6_data::picture::Rgb8;
-use m6_data::shard::{ShardSet, sample_image};
+use m6_data::shard::ShardSet;
 use m6_data::transform::Transform;
 use m6_data::{DataError, Loader};
 use m6_run::Task as Job;
@@ -133,9 +133,7 @@ fn make(recipe: &CodeRecipe, vqgan: &Vqgan, device: Device) -> Result<Vec<i16>> 
     let view = move |ordinal: u64| -> std::result::Result<Rgb8, DataError> {
         // The loader runs ahead of the last picture; what it makes there is not used.
         let sample = shards.sample((ordinal / views) as usize % shards.len())?;
-        let picture = sample_image(&sample)?;
-        let viewed = transform.apply(&picture, &mut sample_rng(seed, ordinal));
-        viewed.map_err(|error| sample.error(error.to_string()))
+        transform.load(&sample, &mut sample_rng(seed, ordinal))
     };
     let loader = Loader::start(0, recipe.workers, 4 * BATCH, view)?;
     let mut job = Job::new("encode pictures", total as u64, "views");

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use m6_data::caption::{Caption, CaptionFields};
 use m6_data::order::{SampleOrder, sample_rng};
 use m6_data::picture::Rgb8;
-use m6_data::shard::{Sample, ShardSet, sample_image};
+use m6_data::shard::{Sample, ShardSet};
 use m6_data::tokenizer::Tokenizer;
 use m6_data::transform::Transform;
 use rand::Rng;
@@ -156,12 +156,7 @@ impl ExampleSource {
     }
 
     fn picture(&self, sample: &Sample, rng: &mut impl Rng) -> Result<Rgb8> {
-        let picture = self
-            .data
-            .transform
-            .apply(&sample_image(sample)?, rng)
-            .map_err(|e| sample.error(e.to_string()))?;
-        Ok(picture)
+        Ok(self.data.transform.load(sample, rng)?)
     }
 
     /// A caption as ids, cut to what fits between a target's begin and end.
