@@ -239,7 +239,7 @@ fn truncated_shards_are_used_up_to_the_cut() {
     fs::write(&shard, &bytes[..bytes.len() / 2 + 100]).unwrap();
     let finished = scene.run(&["train", "train.toml", "--set", "schedule.steps=2"]);
     assert_eq!(finished.code, Some(0), "{}", finished.stderr);
-    assert!(finished.stderr.contains("train-000000.tar at byte 12288: truncated"), "{}", finished.stderr);
+    assert!(finished.stderr.contains("train-000000.tar, byte 12288: truncated"), "{}", finished.stderr);
     let info = scene.json(&["data", "info", "shards/*.tar", "--json"]);
     assert!(info[0]["samples"].as_u64().is_some_and(|n| (4..=7).contains(&n)), "{info:?}");
 

@@ -2,9 +2,9 @@
 
 use std::fs;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::scene::Scene;
+use crate::scene::{Sample, Scene, samples};
 
 const PICTURES: usize = 12;
 
@@ -127,4 +127,36 @@ fn one_picture_does_not_depend_on_its_neighbours() {
     assert_eq!(read("both.png"), read("again.png"));
     assert_eq!(read("both-003.png"), read("alone-001.png"));
     assert_ne!(read("alone-000.png"), read("alone-001.png"));
+}
+
+#[test]
+fn lint_finds_what_is_broken_and_repair_leaves_it_out() {
+    let scene = Scene::new();
+    let broken = Sample::new("broken", &[("png", b"no picture"), ("json", br#"{"en": "a"}"#)]);
+    scene.write_shard("shards", samples().into_iter().chain([broken]));
+    let found = scene.run(&["data", "lint", "shards/*.tar", "--repair", "clean", "--json"]);
+    assert_eq!(found.code, Some(1), "{}", found.stderr);
+    assert!(found.stderr.contains("m6: shards/*.tar: flaws: 1"), "{}", found.stderr);
+    let report: Value = serde_json::from_str(&found.stdout).unwrap();
+    assert_eq!((&report["samples"], &report["clean"]), (&json!(13), &json!(12)));
+    assert_eq!(report["counts"], json!({ "broken_picture": 1 }));
+    assert_eq!(report["flaws"][0]["key"], "broken");
+    assert_eq!(report["repaired"], json!(["clean/clean-000000.tar"]));
+    let again = scene.succeed(&["data", "lint", "clean/*.tar"]);
+    assert_eq!(again, "12 samples in 1 shards, 12 of them whole\n");
+}
+
+#[test]
+fn bench_prints_its_figures() {
+    let scene = Scene::with_shard();
+    let bench =
+        ["data", "bench", "shards/*.tar", "--workers", "2", "--transform", "resize:18 | random_crop:16"];
+    let report = &scene.json(&[&bench[..], &["--samples", "50", "--json"]].concat())[0];
+    assert_eq!(
+        (&report["samples"], &report["broken"], &report["workers"]),
+        (&json!(50), &json!(0), &json!(2))
+    );
+    let figures = ["samples_per_s", "mb_per_s"].map(|key| &report[key]);
+    let stages = ["read", "decode", "transform"].map(|key| &report["stages"][key]);
+    assert!(figures.iter().chain(&stages).all(|figure| figure.as_f64() > Some(0.0)), "{report}");
 }

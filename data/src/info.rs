@@ -62,7 +62,7 @@ impl DatasetInfo {
             samples: set.len(),
             shards: set.shards().len(),
             bytes: set.bytes(),
-            warnings: set.warnings().to_vec(),
+            warnings: set.flaws().iter().map(ToString::to_string).collect(),
             ..Self::default()
         };
         let mut sizes = BTreeMap::new();

@@ -1,25 +1,24 @@
 //! Sets of webdataset shards: tar files whose members share a key per sample.
 
-use std::collections::HashSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use crate::error::{DataError, Result};
+use crate::flaw::{Flaw, FlawClass};
+use crate::pattern::resolve;
 use crate::picture::Rgb8;
-use crate::tar_index::TarIndex;
+use crate::tar_index::{Defect, TarIndex};
 
 /// Extensions that hold a sample's picture, in the order in which they are looked for.
 pub const PICTURE_EXTENSIONS: [&str; 5] = ["webp", "png", "jpg", "jpeg", "bmp"];
-/// A brace list may name at most this many shards.
-const MAX_EXPANSION: usize = 1 << 20;
 
 /// An indexed set of shards. The index lives in memory, the samples' bytes stay on disk.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct ShardSet {
     shards: Vec<PathBuf>,
     samples: Vec<SampleEntry>,
-    warnings: Vec<String>,
+    flaws: Vec<Flaw>,
     bytes: u64,
 }
 
@@ -43,16 +42,25 @@ impl ShardSet {
     ///
     /// # Errors
     /// No pattern, a pattern without a match, a shard that cannot be read, or one that holds no sample. Damage that leaves some
-    /// samples whole is reported by [`ShardSet::warnings`] instead.
+    /// samples whole is reported by [`ShardSet::flaws`] instead.
     pub fn open(patterns: &[String]) -> Result<Self> {
-        let mut set = Self { shards: Vec::new(), samples: Vec::new(), warnings: Vec::new(), bytes: 0 };
-        if patterns.is_empty() {
-            let reason = "no files given, expected at least one".to_owned();
-            return Err(DataError::Pattern { pattern: String::new(), reason });
+        let mut set = Self::default();
+        for path in resolve(patterns)? {
+            set.add(path)?;
         }
-        for pattern in patterns {
-            for path in resolve(pattern)? {
-                set.add(path)?;
+        Ok(set)
+    }
+
+    /// As [`ShardSet::open`], but a shard that cannot be used is a flaw like others and may leave the set empty.
+    ///
+    /// # Errors
+    /// No pattern, or a pattern without a match.
+    pub(crate) fn open_what_can_be_read(patterns: &[String]) -> Result<Self> {
+        let mut set = Self::default();
+        for path in resolve(patterns)? {
+            let tried = set.add(path.clone());
+            if let Err(error) = tried {
+                set.flaws.push(Flaw::of_shard(FlawClass::UnusableShard, path, None, error.to_string()));
             }
         }
         Ok(set)
@@ -94,9 +102,26 @@ impl ShardSet {
         hasher.finalize().to_hex().to_string()
     }
 
-    /// Damage found while indexing, one line each.
-    pub fn warnings(&self) -> &[String] {
-        &self.warnings
+    /// Damage found while indexing.
+    pub fn flaws(&self) -> &[Flaw] {
+        &self.flaws
+    }
+
+    /// Extensions of the members of sample `index`, without reading them.
+    pub(crate) fn extensions(&self, index: usize) -> impl Iterator<Item = &str> {
+        self.samples[index].members.iter().map(|member| member.extension.as_str())
+    }
+
+    /// A flaw of sample `index`.
+    pub(crate) fn flaw(&self, index: usize, class: FlawClass, reason: String) -> Flaw {
+        let entry = &self.samples[index];
+        let offset = entry.members.iter().map(|member| member.offset).min();
+        Flaw { class, shard: self.shards[entry.shard].clone(), offset, key: Some(entry.key.clone()), reason }
+    }
+
+    /// Key of sample `index`.
+    pub(crate) fn key(&self, index: usize) -> &str {
+        &self.samples[index].key
     }
 
     /// Reads sample `index` (below [`ShardSet::len`], in the order of the shards) into memory.
@@ -123,9 +148,13 @@ impl ShardSet {
 
     fn add(&mut self, path: PathBuf) -> Result<()> {
         let file = File::open(&path).map_err(DataError::io("open", &path))?;
-        self.bytes += file.metadata().map_err(DataError::io("read", &path))?.len();
+        let bytes = file.metadata().map_err(DataError::io("read", &path))?.len();
         let index = TarIndex::read(file).map_err(DataError::io("read", &path))?;
-        self.warnings.extend(index.defects.iter().map(|d| format!("{} {d}", path.display())));
+        let damage = |defect: &Defect| {
+            let (offset, reason) = (Some(defect.offset), defect.reason.clone());
+            Flaw::of_shard(FlawClass::DamagedShard, path.clone(), offset, reason)
+        };
+        let mut flaws: Vec<Flaw> = index.defects.iter().map(damage).collect();
 
         let shard = self.shards.len();
         let first = self.samples.len();
@@ -134,18 +163,20 @@ impl ShardSet {
             let entry = MemberEntry { extension, offset: member.offset, size: member.size };
             match self.samples[first..].last_mut().filter(|sample| sample.key == key) {
                 Some(sample) if sample.members.iter().any(|m| m.extension == entry.extension) => {
-                    self.warnings.push(format!(
-                        "{}: sample {key} has two members .{}, the first is used",
-                        path.display(),
-                        entry.extension
-                    ))
+                    flaws.push(Flaw {
+                        class: FlawClass::DuplicateMember,
+                        shard: path.clone(),
+                        offset: Some(entry.offset),
+                        key: Some(key.to_owned()),
+                        reason: format!("two members .{}, the first is used", entry.extension),
+                    });
                 }
                 Some(sample) => sample.members.push(entry),
                 None => self.samples.push(SampleEntry { shard, key: key.to_owned(), members: vec![entry] }),
             }
         }
         if index.defects.last().is_some_and(|d| d.fatal) {
-            self.drop_half_sample(first, &path);
+            flaws.extend(self.drop_half_sample(first, &path));
         }
         if self.samples.len() == first {
             let reason = match index.defects.last() {
@@ -157,22 +188,26 @@ impl ShardSet {
             };
             return Err(DataError::Pattern { pattern: path.display().to_string(), reason });
         }
+        self.bytes += bytes;
+        self.flaws.append(&mut flaws);
         self.shards.push(path);
         Ok(())
     }
 
     /// A cut shard may have lost members of its last sample: leave that one out if it has fewer than its neighbour.
-    fn drop_half_sample(&mut self, first: usize, path: &Path) {
-        if let [.., whole, last] = &self.samples[first..]
-            && last.members.len() < whole.members.len()
-        {
-            self.warnings.push(format!(
-                "{}: its last sample {} is not whole and is left out",
-                path.display(),
-                last.key
-            ));
-            self.samples.pop();
+    fn drop_half_sample(&mut self, first: usize, path: &Path) -> Option<Flaw> {
+        let [.., whole, last] = &self.samples[first..] else { return None };
+        if last.members.len() >= whole.members.len() {
+            return None;
         }
+        let last = self.samples.pop()?;
+        Some(Flaw {
+            class: FlawClass::DamagedShard,
+            shard: path.to_owned(),
+            offset: last.members.first().map(|member| member.offset),
+            key: Some(last.key),
+            reason: "its last sample is not whole and is left out".to_owned(),
+        })
     }
 }
 
@@ -237,68 +272,10 @@ pub(crate) fn split_key(path: &str) -> Option<(&str, String)> {
     (!name.is_empty() && !meta).then(|| (&path[..dot], path[dot + 1..].to_lowercase()))
 }
 
-/// The files that a pattern names, sorted within each glob.
-fn resolve(pattern: &str) -> Result<Vec<PathBuf>> {
-    let fail = |reason: String| DataError::Pattern { pattern: pattern.to_owned(), reason };
-    let mut alternatives = Vec::new();
-    expand_braces(pattern, &mut alternatives).map_err(fail)?;
-
-    let mut paths = Vec::new();
-    let mut seen = HashSet::new();
-    for alternative in alternatives {
-        let matches: Vec<PathBuf> = if alternative.contains(['*', '?', '[']) {
-            let found = glob::glob(&alternative).map_err(|e| fail(format!("not a valid glob: {e}")))?;
-            found.collect::<std::result::Result<_, _>>().map_err(|e| fail(e.to_string()))?
-        } else {
-            Some(PathBuf::from(&alternative)).filter(|path| path.exists()).into_iter().collect()
-        };
-        if matches.is_empty() {
-            let named = if alternative == pattern { String::new() } else { format!(" (for {alternative})") };
-            return Err(fail(format!(
-                "no such file{named}; expected a tar file, a glob or a list like {{000..017}}"
-            )));
-        }
-        if let Some(folder) = matches.iter().find(|path| path.is_dir()) {
-            return Err(fail(format!("{0} is a folder; for its shards write {0}/*.tar", folder.display())));
-        }
-        paths.extend(matches.into_iter().filter(|path| seen.insert(path.clone())));
-    }
-    Ok(paths)
-}
-
-/// Expands `{a,b}` and `{000..017}` (zero-padded like its bounds), also several in one pattern.
-fn expand_braces(pattern: &str, out: &mut Vec<String>) -> std::result::Result<(), String> {
-    let Some(open) = pattern.find('{') else {
-        if out.len() == MAX_EXPANSION {
-            return Err(format!("names more than {MAX_EXPANSION} shards"));
-        }
-        out.push(pattern.to_owned());
-        return Ok(());
-    };
-    let close = open + pattern[open..].find('}').ok_or("a { without its }")?;
-    let (head, body, tail) = (&pattern[..open], &pattern[open + 1..close], &pattern[close + 1..]);
-    if let Some((first, last)) = body.split_once("..") {
-        let bound = |s: &str| s.parse::<u64>().map_err(|_| format!("{{{body}}} is not a range of numbers"));
-        let (low, high) = (bound(first)?, bound(last)?);
-        if low > high {
-            return Err(format!("{{{body}}} counts downwards"));
-        }
-        for n in low..=high {
-            expand_braces(&format!("{head}{n:0width$}{tail}", width = first.len()), out)?;
-        }
-    } else {
-        for choice in body.split(',') {
-            expand_braces(&format!("{head}{choice}{tail}"), out)?;
-        }
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::writer::ShardWriter;
-    use proptest::prelude::*;
 
     type Members<'a> = &'a [(&'a str, &'a [u8])];
 
@@ -325,7 +302,7 @@ mod tests {
             ],
         );
         let set = open(&path).unwrap();
-        assert_eq!((set.len(), set.warnings()), (2, [].as_slice()));
+        assert_eq!((set.len(), set.flaws()), (2, [].as_slice()));
         let cat = set.sample(0).unwrap();
         assert_eq!((cat.key, cat.shard), ("animals/cat", path.as_path()));
         assert_eq!(cat.members().map(|(e, _)| e).collect::<Vec<_>>(), ["webp", "seg.png", "txt"]);
@@ -346,34 +323,16 @@ mod tests {
         std::fs::write(&path, &bytes[..2 * sample + 512 + 1024 + 300]).unwrap();
         let set = open(&path).unwrap();
         assert_eq!(set.len(), 2);
-        assert!(set.warnings().iter().any(|w| w.contains("truncated")), "{:?}", set.warnings());
-        assert!(set.warnings().iter().any(|w| w.contains("last sample c")), "{:?}", set.warnings());
+        let flaws: Vec<_> = set.flaws().iter().map(ToString::to_string).collect();
+        let shown = path.display();
+        let expected = [
+            format!("{shown}, byte 6656: truncated inside a header"),
+            format!("{shown}, byte 5632, sample c: its last sample is not whole and is left out"),
+        ];
+        assert_eq!(flaws, expected);
 
         std::fs::write(&path, &bytes[..300]).unwrap();
         assert!(open(&path).unwrap_err().to_string().contains("holds no whole sample"));
-    }
-
-    #[test]
-    fn patterns_name_files_globs_and_lists() {
-        let dir = tempfile::tempdir().unwrap();
-        let made = shard(dir.path(), &[("a", &[("txt", b"x")])]);
-        for n in 8..=11 {
-            std::fs::copy(&made, dir.path().join(format!("train-{n:03}.tar"))).unwrap();
-        }
-        let shards = |pattern: &str| {
-            let set = ShardSet::open(&[dir.path().join(pattern).display().to_string()])?;
-            Ok::<_, DataError>(set.shards().len())
-        };
-        assert_eq!(shards("train-{008..011}.tar").unwrap(), 4);
-        assert_eq!(shards("train-0{08,10}.tar").unwrap(), 2);
-        assert_eq!(shards("train-*.tar").unwrap(), 4);
-        assert_eq!(shards("{train-008,train-*}.tar").unwrap(), 4);
-        let error = |pattern| shards(pattern).unwrap_err().to_string();
-        assert!(error("train-{008..012}.tar").contains("train-012.tar"));
-        assert!(error("valid-*.tar").contains("no such file"));
-        assert!(error("train-{a..b}.tar").contains("not a range"));
-        assert!(error("train-{008.tar").contains("without its }"));
-        assert!(error("").contains("is a folder"));
     }
 
     #[test]
@@ -383,15 +342,5 @@ mod tests {
         assert_eq!(split("no_extension"), None);
         assert_eq!(split("a/.hidden"), None);
         assert_eq!(split("__index__.json"), None);
-    }
-
-    proptest! {
-        #[test]
-        fn any_pattern_is_survived(pattern in "[a-c{}.,0-9]{0,12}") {
-            let mut out = Vec::new();
-            // Wide ranges are cut off by the limit, which the parser checks while it expands.
-            let _ = expand_braces(&pattern, &mut out);
-            prop_assert!(out.len() <= MAX_EXPANSION);
-        }
     }
 }

@@ -149,7 +149,7 @@ mod tests {
             assert_eq!(std::fs::read(a).unwrap(), std::fs::read(b).unwrap());
         }
         let set = ShardSet::open(&[first.path().join("train-*.tar").display().to_string()]).unwrap();
-        assert_eq!((set.len(), set.warnings()), (5, [].as_slice()));
+        assert_eq!((set.len(), set.flaws()), (5, [].as_slice()));
         assert_eq!(set.sample(3).unwrap().member("bin"), Some([3; 600].as_slice()));
     }
 

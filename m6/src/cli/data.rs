@@ -1,11 +1,12 @@
 //! `m6 data`.
 
 use std::num::NonZero;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use m6::{Error, Result};
 use m6_data::{
-    DatasetInfo, SampleOrder, ShardSet, ShardWriter, Transform, bench, contact_sheet, pack, sample_image,
+    DatasetInfo, LintReport, SampleOrder, ShardSet, ShardWriter, Transform, bench, contact_sheet, lint, pack,
+    sample_image,
 };
 use m6_run::Task;
 
@@ -15,6 +16,8 @@ use super::output;
 const MIB: u64 = 1 << 20;
 /// Skipped or broken samples that are named for a person; `--json` has more.
 const NAMED: usize = 10;
+/// Shards of this size are large enough for sequential reading and small enough to be dealt out.
+const SHARD_MIB: u64 = 256;
 const SHEET_COLUMNS: u32 = 6;
 const SHEET_TILE: u32 = 128;
 
@@ -27,6 +30,8 @@ pub enum Command {
     Info(InfoArgs),
     /// Draw a sheet of pictures with their captions
     Show(ShowArgs),
+    /// Find what is broken, and write shards without it
+    Lint(LintArgs),
     /// Measure how fast shards become pictures
     Bench(BenchArgs),
 }
@@ -37,6 +42,7 @@ impl Command {
             Self::Pack(args) => args.run(),
             Self::Info(args) => args.run(),
             Self::Show(args) => args.run(),
+            Self::Lint(args) => args.run(),
             Self::Bench(args) => args.run(),
         }
     }
@@ -55,7 +61,7 @@ pub struct PackArgs {
     #[arg(long, default_value = "data")]
     prefix: String,
     /// Size of a shard in MiB
-    #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..1 << 20))]
+    #[arg(long, value_name = "MIB", default_value_t = SHARD_MIB, value_parser = clap::value_parser!(u64).range(1..1 << 20))]
     shard_size: u64,
     /// Print the report as one line of JSON
     #[arg(long)]
@@ -164,8 +170,8 @@ impl ShowArgs {
         let fields = self.fields.caption_fields()?;
         output::check_writable(&self.out)?;
         let shards = ShardSet::open(&self.shards)?;
-        for warning in shards.warnings() {
-            eprintln!("{warning}");
+        for flaw in shards.flaws() {
+            eprintln!("{flaw}");
         }
         let order = SampleOrder::new(shards.len(), self.seed)?;
         let count = self.count.min(shards.len() as u64);
@@ -182,6 +188,62 @@ impl ShowArgs {
         contact_sheet(&items, SHEET_COLUMNS, SHEET_TILE)?.save_png(&self.out)?;
         output::line(format_args!("{}  {count} of {} samples", self.out.display(), shards.len()))
     }
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  m6 data lint 'shards/train-*.tar' --repair clean\n\n\
+    Every picture is decoded. A member that more than half of the samples have is missing where one lacks it. Exit code \
+    1 where something was found.")]
+pub struct LintArgs {
+    /// Shards: files, globs or lists such as `train-{000..017}.tar`
+    #[arg(required = true)]
+    shards: Vec<String>,
+    /// Write the samples that are whole into this folder, as shards `clean-000000.tar` and so on
+    #[arg(long, value_name = "DIR")]
+    repair: Option<PathBuf>,
+    /// Print the report as one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl LintArgs {
+    fn run(self) -> Result<()> {
+        const PREFIX: &str = "clean";
+        let writer = match &self.repair {
+            Some(dir) => {
+                output::check_writable(&dir.join(PREFIX))?;
+                Some(ShardWriter::create(dir, PREFIX, SHARD_MIB * MIB)?)
+            }
+            None => None,
+        };
+        let mut task = None;
+        let report = lint(&self.shards, cores(), writer, |_, all| {
+            task.get_or_insert_with(|| Task::new("check", all as u64, "samples")).advance(1);
+        })?;
+        task.map(Task::finish);
+        if self.json {
+            output::json(&report)?;
+        } else {
+            for flaw in &report.flaws {
+                output::line(flaw)?;
+            }
+            for shard in &report.repaired {
+                output::line(shard.display())?;
+            }
+            let LintReport { shards, samples, clean, .. } = report;
+            output::line(format_args!("{samples} samples in {shards} shards, {clean} of them whole"))?;
+        }
+        if report.flaws.is_empty() {
+            return Ok(());
+        }
+        let problem = format!("flaws: {}", report.flaws.len());
+        Err(output::file_error(Path::new(&self.shards.join(" ")), problem))
+    }
+}
+
+/// One thread a core.
+fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZero::get)
 }
 
 #[derive(Debug, clap::Args)]
@@ -210,13 +272,10 @@ pub struct BenchArgs {
 impl BenchArgs {
     fn run(self) -> Result<()> {
         let shards = ShardSet::open(&self.shards)?;
-        for warning in shards.warnings() {
-            eprintln!("{warning}");
+        for flaw in shards.flaws() {
+            eprintln!("{flaw}");
         }
-        let workers = match self.workers {
-            Some(workers) => workers as usize,
-            None => std::thread::available_parallelism().map_or(1, NonZero::get),
-        };
+        let workers = self.workers.map_or_else(cores, |workers| workers as usize);
         let samples = self.samples.unwrap_or(shards.len() as u64);
         let mut task = Task::new("load", samples, "samples");
         let report = bench(shards, self.transform, workers, samples, || task.advance(1))?;

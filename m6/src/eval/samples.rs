@@ -66,8 +66,8 @@ pub(super) fn json_field(key: Option<&str>, template: Option<&str>) -> CaptionFi
 /// When a pattern names no shard or a shard cannot be read.
 pub fn open_shards(patterns: &[String]) -> Result<ShardSet> {
     let shards = ShardSet::open(patterns)?;
-    for warning in shards.warnings() {
-        eprintln!("m6: {warning}");
+    for flaw in shards.flaws() {
+        eprintln!("m6: {flaw}");
     }
     Ok(shards)
 }

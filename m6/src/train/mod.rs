@@ -93,8 +93,8 @@ impl Trainer {
         let checkpoints = Checkpoints::new(run.checkpoints(), config.keep)?;
         let resumed = checkpoints.latest()?;
         let shards = ShardSet::open(&config.data.shards)?;
-        for warning in shards.warnings() {
-            eprintln!("m6: {warning}");
+        for flaw in shards.flaws() {
+            eprintln!("m6: {flaw}");
         }
         let vqgan = Vqgan::load(&config.vqgan, device)?;
         let tokenizer = open_tokenizer(&config, &run, &shards, resumed.is_some())?;

@@ -82,8 +82,8 @@ fn train(
     };
     let mut metrics = MetricLog::open(&run, resumed.as_ref().map(|(step, _)| *step))?;
     let mut progress = Progress::new(config.schedule.steps, step);
-    for warning in shards.warnings() {
-        progress.note(warning);
+    for flaw in shards.flaws() {
+        progress.note(&flaw.to_string());
     }
     progress.note(&format!(
         "{:.2} M parameters on {device:?}, {} samples, from step {step} of {}",

@@ -1,0 +1,62 @@
+//! What is wrong with data: a class to count by, and where it is.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
+/// Kinds of damage.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FlawClass {
+    /// A shard that cannot be read, or holds no sample.
+    UnusableShard,
+    /// Damage inside an archive; the samples before it are whole.
+    DamagedShard,
+    /// A sample with two members of the same extension.
+    DuplicateMember,
+    /// A key that an earlier sample of the set has.
+    DuplicateKey,
+    /// A key that would leave the folder into which the sample is unpacked.
+    UnsafeName,
+    /// A member is absent that most samples of the set have.
+    MissingMember,
+    /// A picture that cannot be decoded.
+    BrokenPicture,
+    /// A text that is not UTF-8, or JSON that is malformed.
+    BrokenText,
+}
+
+/// One defect of a set of shards.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Flaw {
+    /// Its kind.
+    pub class: FlawClass,
+    /// The shard.
+    pub shard: PathBuf,
+    /// The byte of the shard where it is, or where its sample begins.
+    pub offset: Option<u64>,
+    /// Key of the sample, where it concerns one.
+    pub key: Option<String>,
+    /// What is wrong.
+    pub reason: String,
+}
+
+impl Flaw {
+    pub(crate) fn of_shard(class: FlawClass, shard: PathBuf, offset: Option<u64>, reason: String) -> Self {
+        Self { class, shard, offset, key: None, reason }
+    }
+}
+
+impl fmt::Display for Flaw {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.shard.display())?;
+        if let Some(offset) = self.offset {
+            write!(f, ", byte {offset}")?;
+        }
+        if let Some(key) = &self.key {
+            write!(f, ", sample {key}")?;
+        }
+        write!(f, ": {}", self.reason)
+    }
+}

@@ -1,0 +1,235 @@
+//! Finds what is wrong with shards before a run meets it, and writes what is left as clean shards.
+
+use std::collections::{BTreeMap, HashSet};
+use std::path::{Component, Path, PathBuf};
+use std::sync::Arc;
+
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::error::{DataError, Result};
+use crate::flaw::{Flaw, FlawClass};
+use crate::loader::Loader;
+use crate::picture::Rgb8;
+use crate::shard::{PICTURE_EXTENSIONS, ShardSet};
+use crate::writer::ShardWriter;
+
+/// Samples that each worker checks ahead.
+const AHEAD: usize = 16;
+
+/// What [`lint`] found.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct LintReport {
+    /// Shards that can be read.
+    pub shards: usize,
+    /// Samples in them.
+    pub samples: usize,
+    /// Samples that are whole; of two members with one extension the first counts.
+    pub clean: usize,
+    /// Number of flaws by class.
+    pub counts: BTreeMap<FlawClass, usize>,
+    /// All flaws: those of shards first, then by sample.
+    pub flaws: Vec<Flaw>,
+    /// The clean shards, where they were asked for.
+    pub repaired: Vec<PathBuf>,
+}
+
+/// Members of a sample as extension and bytes.
+type Members = Vec<(String, Vec<u8>)>;
+
+/// A checked sample: its flaws, and its members where a clean one is to be written.
+type Checked = (Vec<Flaw>, Members);
+
+/// Checks every sample of the shards that `patterns` name: its names, members, texts and, decoded in full, its pictures.
+/// Where there is a `writer`, the samples that are whole are written to its shards, byte for byte and in order.
+/// `progress` is called with (done, all) after each sample.
+///
+/// # Errors
+/// No pattern, a pattern without a match, or a clean shard that cannot be written.
+pub fn lint(
+    patterns: &[String],
+    workers: usize,
+    mut writer: Option<ShardWriter>,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<LintReport> {
+    let set = Arc::new(ShardSet::open_what_can_be_read(patterns)?);
+    let mut report = LintReport { shards: set.shards().len(), samples: set.len(), ..LintReport::default() };
+    report.flaws.extend_from_slice(set.flaws());
+
+    let usual = usual_extensions(&set);
+    let keep = writer.is_some();
+    let workers = workers.max(1);
+    let check = {
+        let set = Arc::clone(&set);
+        move |ordinal: u64| check(&set, ordinal as usize % set.len(), &usual, keep)
+    };
+    let mut keys = HashSet::new();
+    for made in Loader::start(0, workers, AHEAD * workers, check)?.take(set.len()) {
+        let (ordinal, (mut flaws, members)) = made?;
+        let index = ordinal as usize;
+        if !keys.insert(set.key(index)) {
+            let reason = "an earlier sample has this key too".to_owned();
+            flaws.push(set.flaw(index, FlawClass::DuplicateKey, reason));
+        }
+        if flaws.is_empty() {
+            report.clean += 1;
+            if let Some(writer) = &mut writer {
+                let members: Vec<_> =
+                    members.iter().map(|(extension, bytes)| (extension.as_str(), bytes.as_slice())).collect();
+                writer.write(set.key(index), &members)?;
+            }
+        }
+        report.flaws.append(&mut flaws);
+        progress(index + 1, set.len());
+    }
+    for flaw in &report.flaws {
+        *report.counts.entry(flaw.class).or_default() += 1;
+    }
+    if let Some(writer) = writer {
+        report.repaired = writer.finish()?;
+    }
+    Ok(report)
+}
+
+/// Extensions that more than half of the samples have.
+fn usual_extensions(set: &ShardSet) -> Vec<String> {
+    let mut counts = BTreeMap::new();
+    for extension in (0..set.len()).flat_map(|index| set.extensions(index)) {
+        *counts.entry(extension).or_insert(0) += 1;
+    }
+    let usual = counts.into_iter().filter(|&(_, count)| 2 * count > set.len());
+    usual.map(|(extension, _)| extension.to_owned()).collect()
+}
+
+fn check(set: &ShardSet, index: usize, usual: &[String], keep: bool) -> Checked {
+    let mut flaws = Vec::new();
+    let mut flaw = |class, reason: String| flaws.push(set.flaw(index, class, reason));
+    let is_inside = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
+    if !Path::new(set.key(index)).components().all(is_inside) {
+        flaw(FlawClass::UnsafeName, "its key leads out of the folder that it is unpacked into".to_owned());
+    }
+    for extension in usual.iter().filter(|usual| set.extensions(index).all(|has| has != usual.as_str())) {
+        flaw(FlawClass::MissingMember, format!("no .{extension}, which most samples have"));
+    }
+    let sample = match set.sample(index) {
+        Ok(sample) => sample,
+        Err(error) => {
+            flaw(FlawClass::UnusableShard, error.to_string());
+            return (flaws, Members::new());
+        }
+    };
+    for (extension, bytes) in sample.members() {
+        let last = extension.rsplit('.').next().unwrap_or(extension);
+        if PICTURE_EXTENSIONS.contains(&last) {
+            if let Err(DataError::Picture(reason)) = Rgb8::decode(bytes) {
+                flaw(FlawClass::BrokenPicture, format!("its .{extension} is broken: {reason}"));
+            }
+        } else if last == "json" {
+            if let Err(error) = serde_json::from_slice::<Value>(bytes) {
+                flaw(FlawClass::BrokenText, format!("its .{extension} is malformed: {error}"));
+            }
+        } else if last == "txt" && std::str::from_utf8(bytes).is_err() {
+            flaw(FlawClass::BrokenText, format!("its .{extension} is not UTF-8 text"));
+        }
+    }
+    let members = sample.members().filter(|_| keep && flaws.is_empty());
+    let members = members.map(|(extension, bytes)| (extension.to_owned(), bytes.to_vec())).collect();
+    (flaws, members)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use FlawClass::*;
+
+    /// A tar file with exactly these members, whatever their names.
+    fn archive(path: &Path, members: &[(&str, &[u8])]) {
+        let mut builder = tar::Builder::new(std::fs::File::create(path).unwrap());
+        for (name, bytes) in members {
+            let mut header = tar::Header::new_ustar();
+            header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
+            header.set_size(bytes.len() as u64);
+            header.set_cksum();
+            builder.append(&header, *bytes).unwrap();
+        }
+        builder.finish().unwrap();
+    }
+
+    #[test]
+    fn every_class_is_found_and_repair_keeps_the_rest_byte_for_byte() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        let png = Rgb8::filled(2, 2, [1, 2, 3]).encode_png().unwrap();
+        let json: &[u8] = br#"{"en": "a cat"}"#;
+        archive(
+            &path("0.tar"),
+            &[
+                ("a.png", &png),
+                ("a.json", json),
+                ("a.txt", "图".as_bytes()),
+                ("b.png", b"broken"),
+                ("b.json", b"{"),
+                ("c.png", &png),
+                ("../d.png", &png),
+                ("../d.json", json),
+                ("e.png", &png),
+                ("e.json", json),
+                ("e.txt", b"\xff"),
+                ("f.png", &png),
+                ("f.json", json),
+                ("f.png", &png),
+                ("sub/g.png", &png),
+                ("sub/g.json", json),
+            ],
+        );
+        archive(&path("1.tar"), &[("a.png", &png), ("a.json", json), ("h.png", &png), ("h.json", json)]);
+        let whole = std::fs::read(path("1.tar")).unwrap();
+        std::fs::write(path("2.tar"), &whole[..300]).unwrap();
+        std::fs::write(path("3.tar"), &whole[..2 * 1024 + 2 * 512 + 10]).unwrap();
+
+        let patterns = [path("*.tar").display().to_string()];
+        let mut last = (0, 0);
+        let writer = ShardWriter::create(&path("clean"), "clean", u64::MAX).unwrap();
+        let report = lint(&patterns, 2, Some(writer), |done, all| last = (done, all)).unwrap();
+        let found: Vec<_> = report.flaws.iter().map(|f| (f.class, f.key.as_deref().unwrap_or("-"))).collect();
+        let expected = [
+            (DuplicateMember, "f"),
+            (UnusableShard, "-"),
+            (DamagedShard, "-"),
+            (DamagedShard, "h"),
+            (BrokenPicture, "b"),
+            (BrokenText, "b"),
+            (MissingMember, "c"),
+            (UnsafeName, "../d"),
+            (BrokenText, "e"),
+            (DuplicateKey, "a"),
+            (DuplicateKey, "a"),
+        ];
+        assert_eq!(found, expected, "{:#?}", report.flaws);
+        assert_eq!(report.counts[&BrokenText], 2);
+        assert_eq!((report.shards, report.samples, report.clean, last), (3, 10, 4, (10, 10)));
+        let c = report.flaws.iter().find(|flaw| flaw.key.as_deref() == Some("c")).unwrap();
+        assert_eq!((c.reason.as_str(), &c.shard), ("no .json, which most samples have", &path("0.tar")));
+
+        let clean = ShardSet::open(&[report.repaired[0].display().to_string()]).unwrap();
+        let keys: Vec<_> = (0..clean.len()).map(|index| clean.key(index)).collect();
+        assert_eq!(keys, ["a", "f", "sub/g", "h"]);
+        let a = clean.sample(0).unwrap();
+        assert_eq!(
+            a.members().collect::<Vec<_>>(),
+            [("png", &*png), ("json", json), ("txt", "图".as_bytes())]
+        );
+        let again = lint(&[path("clean/*.tar").display().to_string()], 1, None, |_, _| ()).unwrap();
+        assert_eq!((again.clean, again.flaws, again.repaired), (4, vec![], vec![]));
+    }
+
+    #[test]
+    fn shards_without_any_sample_are_a_finding_and_not_a_failure() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::write(dir.path().join("x.tar"), [7; 3000]).unwrap();
+        let pattern = dir.path().join("x.tar").display().to_string();
+        let report = lint(&[pattern], 2, None, |_, _| ()).unwrap();
+        assert_eq!((report.shards, report.samples), (0, 0));
+        assert_eq!(report.counts[&UnusableShard], 1);
+    }
+}
