@@ -17,7 +17,7 @@ const AHEAD: usize = 64;
 const SEED: u64 = 0;
 const MEGABYTE: f64 = 1e6;
 
-/// What [`bench`] measured.
+/// What [`bench()`] measured.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct BenchReport {
     /// Pictures made.
