@@ -142,6 +142,9 @@ fn lint_finds_what_is_broken_and_repair_leaves_it_out() {
     assert_eq!(report["counts"], json!({ "broken_picture": 1 }));
     assert_eq!(report["flaws"][0]["key"], "broken");
     assert_eq!(report["repaired"], json!(["clean/clean-000000.tar"]));
+    let onto_itself = scene.run(&["data", "lint", "clean/*.tar", "--repair", "clean"]);
+    assert_eq!(onto_itself.code, Some(2), "{}", onto_itself.stderr);
+    assert!(onto_itself.stderr.contains("holds clean-000000.tar already"), "{}", onto_itself.stderr);
     let again = scene.succeed(&["data", "lint", "clean/*.tar"]);
     assert_eq!(again, "12 samples in 1 shards, 12 of them whole\n");
 }

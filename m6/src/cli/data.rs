@@ -211,6 +211,12 @@ impl LintArgs {
         const PREFIX: &str = "clean";
         let writer = match &self.repair {
             Some(dir) => {
+                let first = format!("{PREFIX}-000000.tar");
+                if dir.join(&first).exists() {
+                    let problem =
+                        format!("--repair {}: holds {first} already; choose another folder", dir.display());
+                    return Err(Error::Usage(problem));
+                }
                 output::check_writable(&dir.join(PREFIX))?;
                 Some(ShardWriter::create(dir, PREFIX, SHARD_MIB * MIB)?)
             }
