@@ -31,9 +31,9 @@ fn assert_same(scene: &Scene, one: &str, other: &str) {
 /// Enough steps that none of the interruptions comes after the end, on a busy machine either.
 const STEPS: &str = "schedule.steps=90";
 
-/// Lets `command`, of a run that logs at steps 3, 6, 9, ... and saves at 4, 8, 12, ..., be killed right after a
-/// checkpoint, in the middle of a window of losses, and twice at its start; then stops it politely, and finishes it
-/// with other workers.
+/// Lets `command`, of a run that logs at steps 3, 6, 9, ... and saves at 4, 8, 12, ... and so in the middle of a window of
+/// losses, be killed right after a checkpoint, after a report, and twice at its start; then stops it politely, and finishes
+/// it with other workers.
 fn run_with_interruptions(scene: &Scene, command: &[&str], run: &str) {
     let set_run = format!("run={run}");
     let command = [command, &["--set", &set_run]].concat();

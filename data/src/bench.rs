@@ -57,9 +57,9 @@ struct Made {
     transform: Duration,
 }
 
-/// Makes pictures of `samples` samples of `set`, in random order and with random augmentation as in training, on `workers`
-/// threads (at least one). What the threads make while they start is not measured. `progress` is called after each
-/// sample.
+/// Makes pictures of `samples` samples of `set`, in random order and with random augmentation as in training, on
+/// `workers` threads (at least one). What the threads make while they start is not measured. `progress` is called after
+/// each sample.
 ///
 /// # Errors
 /// When the set is empty or the system refuses a thread.

@@ -15,7 +15,7 @@ pub enum FlawClass {
     DamagedShard,
     /// A sample with two members of the same extension.
     DuplicateMember,
-    /// A key that an earlier sample of the set has.
+    /// A key that an earlier sample of the set has, one that is whole.
     DuplicateKey,
     /// A key that would leave the folder into which the sample is unpacked.
     UnsafeName,

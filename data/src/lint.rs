@@ -7,7 +7,7 @@ use std::sync::Arc;
 use serde::Serialize;
 use serde_json::Value;
 
-use crate::error::{DataError, Result};
+use crate::error::Result;
 use crate::flaw::{Flaw, FlawClass};
 use crate::loader::Loader;
 use crate::picture::Rgb8;
@@ -67,8 +67,9 @@ pub fn lint(
     for made in Loader::start(0, workers, AHEAD * workers, check)?.take(set.len()) {
         let (ordinal, (mut flaws, members)) = made?;
         let index = ordinal as usize;
-        if !keys.insert(set.key(index)) {
-            let reason = "an earlier sample has this key too".to_owned();
+        // The namesake of a sample that is not whole takes its place.
+        if flaws.is_empty() && !keys.insert(set.key(index)) {
+            let reason = "an earlier sample that is whole has this key too".to_owned();
             flaws.push(set.flaw(index, FlawClass::DuplicateKey, reason));
         }
         if flaws.is_empty() {
@@ -121,8 +122,8 @@ fn check(set: &ShardSet, index: usize, usual: &[String], keep: bool) -> Checked 
     for (extension, bytes) in sample.members() {
         let last = extension.rsplit('.').next().unwrap_or(extension);
         if PICTURE_EXTENSIONS.contains(&last) {
-            if let Err(DataError::Picture(reason)) = Rgb8::decode(bytes) {
-                flaw(FlawClass::BrokenPicture, format!("its .{extension} is broken: {reason}"));
+            if let Err(error) = Rgb8::decode(bytes) {
+                flaw(FlawClass::BrokenPicture, format!("its .{extension}: {error}"));
             }
         } else if last == "json" {
             if let Err(error) = serde_json::from_slice::<Value>(bytes) {
@@ -180,6 +181,8 @@ mod tests {
                 ("f.png", &png),
                 ("sub/g.png", &png),
                 ("sub/g.json", json),
+                ("b.png", &png),
+                ("b.json", json),
             ],
         );
         archive(&path("1.tar"), &[("a.png", &png), ("a.json", json), ("h.png", &png), ("h.json", json)]);
@@ -207,20 +210,20 @@ mod tests {
         ];
         assert_eq!(found, expected, "{:#?}", report.flaws);
         assert_eq!(report.counts[&BrokenText], 2);
-        assert_eq!((report.shards, report.samples, report.clean, last), (3, 10, 4, (10, 10)));
+        assert_eq!((report.shards, report.samples, report.clean, last), (3, 11, 5, (11, 11)));
         let c = report.flaws.iter().find(|flaw| flaw.key.as_deref() == Some("c")).unwrap();
         assert_eq!((c.reason.as_str(), &c.shard), ("no .json, which most samples have", &path("0.tar")));
 
         let clean = ShardSet::open(&[report.repaired[0].display().to_string()]).unwrap();
         let keys: Vec<_> = (0..clean.len()).map(|index| clean.key(index)).collect();
-        assert_eq!(keys, ["a", "f", "sub/g", "h"]);
+        assert_eq!(keys, ["a", "f", "sub/g", "b", "h"]);
         let a = clean.sample(0).unwrap();
         assert_eq!(
             a.members().collect::<Vec<_>>(),
             [("png", &*png), ("json", json), ("txt", "图".as_bytes())]
         );
         let again = lint(&[path("clean/*.tar").display().to_string()], 1, None, |_, _| ()).unwrap();
-        assert_eq!((again.clean, again.flaws, again.repaired), (4, vec![], vec![]));
+        assert_eq!((again.clean, again.flaws, again.repaired), (5, vec![], vec![]));
     }
 
     #[test]

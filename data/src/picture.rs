@@ -44,11 +44,11 @@ impl Rgb8 {
 
     /// As [`Rgb8::decode`]; but of a JPEG that will be scaled down to `short_side` only as much may be decoded as that
     /// needs: a half, a quarter or an eighth of its size, never smaller than `short_side`. Only with the feature
-    /// `turbojpeg`; without it every picture has its full size.
+    /// `turbojpeg`, so that pixels differ a little between builds; without it every picture has its full size.
     ///
     /// # Errors
     /// As for [`Rgb8::decode`].
-    pub fn decode_for(bytes: &[u8], short_side: Option<u32>) -> Result<Self> {
+    pub(crate) fn decode_for(bytes: &[u8], short_side: Option<u32>) -> Result<Self> {
         let broken = |e: image::ImageError| DataError::Picture(e.to_string());
         let reader = ImageReader::new(Cursor::new(bytes))
             .with_guessed_format()
@@ -186,8 +186,8 @@ pub fn grid(pictures: &[Rgb8], columns: u32, gap: u32) -> Rgb8 {
     sheet
 }
 
-/// A JPEG of the given size at the smallest of the scales for which libjpeg-turbo has fast inverse transforms that leaves
-/// at least `short_side`; `None` where that is the full size, or where the general decoder has to judge.
+/// A JPEG of the given size at the smallest scale that leaves at least `short_side`, of those for which libjpeg-turbo has
+/// fast inverse transforms; `None` where that is the full size, or where the general decoder has to judge.
 #[cfg(feature = "turbojpeg")]
 fn decode_reduced(bytes: &[u8], (width, height): (u32, u32), short_side: u32) -> Option<DynamicImage> {
     use turbojpeg::{Colorspace, Decompressor, Image, PixelFormat, ScalingFactor};

@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 
 use m6::{Error, Result};
 use m6_data::{
-    DatasetInfo, LintReport, SampleOrder, ShardSet, ShardWriter, Transform, bench, contact_sheet, lint, pack,
-    sample_image,
+    BenchReport, DatasetInfo, LintReport, SampleOrder, ShardSet, ShardWriter, Transform, bench,
+    contact_sheet, lint, pack, sample_image,
 };
 use m6_run::Task;
 
@@ -289,7 +289,7 @@ impl BenchArgs {
         if self.json {
             return output::json(&report);
         }
-        let m6_data::BenchReport { samples, broken, seconds, samples_per_s, mb_per_s, stages, .. } = report;
+        let BenchReport { samples, broken, seconds, samples_per_s, mb_per_s, stages, .. } = report;
         output::line(format_args!(
             "{samples_per_s:.0} samples/s, {mb_per_s:.1} MB/s: {samples} samples in {seconds:.1} s on {workers} \
              workers, {broken} broken"

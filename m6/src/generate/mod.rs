@@ -14,5 +14,4 @@ pub use cache::KvCache;
 pub use caption::{Caption, caption, score_texts};
 pub use grid::rows_grid;
 pub use picture::{DrawRequest, Drawing, draw};
-pub use rerank::fidelity;
 pub use sampler::{Sampling, guide};

@@ -27,7 +27,8 @@ pub struct DrawRequest {
     pub prompts: Vec<String>,
     /// Pictures of each prompt.
     pub count: usize,
-    /// Drawings of which the one that shows its prompt best, by [`fidelity`](super::fidelity), becomes the picture; 1 takes what comes.
+    /// Drawings of which the one that shows its prompt best becomes the picture: that of which the prompt is the
+    /// likeliest caption. 1 takes what comes.
     pub best_of: usize,
     /// Drawing `i` of every prompt comes from the random stream of `seed + i` (wrapping), so that it can be drawn
     /// again alone. A picture is chosen among `best_of` drawings that follow each other.

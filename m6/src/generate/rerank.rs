@@ -13,7 +13,7 @@ use crate::model::{Language, Model};
 ///
 /// # Errors
 /// When a text is longer than the model takes, or libtorch refuses an operation.
-pub fn fidelity(model: &Model, pairs: &[(&Rgb8, &str)]) -> Result<Vec<f64>> {
+fn fidelity(model: &Model, pairs: &[(&Rgb8, &str)]) -> Result<Vec<f64>> {
     let mut scores = vec![0.0; pairs.len()];
     for language in [Language::En, Language::Zh] {
         let is_here = |text: &str| !text.is_empty() && Language::of(text) == language;
