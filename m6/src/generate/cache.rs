@@ -163,7 +163,8 @@ mod tests {
     fn packed(transformer: &Transformer, rows: &[(Vec<Piece>, [u32; 3])]) -> Tensor {
         let mut packer = Packer::new(transformer.vocab(), transformer.positions(), 1000);
         for (prefix, codes) in rows {
-            let target = Target::Codes { seen: codes.to_vec(), codes: codes.to_vec() };
+            let (codes, places) = (codes.to_vec(), vec![0, 1, 2]);
+            let target = Target::Codes { seen: codes.clone(), codes, places };
             let example = Example { task: Task::TextToImage, prefix: prefix.clone(), target };
             assert!(packer.push(example).is_none());
         }
@@ -176,10 +177,11 @@ mod tests {
 
     fn step(cache: &mut KvCache, transformer: &Transformer, place: usize, codes: &[u32]) -> Tensor {
         let mut sequence = Sequence::new(transformer.vocab(), transformer.positions());
+        let (last, place) = (3, place as i64);
         for code in codes {
             match place {
-                0 => sequence.begin_of_image(),
-                _ => sequence.codes(&[*code], place as i64 - 1),
+                0 => sequence.begin_of_image(Some(0)),
+                _ => sequence.code(*code, place - 1, (place < last).then_some(place)),
             }
         }
         cache.step(transformer, &sequence.to_device(Device::Cpu).unwrap()).unwrap()

@@ -193,12 +193,12 @@ impl Sampler<'_> {
         let mut cache = KvCache::prefill(self.transformer, self.device, &prefixes, length as i64)?;
         let mut rngs: Vec<ChaCha8Rng> = jobs.iter().map(|job| ChaCha8Rng::seed_from_u64(job.seed)).collect();
         let mut codes = vec![Vec::with_capacity(length); jobs.len()];
-        for place in 0..length {
+        for place in 0..length as i64 {
             let mut tokens = Sequence::new(vocab, self.transformer.positions());
             for drawn in codes.iter().chain(guided.iter().map(|&i| &codes[i])) {
                 match drawn.last() {
-                    None => tokens.begin_of_image(),
-                    Some(&code) => tokens.codes(&[code], place as i64 - 1),
+                    None => tokens.begin_of_image(Some(place)),
+                    Some(&code) => tokens.code(code, place - 1, Some(place)),
                 }
             }
             let hidden = cache.step(self.transformer, &tokens.to_device(self.device)?)?;
@@ -279,11 +279,11 @@ mod tests {
             let prefix = [vec![Piece::Text(prefix.to_vec())]];
             let mut cache = KvCache::prefill(transformer, Device::Cpu, &prefix, 17).unwrap();
             let mut last = Tensor::new();
-            for place in 0..=codes.len() {
+            for place in 0..=codes.len() as i64 {
                 let mut tokens = Sequence::new(transformer.vocab(), transformer.positions());
                 match place {
-                    0 => tokens.begin_of_image(),
-                    _ => tokens.codes(&[codes[place - 1]], place as i64 - 1),
+                    0 => tokens.begin_of_image(Some(0)),
+                    _ => tokens.code(codes[place as usize - 1], place - 1, Some(place)),
                 }
                 last = cache.step(transformer, &tokens.to_device(Device::Cpu).unwrap()).unwrap();
             }

@@ -61,6 +61,7 @@ fn config() -> ModelConfig {
         hidden: 48,
         max_text: 16,
         dropout: 0.0,
+        any_order: true,
         patches: PatchConfig { resolution: i64::from(SIDE), channels: vec![16, 16] },
         moe: None,
     }

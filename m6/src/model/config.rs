@@ -20,6 +20,10 @@ pub struct ModelConfig {
     /// Share of values dropped after each sub-layer and after the embedding, while training.
     #[serde(default)]
     pub dropout: f64,
+    /// Whether each token is told the place of the code that is predicted from it, so that the codes of a picture can
+    /// come in any order.
+    #[serde(default)]
+    pub any_order: bool,
     /// How pictures become patch features.
     pub patches: PatchConfig,
     /// Experts in place of the dense feed-forward.

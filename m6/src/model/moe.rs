@@ -108,6 +108,7 @@ mod tests {
             hidden: 24,
             max_text: 4,
             dropout: 0.0,
+            any_order: false,
             patches: PatchConfig { resolution: 16, channels: vec![16] },
             moe: Some(moe.clone()),
         };

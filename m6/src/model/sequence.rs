@@ -18,6 +18,9 @@ enum Segment {
 /// Number of segment embeddings.
 pub const SEGMENTS: i64 = 4;
 
+/// The row of the table of aims that stands for a token from which no code is predicted.
+const NO_AIM: i64 = 0;
+
 /// The rows of the position table. Text has one axis, pictures have two; a token sums two rows, and text takes
 /// the row `none` for its second.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -34,6 +37,11 @@ impl Positions {
     /// Rows of the table.
     pub fn rows(&self) -> i64 {
         self.code_row(0) + 2 * self.code_grid
+    }
+
+    /// Rows of the table of aims: none, then the rows and the columns of the code grid.
+    pub fn aim_rows(&self) -> i64 {
+        1 + 2 * self.code_grid
     }
 
     fn none(&self) -> i64 {
@@ -57,6 +65,8 @@ pub struct Sequence {
     ids: Vec<i64>,
     first_position: Vec<i64>,
     second_position: Vec<i64>,
+    first_aim: Vec<i64>,
+    second_aim: Vec<i64>,
     segments: Vec<i64>,
     patch_rows: Vec<i64>,
 }
@@ -71,6 +81,8 @@ impl Sequence {
             ids: empty(),
             first_position: empty(),
             second_position: empty(),
+            first_aim: empty(),
+            second_aim: empty(),
             segments: empty(),
             patch_rows: empty(),
         }
@@ -101,7 +113,7 @@ impl Sequence {
             let row = self.positions.patch_row(patch / grid);
             let column = self.positions.patch_row(grid + patch % grid);
             // The id is not looked at: the patch's feature takes the place of its embedding.
-            self.token(0, row, column, Segment::Patches);
+            self.token(0, [row, column], [NO_AIM; 2], Segment::Patches);
         }
     }
 
@@ -112,21 +124,25 @@ impl Sequence {
         }
     }
 
-    /// The token that begins a picture's codes.
-    pub fn begin_of_image(&mut self) {
+    /// The token that begins a picture's codes. Its aim is the place of the first of them, as for
+    /// [`Sequence::code`].
+    pub fn begin_of_image(&mut self, aim: Option<i64>) {
         let id = self.vocab.special(Special::BeginOfImage);
-        self.text_token(id, 0, Segment::Codes);
+        self.token(id, [0, self.positions.none()], self.aim(aim), Segment::Codes);
     }
 
-    /// Codes of a picture in row-major order, the first of which has this place in it.
-    pub fn codes(&mut self, codes: &[u32], first: i64) {
+    /// A code of a picture and its place, counted along the rows. Its aim is the place of the code that is predicted
+    /// from it, nothing after the last one; so codes can be laid in any order (Yu et al. 2024, RAR, section 3.2).
+    pub fn code(&mut self, code: u32, place: i64, aim: Option<i64>) {
         let grid = self.positions.code_grid;
-        for (offset, &code) in codes.iter().enumerate() {
-            let place = first + offset as i64;
-            let row = self.positions.code_row(place / grid);
-            let column = self.positions.code_row(grid + place % grid);
-            self.token(self.vocab.code(code), row, column, Segment::Codes);
-        }
+        let row = self.positions.code_row(place / grid);
+        let column = self.positions.code_row(grid + place % grid);
+        self.token(self.vocab.code(code), [row, column], self.aim(aim), Segment::Codes);
+    }
+
+    fn aim(&self, place: Option<i64>) -> [i64; 2] {
+        let grid = self.positions.code_grid;
+        place.map_or([NO_AIM; 2], |place| [NO_AIM + 1 + place / grid, NO_AIM + 1 + grid + place % grid])
     }
 
     /// Tokens that belong to nothing, to fill a row.
@@ -137,14 +153,15 @@ impl Sequence {
     }
 
     fn text_token(&mut self, id: i64, position: i64, segment: Segment) {
-        let none = self.positions.none();
-        self.token(id, position, none, segment);
+        self.token(id, [position, self.positions.none()], [NO_AIM; 2], segment);
     }
 
-    fn token(&mut self, id: i64, first: i64, second: i64, segment: Segment) {
+    fn token(&mut self, id: i64, positions: [i64; 2], aims: [i64; 2], segment: Segment) {
         self.ids.push(id);
-        self.first_position.push(first);
-        self.second_position.push(second);
+        self.first_position.push(positions[0]);
+        self.second_position.push(positions[1]);
+        self.first_aim.push(aims[0]);
+        self.second_aim.push(aims[1]);
         self.segments.push(segment as i64);
     }
 
@@ -154,19 +171,25 @@ impl Sequence {
     /// When there is no memory for it.
     pub fn to_device(&self, device: Device) -> Result<Tokens> {
         let n = self.ids.len() as i64;
-        let mut all = Vec::with_capacity(4 * self.ids.len() + self.patch_rows.len());
-        for part in [&self.ids, &self.first_position, &self.second_position, &self.segments, &self.patch_rows]
-        {
-            all.extend_from_slice(part);
-        }
-        let all = upload(&Tensor::from_slice(&all), device)?;
+        let parts = [
+            &self.ids,
+            &self.first_position,
+            &self.second_position,
+            &self.first_aim,
+            &self.second_aim,
+            &self.segments,
+            &self.patch_rows,
+        ];
+        let all = upload(&Tensor::from_slice(&parts.map(Vec::as_slice).concat()), device)?;
         let part = |index: i64| all.narrow(0, index * n, n);
         Ok(Tokens {
             ids: part(0),
             first_position: part(1),
             second_position: part(2),
-            segments: part(3),
-            patch_rows: all.narrow(0, 4 * n, self.patch_rows.len() as i64),
+            first_aim: part(3),
+            second_aim: part(4),
+            segments: part(5),
+            patch_rows: all.narrow(0, 6 * n, self.patch_rows.len() as i64),
         })
     }
 }
@@ -180,6 +203,10 @@ pub struct Tokens {
     pub first_position: Tensor,
     /// `[n]` rows of the position table.
     pub second_position: Tensor,
+    /// `[n]` rows of the table of aims.
+    pub first_aim: Tensor,
+    /// `[n]` rows of the table of aims.
+    pub second_aim: Tensor,
     /// `[n]` rows of the segment table.
     pub segments: Tensor,
     /// Places in the sequence that take patch features, in the order of the pictures.
@@ -197,8 +224,10 @@ mod tests {
         let mut sequence = Sequence::new(vocab, positions);
         sequence.prefix_text(&[1, 2]);
         sequence.patches();
-        sequence.begin_of_image();
-        sequence.codes(&[3, 0, 1, 2, 3, 0, 1, 2, 3], 0);
+        sequence.begin_of_image(Some(0));
+        for place in 0..9 {
+            sequence.code(place as u32 % 4, place, (place < 8).then_some(place + 1));
+        }
         sequence.target_text(&[4], 4);
         assert_eq!(sequence.len(), 2 + 4 + 1 + 9 + 1);
         assert_eq!(sequence.patch_rows, [2, 3, 4, 5]);
@@ -207,19 +236,10 @@ mod tests {
         assert!(used.clone().all(|&p| (0..rows).contains(&p)));
         assert_eq!(used.max(), Some(&(rows - 1)), "the last code sits in the last column's row of the table");
         assert!(sequence.ids.iter().all(|&id| (0..vocab.rows()).contains(&id)));
-    }
-
-    #[test]
-    fn pieces_equal_the_whole() {
-        let vocab = Vocab { text: 10, codes: 4 };
-        let positions = Positions { text: 5, patch_grid: 2, code_grid: 2 };
-        let mut whole = Sequence::new(vocab, positions);
-        whole.codes(&[0, 1, 2, 3], 0);
-        let mut pieces = Sequence::new(vocab, positions);
-        for (i, code) in [0, 1, 2, 3].iter().enumerate() {
-            pieces.codes(&[*code], i as i64);
-        }
-        assert_eq!(whole.first_position, pieces.first_position);
-        assert_eq!(whole.second_position, pieces.second_position);
+        let aims: Vec<_> = sequence.first_aim.iter().zip(&sequence.second_aim).collect();
+        assert!(aims[..6].iter().all(|&aim| aim == (&0, &0)), "texts and patches aim at no code");
+        assert_eq!(aims[6..9], [(&1, &4), (&1, &5), (&1, &6)], "the first row, column by column");
+        assert_eq!(aims[14..], [(&3, &6), (&0, &0), (&0, &0)], "the last code aims at nothing");
+        assert_eq!(positions.aim_rows(), 7);
     }
 }

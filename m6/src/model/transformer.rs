@@ -60,6 +60,7 @@ pub struct Transformer {
     compute: Kind,
     tokens: Embedding,
     position_table: Embedding,
+    aim_table: Option<Embedding>,
     segment_table: Embedding,
     patches: PatchEncoder,
     blocks: Vec<Block>,
@@ -95,6 +96,7 @@ impl Transformer {
             blocks: blocks.collect(),
             tokens: table("tokens", vocab.rows()),
             position_table: table("positions", positions.rows()),
+            aim_table: config.any_order.then(|| table("aims", positions.aim_rows())),
             segment_table: table("segments", SEGMENTS),
             patches: PatchEncoder::new(&(params / "patches"), &config.patches, d),
             norm: RmsNorm::new(&(params / "norm"), d, NORM_EPS),
@@ -131,7 +133,7 @@ impl Transformer {
         self.compute
     }
 
-    /// Embeds a sequence: token, position and segment rows; patches take features of `pictures` `[b, 3, s, s]`
+    /// Embeds a sequence: token, position, aim and segment rows; patches take features of `pictures` `[b, 3, s, s]`
     /// bytes in place of the token's row; pictures beyond the sequence's patches are padding. Returns `[n, d]` in the
     /// compute dtype.
     pub fn embed(&self, tokens: &Tokens, pictures: Option<&Tensor>) -> Tensor {
@@ -141,8 +143,11 @@ impl Transformer {
             let used = features.narrow(0, 0, tokens.patch_rows.size()[0]);
             content = content.index_copy(0, &tokens.patch_rows, &used);
         }
-        let places = self.position_table.forward(&tokens.first_position)
+        let mut places = self.position_table.forward(&tokens.first_position)
             + self.position_table.forward(&tokens.second_position);
+        if let Some(table) = &self.aim_table {
+            places = places + table.forward(&tokens.first_aim) + table.forward(&tokens.second_aim);
+        }
         (content + places + self.segment_table.forward(&tokens.segments)).to_kind(self.compute)
     }
 

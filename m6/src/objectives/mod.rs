@@ -160,6 +160,8 @@ pub enum Target {
         seen: Vec<u32>,
         /// The true codes.
         codes: Vec<u32>,
+        /// The place of each of them in the picture, counted along its rows.
+        places: Vec<i64>,
     },
 }
 
@@ -197,9 +199,12 @@ impl Target {
                 sequence.target_text(&[vocab.special(language.start())], 0);
                 sequence.target_text(ids, 1);
             }
-            Self::Codes { seen, .. } => {
-                sequence.begin_of_image();
-                sequence.codes(seen, 0);
+            Self::Codes { seen, places, .. } => {
+                sequence.begin_of_image(places.first().copied());
+                let aims = places.iter().skip(1).copied().map(Some).chain([None]);
+                for ((&code, &place), aim) in seen.iter().zip(places).zip(aims) {
+                    sequence.code(code, place, aim);
+                }
             }
         }
     }

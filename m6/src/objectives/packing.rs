@@ -204,7 +204,11 @@ mod tests {
         Example {
             task: Task::TextToImage,
             prefix: vec![Piece::Text(vec![1])],
-            target: Target::Codes { seen: vec![3, 3, 1, 0], codes: vec![3, 2, 1, 0] },
+            target: Target::Codes {
+                seen: vec![3, 3, 1, 0],
+                codes: vec![3, 2, 1, 0],
+                places: vec![0, 1, 2, 3],
+            },
         }
     }
 

@@ -132,6 +132,13 @@ impl TrainConfig {
         let usage = |problem: String| Err(Error::Usage(problem));
         self.model.validate().map_err(|problem| Error::Usage(format!("model.{problem}")))?;
         self.tasks.validate().map_err(Error::Usage)?;
+        if self.tasks.text_to_image.shuffled > 0.0 && !self.model.any_order {
+            return usage(
+                "tasks.text_to_image.shuffled is above 0: expected model.any_order = true, so that the model knows \
+                 which code comes next"
+                    .into(),
+            );
+        }
         let positive = [
             ("schedule.steps", self.schedule.steps),
             ("schedule.tokens", self.schedule.tokens as u64),

@@ -49,6 +49,8 @@ impl Validation {
         let mut shares = config.tasks.clone();
         shares.text_to_image.drop_prompt = 0.0;
         shares.text_to_image.noise = 0.0;
+        // Drawings are made row by row.
+        shares.text_to_image.shuffled = 0.0;
         let view = ModelView {
             vocab: model.info.vocab,
             max_text: model.info.model.max_text,
