@@ -121,9 +121,8 @@ impl KvCache {
 /// All prefixes as one sequence of rows of equal length, with the true lengths and the pictures in order.
 fn pad(transformer: &Transformer, prefixes: &[Vec<Piece>]) -> (Sequence, Vec<i64>, Vec<Rgb8>) {
     let positions = transformer.positions();
-    let patches = (positions.patch_grid * positions.patch_grid) as usize;
-    let lengths: Vec<usize> =
-        prefixes.iter().map(|prefix| prefix.iter().map(|piece| piece.tokens(patches)).sum()).collect();
+    let length = |piece: &Piece| piece.tokens(positions.patches());
+    let lengths: Vec<usize> = prefixes.iter().map(|prefix| prefix.iter().map(length).sum()).collect();
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let mut sequence = Sequence::new(transformer.vocab(), positions);
     let mut pictures = Vec::new();
@@ -147,7 +146,7 @@ fn visible(lengths: &[i64], longest: i64, targets: i64) -> Tensor {
 mod tests {
     use super::*;
     use crate::generate::testing::{picture, tiny};
-    use crate::objectives::{Example, Packer, Target, Task};
+    use crate::objectives::{Example, Target, Task, lay_out};
 
     /// Prefixes of three lengths, one of them with a picture and one empty, and three codes for each.
     fn rows() -> Vec<(Vec<Piece>, [u32; 3])> {
@@ -161,14 +160,13 @@ mod tests {
 
     /// Hidden rows `[r, 4, d]` of begin-of-image and the codes, from the training pass over one packed row.
     fn packed(transformer: &Transformer, rows: &[(Vec<Piece>, [u32; 3])]) -> Tensor {
-        let mut packer = Packer::new(transformer.vocab(), transformer.positions(), 1000);
-        for (prefix, codes) in rows {
+        let examples = rows.iter().map(|(prefix, codes)| {
             let (codes, places) = (codes.to_vec(), vec![0, 1, 2]);
             let target = Target::Codes { seen: codes.clone(), codes, places };
-            let example = Example { task: Task::TextToImage, prefix: prefix.clone(), target };
-            assert!(packer.push(example).is_none());
-        }
-        let batch = packer.finish(Device::Cpu).unwrap();
+            Example { task: Task::TextToImage, prefix: prefix.clone(), target }
+        });
+        let row = lay_out(transformer.vocab(), transformer.positions(), examples, None).unwrap();
+        let batch = row.upload(Device::Cpu).unwrap();
         let (tokens, pictures) = (&batch.tokens, batch.pictures.as_ref());
         let hidden = transformer.forward(tokens, pictures, &batch.layout, batch.real, Mode::Infer).unwrap();
         let x_rtd = hidden.x_nd.index_select(0, &batch.codes.rows);

@@ -4,6 +4,7 @@
 //! the text; the other special tokens are masked out.
 
 use m6_data::picture::Rgb8;
+use m6_data::{Item, RowPacker};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
@@ -11,7 +12,7 @@ use super::beam::{Candidate, Hypothesis, Search};
 use super::cache::KvCache;
 use crate::error::{Error, Result};
 use crate::model::{Language, Mode, Model, Sequence, Special, Vocab};
-use crate::objectives::{Example, Packer, Piece, Target, Task};
+use crate::objectives::{Example, Piece, Target, Task, lay_out};
 
 /// Rows that go through the transformer at once.
 const ROWS: usize = 64;
@@ -78,14 +79,12 @@ pub fn caption(
 /// When a text is longer than the model takes, or libtorch refuses an operation.
 pub fn score_texts(model: &Model, pairs: &[(&Rgb8, &str)], language: Language) -> Result<Vec<f64>> {
     let _guard = tch::no_grad_guard();
-    let (vocab, positions) = (model.info.vocab, model.transformer.positions());
-    let patches = (positions.patch_grid * positions.patch_grid) as usize;
+    let patches = model.transformer.positions().patches();
     // The language's token takes one place of the text.
     let limit = model.info.model.max_text as usize - 1;
-    let mut packer = Packer::new(vocab, positions, SCORE_TOKENS);
-    let mut scores = Vec::with_capacity(pairs.len());
-    let mut lengths = Vec::new();
-    for (picture, text) in pairs {
+    let mut packer = RowPacker::new(SCORE_TOKENS);
+    let mut scores = vec![0.0; pairs.len()];
+    for (ordinal, (picture, text)) in (0..).zip(pairs) {
         let ids: Vec<i64> = model.tokenizer.encode(text)?.into_iter().map(i64::from).collect();
         if ids.len() > limit {
             let n = ids.len();
@@ -94,30 +93,23 @@ pub fn score_texts(model: &Model, pairs: &[(&Rgb8, &str)], language: Language) -
             )));
         }
         let prefix = vec![Piece::Picture(fit(picture, model)?)];
-        let example = Example { task: Task::Captioning, prefix, target: Target::Text { language, ids } };
-        let tokens = example.target.tokens();
-        debug_assert!(example.tokens(patches) <= SCORE_TOKENS);
-        if let Some(example) = packer.push(example) {
-            score_row(model, &mut packer, &mut lengths, &mut scores)?;
-            packer.push(example);
+        let value = Example { task: Task::Captioning, prefix, target: Target::Text { language, ids } };
+        if let Some(row) = packer.push(Item { ordinal, tokens: value.tokens(patches), value }) {
+            score_row(model, row, &mut scores)?;
         }
-        lengths.push(tokens);
     }
-    if !packer.is_empty() {
-        score_row(model, &mut packer, &mut lengths, &mut scores)?;
+    while let Some(row) = packer.flush() {
+        score_row(model, row, &mut scores)?;
     }
     Ok(scores)
 }
 
-/// Scores the packed texts of these lengths in one pass.
-fn score_row(
-    model: &Model,
-    packer: &mut Packer,
-    lengths: &mut Vec<usize>,
-    scores: &mut Vec<f64>,
-) -> Result<()> {
-    let device = model.params.device();
-    let batch = packer.finish(device)?;
+/// Scores the texts of a row in one pass; the ordinal of each is its place in `scores`.
+fn score_row(model: &Model, row: Vec<Item<Example>>, scores: &mut [f64]) -> Result<()> {
+    let texts: Vec<_> = row.iter().map(|item| (item.ordinal as usize, item.value.target.tokens())).collect();
+    let (vocab, positions) = (model.info.vocab, model.transformer.positions());
+    let row = lay_out(vocab, positions, row.into_iter().map(|item| item.value), None)?;
+    let batch = row.upload(model.params.device())?;
     let (tokens, pictures) = (&batch.tokens, batch.pictures.as_ref());
     let hidden = model.transformer.forward(tokens, pictures, &batch.layout, batch.real, Mode::Infer)?;
     let logprobs = logprobs(model, &hidden.x_nd.index_select(0, &batch.texts.rows));
@@ -125,9 +117,9 @@ fn score_row(
     let chosen =
         Vec::<f64>::try_from(chosen.to_kind(Kind::Double)).map_err(m6_runtime::RuntimeError::from)?;
     let mut rest = chosen.as_slice();
-    for length in lengths.drain(..) {
+    for (place, length) in texts {
         let (text, later) = rest.split_at(length);
-        scores.push(text.iter().sum());
+        scores[place] = text.iter().sum();
         rest = later;
     }
     Ok(())
@@ -258,11 +250,11 @@ mod tests {
     /// training pass.
     fn packed_logprobs(model: &Model, picture: &Rgb8, language: Language, ids: &[i64]) -> Tensor {
         let _guard = tch::no_grad_guard();
-        let mut packer = Packer::new(model.info.vocab, model.transformer.positions(), SCORE_TOKENS);
         let target = Target::Text { language, ids: ids.to_vec() };
         let prefix = vec![Piece::Picture(picture.clone())];
-        assert!(packer.push(Example { task: Task::Captioning, prefix, target }).is_none());
-        let batch = packer.finish(Device::Cpu).unwrap();
+        let example = Example { task: Task::Captioning, prefix, target };
+        let row = lay_out(model.info.vocab, model.transformer.positions(), [example], None).unwrap();
+        let batch = row.upload(Device::Cpu).unwrap();
         let (tokens, pictures) = (&batch.tokens, batch.pictures.as_ref());
         let hidden =
             model.transformer.forward(tokens, pictures, &batch.layout, batch.real, Mode::Infer).unwrap();

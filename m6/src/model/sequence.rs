@@ -44,6 +44,11 @@ impl Positions {
         1 + 2 * self.code_grid
     }
 
+    /// Patches of a picture.
+    pub fn patches(&self) -> usize {
+        (self.patch_grid * self.patch_grid) as usize
+    }
+
     fn none(&self) -> i64 {
         self.text
     }

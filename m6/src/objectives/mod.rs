@@ -24,7 +24,7 @@ use m6_data::picture::Rgb8;
 use serde::{Deserialize, Serialize};
 
 pub use codes::{CodeRecipe, CodeTable};
-pub use packing::{Batch, HostBatch, Packer, Targets};
+pub use packing::{Batch, HostBatch, Targets, lay_out};
 pub(crate) use skipped::Skipped;
 pub use source::{DataConfig, ExampleSource, ModelView};
 pub use text_to_image::{TextToImage, null_prompt};

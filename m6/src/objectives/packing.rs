@@ -1,4 +1,4 @@
-//! Packing: examples are laid one after the other into a row of a fixed token budget.
+//! Rows of examples as tensors.
 
 use m6_data::picture::Rgb8;
 use m6_runtime::attention::{Layout, Span};
@@ -44,85 +44,45 @@ pub struct Batch {
     pub codes: Targets,
 }
 
-/// Collects examples until the next does not fit.
-#[derive(Debug)]
-pub struct Packer {
+/// Lays examples one after the other into a row. `fill_to` fills it up to this many tokens, and the pictures up to a
+/// bucket, so that shapes on a GPU hardly change from step to step.
+///
+/// # Errors
+/// When pictures differ in size.
+pub fn lay_out(
     vocab: Vocab,
     positions: Positions,
-    budget: usize,
-    patches: usize,
-    examples: Vec<Example>,
-    used: usize,
-}
-
-impl Packer {
-    /// A packer of rows of `budget` tokens.
-    pub fn new(vocab: Vocab, positions: Positions, budget: usize) -> Self {
-        let patches = (positions.patch_grid * positions.patch_grid) as usize;
-        Self { vocab, positions, budget, patches, examples: Vec::new(), used: 0 }
-    }
-
-    /// Takes an example, or gives it back when the row is full. An example longer than a whole row gets a row of
-    /// its own.
-    pub fn push(&mut self, example: Example) -> Option<Example> {
-        let tokens = example.tokens(self.patches);
-        if !self.examples.is_empty() && self.used + tokens > self.budget {
-            return Some(example);
+    examples: impl IntoIterator<Item = Example>,
+    fill_to: Option<usize>,
+) -> Result<HostBatch> {
+    let mut sequence = Sequence::new(vocab, positions);
+    let mut spans = Vec::new();
+    let mut pictures = Vec::new();
+    let (mut texts, mut codes) = (HostTargets::default(), HostTargets::default());
+    for example in examples {
+        let start = sequence.len();
+        for piece in example.prefix {
+            piece.append(&mut sequence, &mut pictures);
         }
-        self.used += tokens;
-        self.examples.push(example);
-        None
-    }
-
-    /// Whether nothing was taken yet.
-    pub fn is_empty(&self) -> bool {
-        self.examples.is_empty()
-    }
-
-    /// The row so far, on `device`; the packer is empty afterwards.
-    ///
-    /// # Errors
-    /// When pictures differ in size or the device has no memory.
-    pub fn finish(&mut self, device: Device) -> Result<Batch> {
-        self.finish_host(device.is_cuda())?.upload(device)
-    }
-
-    /// The row so far, on the host; the packer is empty afterwards. `fixed_shape` fills the row up to the budget
-    /// and the pictures up to a bucket, so that shapes on a GPU hardly change from step to step.
-    ///
-    /// # Errors
-    /// When pictures differ in size.
-    pub fn finish_host(&mut self, fixed_shape: bool) -> Result<HostBatch> {
-        let mut sequence = Sequence::new(self.vocab, self.positions);
-        let mut spans = Vec::new();
-        let mut pictures = Vec::new();
-        let (mut texts, mut codes) = (HostTargets::default(), HostTargets::default());
-        self.used = 0;
-        for example in std::mem::take(&mut self.examples) {
-            let start = sequence.len();
-            for piece in example.prefix {
-                piece.append(&mut sequence, &mut pictures);
-            }
-            let first = sequence.len();
-            example.target.append(&mut sequence, self.vocab);
-            spans.push(Span { prefix: (first - start) as i64, target: (sequence.len() - first) as i64 });
-            let labels = example.target.labels(self.vocab);
-            match example.target {
-                Target::Text { .. } => texts.push(first, labels, example.task),
-                Target::Codes { .. } => codes.push(first, labels, example.task),
-            }
+        let first = sequence.len();
+        example.target.append(&mut sequence, vocab);
+        spans.push(Span { prefix: (first - start) as i64, target: (sequence.len() - first) as i64 });
+        let labels = example.target.labels(vocab);
+        match example.target {
+            Target::Text { .. } => texts.push(first, labels, example.task),
+            Target::Codes { .. } => codes.push(first, labels, example.task),
         }
-        let real = sequence.len();
-        if fixed_shape && real < self.budget {
-            sequence.padding(self.budget - real);
-            spans.push(Span { prefix: 0, target: (self.budget - real) as i64 });
-        }
-        if fixed_shape {
-            pad_pictures(&mut pictures);
-        }
-        let pictures = if pictures.is_empty() { None } else { Some(pictures_to_tensor(&pictures)?) };
-        Ok(HostBatch { sequence, pictures, spans, real: real as i64, texts, codes })
     }
+    let real = sequence.len();
+    if let Some(tokens) = fill_to {
+        if real < tokens {
+            sequence.padding(tokens - real);
+            spans.push(Span { prefix: 0, target: (tokens - real) as i64 });
+        }
+        pad_pictures(&mut pictures);
+    }
+    let pictures = if pictures.is_empty() { None } else { Some(pictures_to_tensor(&pictures)?) };
+    Ok(HostBatch { sequence, pictures, spans, real: real as i64, texts, codes })
 }
 
 /// A packed micro-batch before it goes to its device; made ahead, on a thread of its own.
@@ -214,10 +174,8 @@ mod tests {
 
     #[test]
     fn targets_point_at_the_tokens_that_predict_them() {
-        let mut packer = Packer::new(VOCAB, POSITIONS, 64);
-        assert!(packer.push(caption()).is_none() && packer.push(drawing()).is_none());
-        let batch = packer.finish(Device::Cpu).unwrap();
-        assert!(packer.is_empty());
+        let row = lay_out(VOCAB, POSITIONS, [caption(), drawing()], None).unwrap();
+        let batch = row.upload(Device::Cpu).unwrap();
         let list = |t: &Tensor| Vec::<i64>::try_from(t).unwrap();
         assert_eq!(batch.real, 4 + 3 + 1 + 5);
         assert_eq!(batch.layout.spans(), [Span { prefix: 4, target: 3 }, Span { prefix: 1, target: 5 }]);
@@ -241,13 +199,12 @@ mod tests {
     }
 
     #[test]
-    fn a_full_row_gives_the_example_back_and_a_long_one_gets_its_own() {
-        let mut packer = Packer::new(VOCAB, POSITIONS, 9);
-        assert!(packer.push(caption()).is_none());
-        assert!(packer.push(drawing()).is_some());
-        assert_eq!(packer.finish(Device::Cpu).unwrap().real, 7);
-        let mut tight = Packer::new(VOCAB, POSITIONS, 2);
-        assert!(tight.push(drawing()).is_none());
-        assert!(tight.push(drawing()).is_some());
+    fn padding_fills_the_row_and_belongs_to_nobody() {
+        let row = lay_out(VOCAB, POSITIONS, [drawing(), caption()], Some(20)).unwrap();
+        let batch = row.upload(Device::Cpu).unwrap();
+        assert_eq!((batch.real, batch.tokens.ids.size()), (13, vec![20]));
+        assert_eq!(batch.layout.spans().last(), Some(&Span { prefix: 0, target: 7 }));
+        assert_eq!((batch.texts.count, batch.codes.count), (3, 5));
+        assert_eq!(batch.pictures.unwrap().size(), [PICTURE_BUCKET as i64, 3, 8, 8]);
     }
 }

@@ -38,7 +38,7 @@ pub(super) fn write(
     optimizer: &AdamW,
     ema: &Ema,
     window: &Window,
-    place: Place,
+    place: &Place,
 ) -> Result<()> {
     model.params.save(&dir.join(MODEL), Kind::Float)?;
     write_tensors(&dir.join(OPTIMIZER), &optimizer.state())?;
@@ -50,7 +50,8 @@ pub(super) fn write(
     }
     write_tensors(&dir.join(RNG), &rng)?;
     let ModelInfo { tokenizer, vqgan, .. } = model.info.clone();
-    let text = serde_json::to_string(&State { place, tokenizer, vqgan }).expect("plain values become JSON");
+    let text = serde_json::to_string(&State { place: place.clone(), tokenizer, vqgan })
+        .expect("plain values become JSON");
     fs::write(dir.join(STATE), text).map_err(|error| Error::file(&dir.join(STATE), error))
 }
 

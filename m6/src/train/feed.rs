@@ -5,12 +5,13 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use m6_data::Loader;
+use m6_data::{Item, Loader, RowPacker};
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
 use crate::error::{Error, Result};
-use crate::objectives::{Batch, Example, ExampleSource, HostBatch, Packer, Skipped};
+use crate::model::Transformer;
+use crate::objectives::{Batch, Example, ExampleSource, HostBatch, Skipped, lay_out};
 
 /// Examples that each worker makes ahead.
 const EXAMPLES_AHEAD: usize = 64;
@@ -18,11 +19,13 @@ const EXAMPLES_AHEAD: usize = 64;
 const BATCHES_AHEAD: usize = 2;
 
 /// Where in its data a run is.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Place {
-    /// Ordinal of the first example that is in none of the batches so far.
+    /// Ordinal of the first example that was not looked at yet.
     pub position: u64,
+    /// Ordinals of the examples before it that are in none of the batches so far, the longest waiting first.
+    pub waiting: Vec<u64>,
     /// Samples that could not be used so far.
     pub skipped: u64,
 }
@@ -43,25 +46,33 @@ struct Packed {
 }
 
 impl Feed {
-    /// Starts at `place` in the run with `workers` threads that make examples, and one that packs them.
+    /// Starts at `place` in the run with `workers` threads that make examples, and one that packs them into rows of
+    /// `tokens`.
     ///
     /// # Errors
-    /// When the system refuses a thread.
+    /// When the system refuses a thread, or an example that waited cannot be made again.
     pub fn start(
         source: Arc<ExampleSource>,
         place: Place,
         workers: usize,
-        packer: Packer,
+        tokens: usize,
+        transformer: &Transformer,
         device: Device,
     ) -> Result<Self> {
+        let (vocab, positions) = (transformer.vocab(), transformer.positions());
+        let item =
+            move |ordinal, value: Example| Item { ordinal, tokens: value.tokens(positions.patches()), value };
+        let waiting: Vec<_> =
+            place.waiting.iter().map(|&at| Ok(item(at, source.example(at)?))).collect::<Result<_>>()?;
         let ahead = EXAMPLES_AHEAD * workers;
-        let loader = Loader::start(place.position, workers, ahead, move |at| source.example(at))?;
+        let loader = Loader::start(place.position, workers, ahead, move |at| {
+            source.example(at).map(|example| item(at, example))
+        })?;
         let mut packing = Packing {
             loader,
-            packer,
-            pending: None,
+            packer: RowPacker::resume(tokens, waiting),
             skipped: Skipped::resume(place.skipped),
-            fixed_shape: device.is_cuda(),
+            lay_out: Box::new(move |row| lay_out(vocab, positions, row, device.is_cuda().then_some(tokens))),
         };
         let (sender, batches) = sync_channel(BATCHES_AHEAD);
         let thread = std::thread::Builder::new()
@@ -72,8 +83,8 @@ impl Feed {
     }
 
     /// Where a run that is resumed after the batches so far starts.
-    pub fn place(&self) -> Place {
-        self.place
+    pub fn place(&self) -> &Place {
+        &self.place
     }
 
     /// Time spent waiting for batches since the last call.
@@ -114,11 +125,10 @@ impl Drop for Feed {
 }
 
 struct Packing {
-    loader: Loader<Result<Example>>,
-    packer: Packer,
-    pending: Option<Example>,
+    loader: Loader<Result<Item<Example>>>,
+    packer: RowPacker<Example>,
     skipped: Skipped,
-    fixed_shape: bool,
+    lay_out: Box<dyn Fn(Vec<Example>) -> Result<HostBatch> + Send>,
 }
 
 impl Packing {
@@ -134,17 +144,14 @@ impl Packing {
 
     /// Samples that cannot be used are named on stderr, counted and left out.
     fn next(&mut self) -> Result<Packed> {
-        if let Some(example) = self.pending.take() {
-            self.pending = self.packer.push(example);
-        }
         loop {
             let (ordinal, made) =
                 self.loader.next().ok_or_else(|| Error::Usage("the loader has stopped".into()))??;
-            let Some(example) = self.skipped.check(made)? else { continue };
-            if let Some(left) = self.packer.push(example) {
-                self.pending = Some(left);
-                let batch = self.packer.finish_host(self.fixed_shape)?;
-                let place = Place { position: ordinal, skipped: self.skipped.count() };
+            let Some(item) = self.skipped.check(made)? else { continue };
+            if let Some(row) = self.packer.push(item) {
+                let batch = (self.lay_out)(row.into_iter().map(|item| item.value).collect())?;
+                let waiting = self.packer.waiting().collect();
+                let place = Place { position: ordinal + 1, waiting, skipped: self.skipped.count() };
                 return Ok(Packed { batch, place });
             }
         }

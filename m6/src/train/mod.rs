@@ -26,7 +26,7 @@ pub use texts::texts;
 use crate::error::{Error, Result};
 use crate::generate::{draw, rows_grid};
 use crate::model::{Mode, Model};
-use crate::objectives::{CodeRecipe, CodeTable, ExampleSource, ModelView, Packer, Task};
+use crate::objectives::{CodeRecipe, CodeTable, ExampleSource, ModelView, Task};
 use feed::{Feed, Place};
 use validation::Validation;
 use window::Window;
@@ -180,10 +180,14 @@ impl Trainer {
             total_steps: plan.steps,
             min_ratio: plan.min_ratio,
         };
-        let transformer = &self.model.transformer;
-        let packer = Packer::new(transformer.vocab(), transformer.positions(), plan.tokens);
-        let mut feed =
-            Feed::start(self.source.clone(), self.place, self.config.data.workers, packer, self.device)?;
+        let mut feed = Feed::start(
+            self.source.clone(),
+            self.place.clone(),
+            self.config.data.workers,
+            plan.tokens,
+            &self.model.transformer,
+            self.device,
+        )?;
         while self.step < plan.steps && !stop.requested() {
             self.optimizer.zero_grad()?;
             for _ in 0..plan.accumulation {
@@ -198,7 +202,7 @@ impl Trainer {
             self.window.add_update(&grad_norm);
             self.ema.update(self.step)?;
             self.step += 1;
-            self.place = feed.place();
+            self.place.clone_from(feed.place());
             if self.due(self.config.log_every) {
                 self.report(&mut feed, lr, &grad_norm)?;
             }
@@ -238,6 +242,7 @@ impl Trainer {
             ("grad_norm".into(), report.grad_norm),
             ("skipped_updates".into(), report.skipped_updates),
             ("tokens_per_s".into(), rate),
+            ("fill".into(), report.tokens_per_batch / self.config.schedule.tokens as f64),
             ("data_wait".into(), feed.take_waited().as_secs_f64() / report.seconds),
             ("skipped_samples".into(), self.place.skipped as f64),
             ("memory_peak_bytes".into(), memory(self.device)?.peak as f64),
@@ -286,7 +291,7 @@ impl Trainer {
     fn save(&mut self) -> Result<()> {
         let Self { model, optimizer, ema, window, place, .. } = &*self;
         self.checkpoints
-            .save(self.step, |dir| checkpoint::write(dir, model, optimizer, ema, window, *place))?;
+            .save(self.step, |dir| checkpoint::write(dir, model, optimizer, ema, window, place))?;
         Ok(())
     }
 }

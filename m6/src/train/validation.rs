@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use m6_data::{ShardSet, Transform};
+use m6_data::{Item, RowPacker, ShardSet, Transform};
 use m6_run::RunDir;
 use tch::{Device, Kind, Tensor};
 
@@ -10,7 +10,9 @@ use super::config::{TrainConfig, ValidationConfig};
 use super::loss::losses;
 use crate::error::Result;
 use crate::model::{Mode, Model};
-use crate::objectives::{CodeRecipe, CodeTable, DataConfig, ExampleSource, ModelView, Packer, Skipped, Task};
+use crate::objectives::{
+    CodeRecipe, CodeTable, DataConfig, Example, ExampleSource, ModelView, Skipped, Task, lay_out,
+};
 
 /// Held-out examples.
 pub(super) struct Validation {
@@ -73,25 +75,27 @@ impl Validation {
     /// No number where there is no example.
     fn loss_of(&self, model: &Model, task: Task, device: Device, skipped: &mut Skipped) -> Result<f64> {
         let transformer = &model.transformer;
-        let mut packer = Packer::new(transformer.vocab(), transformer.positions(), self.tokens);
+        let (vocab, positions) = (transformer.vocab(), transformer.positions());
+        let mut packer = RowPacker::new(self.tokens);
         let mut sums = Tensor::zeros([2], (Kind::Float, device));
-        let mut score = |packer: &mut Packer| -> Result<()> {
-            let result = losses(transformer, &packer.finish(device)?, Mode::Infer)?;
+        let mut score = |row: Vec<Item<Example>>| -> Result<()> {
+            let row = row.into_iter().map(|item| item.value);
+            let fill_to = device.is_cuda().then_some(self.tokens);
+            let batch = lay_out(vocab, positions, row, fill_to)?.upload(device)?;
+            let result = losses(transformer, &batch, Mode::Infer)?;
             sums +=
                 Tensor::stack(&[result.task_sums.get(task as i64), result.task_counts.get(task as i64)], 0);
             Ok(())
         };
         for ordinal in 0..self.examples {
-            let mut left = skipped.check(self.source.example_of(ordinal, task))?;
-            while let Some(example) = left.take() {
-                left = packer.push(example);
-                if left.is_some() {
-                    score(&mut packer)?;
-                }
+            let Some(value) = skipped.check(self.source.example_of(ordinal, task))? else { continue };
+            let tokens = value.tokens(positions.patches());
+            if let Some(row) = packer.push(Item { ordinal, tokens, value }) {
+                score(row)?;
             }
         }
-        if !packer.is_empty() {
-            score(&mut packer)?;
+        while let Some(row) = packer.flush() {
+            score(row)?;
         }
         Ok(sums.double_value(&[0]) / sums.double_value(&[1]))
     }

@@ -17,6 +17,7 @@ const TASK_SUMS: &str = "task_sums";
 const TASK_COUNTS: &str = "task_counts";
 const EXPERT_LOAD: &str = "expert_load";
 const BATCHES: &str = "batches";
+const PACKED_TOKENS: &str = "packed_tokens";
 const SKIPPED_UPDATES: &str = "skipped_updates";
 
 /// Sums since the last report.
@@ -30,6 +31,8 @@ pub(super) struct Window {
     batches: u64,
     /// Of this process alone, as `start` is: a rate does not span an interruption.
     tokens: u64,
+    /// Of all batches.
+    packed_tokens: u64,
     start: Instant,
 }
 
@@ -43,8 +46,10 @@ pub(super) struct Report {
     pub grad_norm: f64,
     /// Updates that were left out because their gradients were not finite.
     pub skipped_updates: f64,
-    /// Tokens that were not padding.
+    /// Tokens of this process that were not padding.
     pub tokens: u64,
+    /// Mean of such tokens in a batch.
+    pub tokens_per_batch: f64,
     /// Length of the window.
     pub seconds: f64,
     /// Coefficient of variation of the experts' loads, mean over blocks.
@@ -63,6 +68,7 @@ impl Window {
             skipped_updates: zeros(&[]),
             batches: 0,
             tokens: 0,
+            packed_tokens: 0,
             start: Instant::now(),
         }
     }
@@ -76,6 +82,7 @@ impl Window {
         }
         self.batches += 1;
         self.tokens += batch.real as u64;
+        self.packed_tokens += batch.real as u64;
     }
 
     /// Counts the update whose gradients had this norm.
@@ -91,6 +98,7 @@ impl Window {
             (TASK_COUNTS.to_owned(), self.task_counts.shallow_clone()),
             (SKIPPED_UPDATES.to_owned(), self.skipped_updates.shallow_clone()),
             (BATCHES.to_owned(), Tensor::from(self.batches as i64)),
+            (PACKED_TOKENS.to_owned(), Tensor::from(self.packed_tokens as i64)),
         ];
         state.extend(self.expert_load.as_ref().map(|load| (EXPERT_LOAD.to_owned(), load.shallow_clone())));
         state
@@ -114,7 +122,8 @@ impl Window {
         self.task_sums = take(TASK_SUMS)?.to_device(device);
         self.task_counts = take(TASK_COUNTS)?.to_device(device);
         self.skipped_updates = take(SKIPPED_UPDATES)?.to_device(device);
-        self.batches = i64::try_from(take(BATCHES)?).map_err(RuntimeError::from)? as u64;
+        let mut count = |name| Ok::<_, RuntimeError>(i64::try_from(take(name)?)? as u64);
+        (self.batches, self.packed_tokens) = (count(BATCHES)?, count(PACKED_TOKENS)?);
         Ok(())
     }
 
@@ -146,6 +155,7 @@ impl Window {
                 .map(|(i, task)| (task, sums[i] / counts[i]))
                 .collect(),
             tokens: self.tokens,
+            tokens_per_batch: self.packed_tokens as f64 / self.batches.max(1) as f64,
             seconds: self.start.elapsed().as_secs_f64(),
             expert_spread: spread.first().copied(),
         };
@@ -159,17 +169,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn skipped_updates_are_counted_across_a_checkpoint_and_the_rate_is_not() {
+    fn skipped_updates_and_tokens_are_counted_across_a_checkpoint_and_the_rate_is_not() {
         let mut before = Window::new(Device::Cpu);
         for norm in [1.0, f64::NAN, f64::INFINITY] {
             before.add_update(&Tensor::from(norm));
         }
-        (before.batches, before.tokens) = (3, 700);
+        (before.batches, before.tokens, before.packed_tokens) = (3, 700, 900);
         let mut after = Window::new(Device::Cpu);
         after.load_state(before.state()).unwrap();
         after.add_update(&Tensor::from(f64::NAN));
         assert_eq!((after.batches, after.tokens), (3, 0));
-        assert_eq!(after.read(&Tensor::from(1.0f32)).unwrap().skipped_updates, 3.0);
+        let report = after.read(&Tensor::from(1.0f32)).unwrap();
+        assert_eq!((report.skipped_updates, report.tokens_per_batch), (3.0, 300.0));
         assert_eq!(after.read(&Tensor::from(1.0f32)).unwrap().skipped_updates, 0.0);
     }
 }
