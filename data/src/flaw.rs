@@ -11,6 +11,8 @@ use serde::Serialize;
 pub enum FlawClass {
     /// A shard that cannot be read, or holds no sample.
     UnusableShard,
+    /// An index that does not fit its shard; the shard was read without it.
+    UnusedIndex,
     /// Damage inside an archive; the samples before it are whole.
     DamagedShard,
     /// A sample with two members of the same extension.

@@ -6,12 +6,16 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{DataError, Result};
 use crate::flaw::{Flaw, FlawClass};
+use crate::index_file;
 use crate::pattern::resolve;
 use crate::picture::Rgb8;
 use crate::tar_index::{Defect, TarIndex};
 
 /// Extensions that hold a sample's picture, in the order in which they are looked for.
 pub const PICTURE_EXTENSIONS: [&str; 5] = ["webp", "png", "jpg", "jpeg", "bmp"];
+
+/// Threads that read the headers of shards.
+const SCANNERS: usize = 16;
 
 /// An indexed set of shards. The index lives in memory, the samples' bytes stay on disk.
 #[derive(Debug, Default)]
@@ -45,22 +49,30 @@ impl ShardSet {
     /// samples whole is reported by [`ShardSet::flaws`] instead.
     pub fn open(patterns: &[String]) -> Result<Self> {
         let mut set = Self::default();
-        for path in resolve(patterns)? {
-            set.add(path)?;
+        let shards = resolve(patterns)?;
+        for (path, scanned) in shards.iter().zip(scan_all(&shards, true)) {
+            set.add(path.clone(), scanned?)?;
         }
         Ok(set)
     }
 
-    /// As [`ShardSet::open`], but a shard that cannot be used is a flaw like others and may leave the set empty.
+    /// As [`ShardSet::open`], but a shard that cannot be used is a flaw like others and may leave the set empty, and every
+    /// header is read, whatever an index says.
     ///
     /// # Errors
     /// No pattern, or a pattern without a match.
     pub(crate) fn open_what_can_be_read(patterns: &[String]) -> Result<Self> {
         let mut set = Self::default();
-        for path in resolve(patterns)? {
-            let tried = set.add(path.clone());
+        let shards = resolve(patterns)?;
+        for (path, scanned) in shards.iter().zip(scan_all(&shards, false)) {
+            let tried = scanned.and_then(|scanned| set.add(path.clone(), scanned));
             if let Err(error) = tried {
-                set.flaws.push(Flaw::of_shard(FlawClass::UnusableShard, path, None, error.to_string()));
+                set.flaws.push(Flaw::of_shard(
+                    FlawClass::UnusableShard,
+                    path.clone(),
+                    None,
+                    error.to_string(),
+                ));
             }
         }
         Ok(set)
@@ -146,15 +158,18 @@ impl ShardSet {
         Ok(Sample { key: &entry.key, shard, members: &entry.members, start, bytes })
     }
 
-    fn add(&mut self, path: PathBuf) -> Result<()> {
-        let file = File::open(&path).map_err(DataError::io("open", &path))?;
-        let bytes = file.metadata().map_err(DataError::io("read", &path))?.len();
-        let index = TarIndex::read(file).map_err(DataError::io("read", &path))?;
+    /// Adds a shard by what [`scan`] found in it.
+    fn add(&mut self, path: PathBuf, scanned: Scanned) -> Result<()> {
+        let Scanned { bytes, index, unused_index } = scanned;
         let damage = |defect: &Defect| {
             let (offset, reason) = (Some(defect.offset), defect.reason.clone());
             Flaw::of_shard(FlawClass::DamagedShard, path.clone(), offset, reason)
         };
         let mut flaws: Vec<Flaw> = index.defects.iter().map(damage).collect();
+        flaws.extend(unused_index.map(|reason| {
+            let reason = format!("its .idx is not used: {reason}");
+            Flaw::of_shard(FlawClass::UnusedIndex, path.clone(), None, reason)
+        }));
 
         let shard = self.shards.len();
         let first = self.samples.len();
@@ -209,6 +224,43 @@ impl ShardSet {
             reason: "its last sample is not whole and is left out".to_owned(),
         })
     }
+}
+
+/// What a shard holds, before it is part of a set.
+struct Scanned {
+    bytes: u64,
+    index: TarIndex,
+    /// Why the index beside it was not used, where there is one.
+    unused_index: Option<String>,
+}
+
+/// Scans shards on several threads, since each waits for the disk or the network; results in the order of the shards.
+fn scan_all(shards: &[PathBuf], by_index: bool) -> Vec<Result<Scanned>> {
+    let each = shards.len().div_ceil(SCANNERS).max(1);
+    std::thread::scope(|scope| {
+        let scan_part =
+            |part: &'_ [PathBuf]| part.iter().map(|path| scan(path, by_index)).collect::<Vec<_>>();
+        let threads: Vec<_> = shards.chunks(each).map(|part| scope.spawn(move || scan_part(part))).collect();
+        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.into_iter().flat_map(join).collect()
+    })
+}
+
+fn scan(path: &Path, by_index: bool) -> Result<Scanned> {
+    let file = File::open(path).map_err(DataError::io("open", path))?;
+    let bytes = file.metadata().map_err(DataError::io("read", path))?.len();
+    let indexed = if by_index { index_file::read(path, &file) } else { Ok(None) };
+    let (members, unused_index) = match indexed {
+        Ok(members) => (members, None),
+        Err(reason) => (None, Some(reason)),
+    };
+    let index = match members {
+        Some(members) => TarIndex { members, defects: Vec::new() },
+        None => TarIndex::read(file).map_err(DataError::io("read", path))?,
+    };
+    Ok(Scanned { bytes, index, unused_index })
 }
 
 /// One sample in memory: the members of a shard that share a key.

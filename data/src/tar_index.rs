@@ -7,7 +7,7 @@
 use std::fmt;
 use std::io::{self, BufReader, Read, Seek, SeekFrom};
 
-const BLOCK: u64 = 512;
+pub(crate) const BLOCK: u64 = 512;
 /// Long names and pax records above this size are taken for damage.
 const MAX_EXTENSION_BYTES: u64 = 1 << 20;
 
@@ -71,6 +71,11 @@ impl TarIndex {
             }
         }
     }
+}
+
+/// Whether a block is the header of a regular file of this size.
+pub(crate) fn is_header_of_file(block: &[u8; BLOCK as usize], size: u64) -> bool {
+    Header::parse(block).is_ok_and(|header| matches!(header.kind, Kind::File) && header.size == size)
 }
 
 enum Step {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use m6::{Error, Result};
 use m6_data::{
     BenchReport, DatasetInfo, LintReport, SampleOrder, ShardSet, ShardWriter, Transform, bench,
-    contact_sheet, lint, pack, sample_image,
+    contact_sheet, lint, pack, sample_image, write_indexes,
 };
 use m6_run::Task;
 
@@ -32,6 +32,8 @@ pub enum Command {
     Show(ShowArgs),
     /// Find what is broken, and write shards without it
     Lint(LintArgs),
+    /// Write an index beside each shard, with which it opens faster
+    Index(IndexArgs),
     /// Measure how fast shards become pictures
     Bench(BenchArgs),
 }
@@ -43,6 +45,7 @@ impl Command {
             Self::Info(args) => args.run(),
             Self::Show(args) => args.run(),
             Self::Lint(args) => args.run(),
+            Self::Index(args) => args.run(),
             Self::Bench(args) => args.run(),
         }
     }
@@ -243,6 +246,44 @@ impl LintArgs {
             return Ok(());
         }
         let problem = format!("flaws: {}", report.flaws.len());
+        Err(output::file_error(Path::new(&self.shards.join(" ")), problem))
+    }
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  m6 data index 'shards/train-*.tar'\n\n\
+    train-000000.idx beside train-000000.tar lists its members, as NVIDIA DALI's wds2idx writes it. Shards without one \
+    are read through when they are opened. Exit code 1 where a shard could not be indexed.")]
+pub struct IndexArgs {
+    /// Shards: files, globs or lists such as `train-{000..017}.tar`
+    #[arg(required = true)]
+    shards: Vec<String>,
+    /// Print the report as one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl IndexArgs {
+    fn run(self) -> Result<()> {
+        let mut task = None;
+        let report = write_indexes(&self.shards, |_, all| {
+            task.get_or_insert_with(|| Task::new("index", all as u64, "shards")).advance(1);
+        })?;
+        task.map(Task::finish);
+        if self.json {
+            output::json(&report)?;
+        } else {
+            for path in &report.written {
+                output::line(path.display())?;
+            }
+        }
+        for skipped in &report.skipped {
+            eprintln!("no index: {skipped}");
+        }
+        if report.skipped.is_empty() {
+            return Ok(());
+        }
+        let problem = format!("shards without an index: {}", report.skipped.len());
         Err(output::file_error(Path::new(&self.shards.join(" ")), problem))
     }
 }
