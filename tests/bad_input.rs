@@ -68,7 +68,7 @@ fn settings() {
             ("vqgan train train.toml", WRONG_USE, &["train.toml", "unknown field"]),
         ],
     );
-    let settings: [(&str, &[&str]); 36] = [
+    let settings: [(&str, &[&str]); 37] = [
         ("train train.toml --set schedule.stesp=3", &["--set schedule.stesp=3", "did you mean `steps`?"]),
         ("train train.toml --set schedule.steps=many", &["schedule.steps=many", "expected u64"]),
         ("train train.toml --set schedule.steps=-1", &["schedule.steps=-1", "expected u64"]),
@@ -88,6 +88,7 @@ fn settings() {
         ("train train.toml --set tasks.captioning=-1", &["tasks.captioning = -1"]),
         ("train train.toml --set tasks.text_to_image.noise=2", &["noise = 2"]),
         ("train train.toml --set tasks.text_to_image.shuffled=0.5", &["shuffled", "model.any_order = true"]),
+        ("train train.toml --set model.code_order=coarse_to_fine", &["model.code_order", "any_order = true"]),
         (
             "train train.toml --set optimizer={beta1=2.0,beta2=0.9,eps=0.0,weight_decay=0.0}",
             &["optimizer.beta1 = 2"],

@@ -188,17 +188,17 @@ impl Sampler<'_> {
         let nulls = guided.iter().map(|_| vec![Piece::Text(null_prompt(vocab))]);
         let prefixes: Vec<Vec<Piece>> = prompts.chain(nulls).collect();
 
-        let grid = self.transformer.positions().code_grid;
-        let length = (grid * grid) as usize;
+        let places = self.transformer.config().code_order.places(self.transformer.positions().code_grid);
+        let length = places.len();
         let mut cache = KvCache::prefill(self.transformer, self.device, &prefixes, length as i64)?;
         let mut rngs: Vec<ChaCha8Rng> = jobs.iter().map(|job| ChaCha8Rng::seed_from_u64(job.seed)).collect();
         let mut codes = vec![Vec::with_capacity(length); jobs.len()];
-        for place in 0..length as i64 {
+        for (step, &place) in places.iter().enumerate() {
             let mut tokens = Sequence::new(vocab, self.transformer.positions());
             for drawn in codes.iter().chain(guided.iter().map(|&i| &codes[i])) {
                 match drawn.last() {
                     None => tokens.begin_of_image(Some(place)),
-                    Some(&code) => tokens.code(code, place - 1, Some(place)),
+                    Some(&code) => tokens.code(code, places[step - 1], Some(place)),
                 }
             }
             let hidden = cache.step(self.transformer, &tokens.to_device(self.device)?)?;
@@ -214,7 +214,14 @@ impl Sampler<'_> {
             }
             on_progress(jobs.len() as u64);
         }
-        Ok(codes)
+        let by_place = |drawn: Vec<u32>| {
+            let mut codes = vec![0; length];
+            for (code, &place) in drawn.into_iter().zip(&places) {
+                codes[place as usize] = code;
+            }
+            codes
+        };
+        Ok(codes.into_iter().map(by_place).collect())
     }
 }
 
@@ -275,15 +282,16 @@ mod tests {
 
     /// The codes that greedy choice takes from mixed logits, by running the whole sequence anew for each code.
     fn by_definition(transformer: &Transformer, prompt: &[i64], guidance: f64) -> Vec<u32> {
+        let places = transformer.config().code_order.places(4);
         let logits = |prefix: &[i64], codes: &[u32]| {
             let prefix = [vec![Piece::Text(prefix.to_vec())]];
             let mut cache = KvCache::prefill(transformer, Device::Cpu, &prefix, 17).unwrap();
             let mut last = Tensor::new();
-            for place in 0..=codes.len() as i64 {
+            for step in 0..=codes.len() {
                 let mut tokens = Sequence::new(transformer.vocab(), transformer.positions());
-                match place {
-                    0 => tokens.begin_of_image(Some(0)),
-                    _ => tokens.code(codes[place as usize - 1], place - 1, Some(place)),
+                match step {
+                    0 => tokens.begin_of_image(Some(places[0])),
+                    _ => tokens.code(codes[step - 1], places[step - 1], Some(places[step])),
                 }
                 last = cache.step(transformer, &tokens.to_device(Device::Cpu).unwrap()).unwrap();
             }
@@ -295,7 +303,9 @@ mod tests {
             let mixed = &without + (with - &without) * guidance;
             codes.push(mixed.argmax(-1, false).int64_value(&[0]) as u32);
         }
-        codes
+        let mut in_place = vec![0; codes.len()];
+        places.iter().zip(codes).for_each(|(&place, code)| in_place[place as usize] = code);
+        in_place
     }
 
     #[test]

@@ -7,7 +7,7 @@ use m6_vision::PatchConfig;
 use m6_vqgan::{Dtype, Vqgan, VqganConfig};
 use tch::Device;
 
-use crate::model::{Model, ModelConfig, Transformer, Vocab};
+use crate::model::{CodeOrder, Model, ModelConfig, Transformer, Vocab};
 
 /// Side of the tiny models' pictures.
 pub const SIDE: u32 = 16;
@@ -62,6 +62,7 @@ fn config() -> ModelConfig {
         max_text: 16,
         dropout: 0.0,
         any_order: true,
+        code_order: CodeOrder::CoarseToFine,
         patches: PatchConfig { resolution: i64::from(SIDE), channels: vec![16, 16] },
         moe: None,
     }

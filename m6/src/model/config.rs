@@ -3,6 +3,8 @@
 use m6_vision::PatchConfig;
 use serde::{Deserialize, Serialize};
 
+use super::order::CodeOrder;
+
 /// Settings of one stack: sizes, feed-forward kind, patch extractor.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -24,6 +26,9 @@ pub struct ModelConfig {
     /// come in any order.
     #[serde(default)]
     pub any_order: bool,
+    /// The order in which pictures are drawn; any but row by row needs `any_order`.
+    #[serde(default)]
+    pub code_order: CodeOrder,
     /// How pictures become patch features.
     pub patches: PatchConfig,
     /// Experts in place of the dense feed-forward.
@@ -93,6 +98,9 @@ impl ModelConfig {
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(format!("dropout = {}: expected 0 <= dropout < 1", self.dropout));
+        }
+        if self.code_order != CodeOrder::Rows && !self.any_order {
+            return Err("code_order is not rows: expected any_order = true".into());
         }
         if let Some(moe) = &self.moe {
             if !(1..=MAX_EXPERTS).contains(&moe.experts) {

@@ -5,12 +5,14 @@ mod config;
 mod folder;
 mod mlp;
 mod moe;
+mod order;
 mod sequence;
 mod transformer;
 mod vocab;
 
 pub use config::{ModelConfig, MoeConfig};
 pub use folder::{Model, ModelInfo};
+pub use order::CodeOrder;
 pub use sequence::{Positions, Sequence, Tokens};
 pub use transformer::{Hidden, Mode, Transformer, compute_kind};
 pub use vocab::{Language, Special, Vocab};

@@ -94,6 +94,7 @@ impl Moe {
 
 #[cfg(test)]
 mod tests {
+    use super::super::order::CodeOrder;
     use m6_vision::PatchConfig;
     use tch::Device;
 
@@ -109,6 +110,7 @@ mod tests {
             max_text: 4,
             dropout: 0.0,
             any_order: false,
+            code_order: CodeOrder::Rows,
             patches: PatchConfig { resolution: 16, channels: vec![16] },
             moe: Some(moe.clone()),
         };

@@ -15,7 +15,7 @@ use super::{
     CodeTable, Example, Task, TasksConfig, captioning, image_denoising, language_modelling, text_denoising,
 };
 use crate::error::{Error, Result};
-use crate::model::{Language, Vocab};
+use crate::model::{CodeOrder, Language, Vocab};
 
 /// Where examples come from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -49,6 +49,7 @@ pub struct ExampleSource {
     codes: Option<Arc<CodeTable>>,
     vocab: Vocab,
     max_text: usize,
+    code_order: CodeOrder,
 }
 
 /// What an [`ExampleSource`] needs to know of the model.
@@ -60,6 +61,8 @@ pub struct ModelView {
     pub max_text: i64,
     /// Side of the pictures that it sees.
     pub resolution: i64,
+    /// The order in which it draws.
+    pub code_order: CodeOrder,
 }
 
 impl ExampleSource {
@@ -85,7 +88,8 @@ impl ExampleSource {
         }
         let order = SampleOrder::new(shards.len(), seed)?;
         let (vocab, max_text) = (model.vocab, model.max_text as usize);
-        Ok(Self { shards, order, seed, data, tasks, tokenizer, codes, vocab, max_text })
+        let code_order = model.code_order;
+        Ok(Self { shards, order, seed, data, tasks, tokenizer, codes, vocab, max_text, code_order })
     }
 
     /// The example at `ordinal`, of a task drawn by the shares.
@@ -141,7 +145,7 @@ impl ExampleSource {
                 let view = rng.random_range(0..codes.views());
                 let codes =
                     codes.view(index, view).ok_or_else(|| sample.error("its picture could not be read"))?;
-                self.tasks.text_to_image.example(self.vocab, prompt, codes, rng)
+                self.tasks.text_to_image.example(self.vocab, prompt, &codes, self.code_order, rng)
             }
         })
     }

@@ -5,7 +5,7 @@ use rand::seq::SliceRandom;
 use serde::{Deserialize, Serialize};
 
 use super::{Example, Piece, Target, Task};
-use crate::model::{Special, Vocab};
+use crate::model::{CodeOrder, Special, Vocab};
 
 /// Share and settings of the task.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -18,7 +18,7 @@ pub struct TextToImage {
     /// Share of the seen codes that are replaced by random ones (taming's `pkeep`): the model learns to go on
     /// from pictures that are not perfect, as its own are.
     pub noise: f64,
-    /// Share of the pictures whose codes come in random order instead of row by row (Yu et al. 2024, RAR): where few
+    /// Share of the pictures whose codes come in random order instead of the model's (Yu et al. 2024, RAR): where few
     /// codes are known, the prompt has to tell what is at any place.
     pub shuffled: f64,
 }
@@ -45,10 +45,11 @@ impl TextToImage {
         &self,
         vocab: Vocab,
         prompt: Vec<i64>,
-        codes: Vec<u32>,
+        codes: &[u32],
+        order: CodeOrder,
         rng: &mut impl Rng,
     ) -> Example {
-        let mut places: Vec<i64> = (0..codes.len() as i64).collect();
+        let mut places = order.places((codes.len() as i64).isqrt());
         // No draw where nothing is shuffled: the examples of a run without it stay what they were.
         if self.shuffled > 0.0 && rng.random_bool(self.shuffled) {
             places.shuffle(rng);
@@ -86,7 +87,7 @@ mod tests {
         let (mut dropped, mut changed, mut shuffled) = (0, 0, 0);
         const ROUNDS: usize = 400;
         for _ in 0..ROUNDS {
-            let example = task.example(vocab, vec![1, 2, 3], codes.clone(), &mut rng);
+            let example = task.example(vocab, vec![1, 2, 3], &codes, CodeOrder::Rows, &mut rng);
             let Target::Codes { seen, codes: labels, places } = &example.target else { panic!("codes") };
             let mut in_place = vec![u32::MAX; codes.len()];
             for (label, place) in labels.iter().zip(places) {

@@ -116,6 +116,7 @@ impl Trainer {
             vocab: model.info.vocab,
             max_text: config.model.max_text,
             resolution: config.model.patches.resolution,
+            code_order: config.model.code_order,
         };
         let source = ExampleSource::new(
             shards,

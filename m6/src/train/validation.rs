@@ -51,12 +51,13 @@ impl Validation {
         let mut shares = config.tasks.clone();
         shares.text_to_image.drop_prompt = 0.0;
         shares.text_to_image.noise = 0.0;
-        // Drawings are made row by row.
+        // Drawings are made in the model's own order.
         shares.text_to_image.shuffled = 0.0;
         let view = ModelView {
             vocab: model.info.vocab,
             max_text: model.info.model.max_text,
             resolution: model.info.model.patches.resolution,
+            code_order: model.info.model.code_order,
         };
         let data =
             DataConfig { transform: Transform::centered(view.resolution as u32), ..config.data.clone() };
