@@ -46,7 +46,7 @@ pub use bench::{BenchReport, bench};
 pub use caption::{Caption, CaptionField, CaptionFields};
 pub use error::{DataError, Result};
 pub use flaw::{Flaw, FlawClass};
-pub use info::DatasetInfo;
+pub use info::{Broken, DatasetInfo};
 pub use lint::{LintReport, lint};
 pub use loader::Loader;
 pub use order::{SampleOrder, sample_rng};

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use m6::{Error, Result};
 use m6_data::{
-    BenchReport, DatasetInfo, LintReport, SampleOrder, ShardSet, ShardWriter, Transform, bench,
+    BenchReport, Broken, DatasetInfo, LintReport, SampleOrder, ShardSet, ShardWriter, Transform, bench,
     contact_sheet, lint, pack, sample_image,
 };
 use m6_run::Task;
@@ -133,14 +133,18 @@ impl InfoArgs {
                 caption.count, caption.examples
             ))?;
         }
-        if info.broken > 0 {
-            output::line(format_args!("  broken: {} samples", info.broken))?;
-        }
-        for problem in info.warnings.iter().chain(&info.broken_named) {
-            output::line(format_args!("  {problem}"))?;
-        }
-        Ok(())
+        print_problems(&info.broken, &info.warnings)
     }
+}
+
+fn print_problems(broken: &Broken, warnings: &[String]) -> Result<()> {
+    if broken.count > 0 {
+        output::line(format_args!("  broken: {} samples", broken.count))?;
+    }
+    for problem in warnings.iter().chain(&broken.named) {
+        output::line(format_args!("  {problem}"))?;
+    }
+    Ok(())
 }
 
 #[derive(Debug, clap::Args)]
