@@ -1,8 +1,10 @@
 //! Which texts of a sample are its captions: chosen by config, in several languages, with weights.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use rand::Rng;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
@@ -130,6 +132,35 @@ pub fn text(sample: &Sample, field: &CaptionField) -> Result<Option<String>> {
     Ok(field.texts(sample)?.and_then(|texts| texts.into_iter().next()))
 }
 
+/// All texts of a sample by the name of the caption field that would find them: `.txt`, and `.json KEY` for each key. Fields
+/// without a text are left out.
+///
+/// # Errors
+/// As [`text`], or the JSON is not an object.
+pub(crate) fn texts_by_field(sample: &Sample) -> Result<BTreeMap<String, Vec<String>>> {
+    let mut found = BTreeMap::new();
+    if let Some(text) = member_text(sample, "txt")? {
+        found.insert(".txt".to_owned(), non_empty(text).into_iter().collect());
+    }
+    if let Some(text) = member_text(sample, "json")? {
+        let json: BTreeMap<String, Value> = parse(sample, "json", text)?;
+        found.extend(json.iter().map(|(key, value)| (format!(".json {key}"), strings(value))));
+    }
+    found.retain(|_, texts: &mut Vec<String>| !texts.is_empty());
+    Ok(found)
+}
+
+fn member_text<'a>(sample: &'a Sample, member: &str) -> Result<Option<&'a str>> {
+    let utf8 = |bytes| {
+        std::str::from_utf8(bytes).map_err(|_| sample.error(format!("its .{member} is not UTF-8 text")))
+    };
+    sample.member(member).map(utf8).transpose()
+}
+
+fn parse<T: DeserializeOwned>(sample: &Sample, member: &str, text: &str) -> Result<T> {
+    serde_json::from_str(text).map_err(|e| sample.error(format!("its .{member} is malformed: {e}")))
+}
+
 impl CaptionField {
     fn check(&self) -> Result<()> {
         let fail = |reason: &str| {
@@ -163,15 +194,11 @@ impl CaptionField {
 
     /// Texts of the field: `None` when the sample does not have it, empty when it has it without any text.
     fn texts(&self, sample: &Sample) -> Result<Option<Vec<String>>> {
-        let Some(bytes) = sample.member(&self.member) else { return Ok(None) };
-        let Ok(text) = std::str::from_utf8(bytes) else {
-            return Err(sample.error(format!("its .{} is not UTF-8 text", self.member)));
-        };
+        let Some(text) = member_text(sample, &self.member)? else { return Ok(None) };
         if !self.is_json() {
             return Ok(Some(non_empty(text).into_iter().collect()));
         }
-        let json: Value = serde_json::from_str(text)
-            .map_err(|e| sample.error(format!("its .{} is malformed: {e}", self.member)))?;
+        let json: Value = parse(sample, &self.member, text)?;
         match (&self.key, &self.template) {
             (Some(key), _) => Ok(json.get(key).map(strings)),
             (None, Some(template)) => Ok(fill(template, &json)),

@@ -3,8 +3,9 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use serde_json::Value;
 
+use crate::caption::texts_by_field;
+use crate::error::{DataError, Result};
 use crate::shard::{Sample, ShardSet, sample_image};
 
 /// Broken samples that are named; all are counted.
@@ -27,10 +28,9 @@ pub struct DatasetInfo {
     pub sizes: Vec<SizeCount>,
     /// The texts, by the way a caption field would name them: `.txt`, `.json en`.
     pub captions: BTreeMap<String, CaptionCount>,
-    /// Samples without a readable picture or with malformed JSON.
-    pub broken: usize,
-    /// The first of them, one line each.
-    pub broken_named: Vec<String>,
+    /// Samples without a readable picture or with malformed texts.
+    #[serde(flatten)]
+    pub broken: Broken,
     /// Damage of whole shards, one line each.
     pub warnings: Vec<String>,
 }
@@ -55,6 +55,26 @@ pub struct CaptionCount {
     pub examples: Vec<String>,
 }
 
+/// Samples of which something cannot be read.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Broken {
+    /// Number of samples.
+    #[serde(rename = "broken")]
+    pub count: usize,
+    /// The first of them, one line each.
+    #[serde(rename = "broken_named")]
+    pub named: Vec<String>,
+}
+
+impl Broken {
+    pub(crate) fn add(&mut self, error: &DataError) {
+        self.count += 1;
+        if self.named.len() < MAX_NAMED {
+            self.named.push(error.to_string());
+        }
+    }
+}
+
 impl DatasetInfo {
     /// Reads every sample and decodes every picture; `progress` is called with (done, all) after each.
     pub fn scan(set: &ShardSet, mut progress: impl FnMut(usize, usize)) -> Self {
@@ -73,12 +93,7 @@ impl DatasetInfo {
             });
             match checked {
                 Ok(picture) => *sizes.entry((picture.width, picture.height)).or_insert(0) += 1,
-                Err(error) => {
-                    info.broken += 1;
-                    if info.broken_named.len() < MAX_NAMED {
-                        info.broken_named.push(error.to_string());
-                    }
-                }
+                Err(error) => info.broken.add(&error),
             }
             progress(index + 1, set.len());
         }
@@ -88,35 +103,21 @@ impl DatasetInfo {
         info
     }
 
-    fn count_members(&mut self, sample: &Sample) -> crate::Result<()> {
-        for (extension, bytes) in sample.members() {
+    fn count_members(&mut self, sample: &Sample) -> Result<()> {
+        for (extension, _) in sample.members() {
             *self.extensions.entry(extension.to_owned()).or_default() += 1;
-            if extension == "txt" {
-                let text =
-                    std::str::from_utf8(bytes).map_err(|_| sample.error("its .txt is not UTF-8 text"))?;
-                self.count_caption(".txt".to_owned(), text);
-            } else if extension == "json" {
-                let json: BTreeMap<String, Value> = serde_json::from_slice(bytes)
-                    .map_err(|e| sample.error(format!("its .json is malformed: {e}")))?;
-                for (key, value) in &json {
-                    let text = value.as_str().or_else(|| value.get(0)?.as_str());
-                    self.count_caption(format!(".json {key}"), text.unwrap_or_default());
-                }
+        }
+        for (field, texts) in texts_by_field(sample)? {
+            let caption = self.captions.entry(field).or_default();
+            caption.count += 1;
+            if let Some(text) = texts.into_iter().next()
+                && caption.examples.len() < EXAMPLES
+                && !caption.examples.contains(&text)
+            {
+                caption.examples.push(text);
             }
         }
         Ok(())
-    }
-
-    fn count_caption(&mut self, field: String, text: &str) {
-        let text = text.trim();
-        if text.is_empty() {
-            return;
-        }
-        let caption = self.captions.entry(field).or_default();
-        caption.count += 1;
-        if caption.examples.len() < EXAMPLES && !caption.examples.iter().any(|example| example == text) {
-            caption.examples.push(text.to_owned());
-        }
     }
 }
 
@@ -144,7 +145,7 @@ mod tests {
 
         let mut last = (0, 0);
         let info = DatasetInfo::scan(&set, |done, all| last = (done, all));
-        assert_eq!((info.samples, info.shards, info.broken, last), (5, 1, 2, (5, 5)));
+        assert_eq!((info.samples, info.shards, info.broken.count, last), (5, 1, 2, (5, 5)));
         assert_eq!(info.bytes, std::fs::metadata(&shards[0]).unwrap().len());
         assert_eq!(info.extensions["png"], 5);
         assert_eq!(info.sizes[0], SizeCount { width: 3, height: 2, count: 2 });
@@ -152,6 +153,8 @@ mod tests {
         assert_eq!(info.captions[".json tags"].count, 1);
         assert_eq!(info.captions[".txt"].examples, ["three"]);
         assert!(!info.captions.contains_key(".json n"));
-        assert!(info.broken_named[0].starts_with("sample d of "), "{:?}", info.broken_named);
+        assert!(info.broken.named[0].starts_with("sample d of "), "{:?}", info.broken);
+        let json = serde_json::to_value(&info).unwrap();
+        assert_eq!((&json["broken"], json["broken_named"].as_array().unwrap().len()), (&2.into(), 2));
     }
 }

@@ -13,6 +13,8 @@ use crate::writer::write_atomic;
 pub const MAX_PIXELS: u64 = 1 << 28;
 const FORMATS: [ImageFormat; 4] = [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP, ImageFormat::Bmp];
 const CHANNELS: usize = 3;
+/// Rows of a difference hash, and differences in each: 64 bits.
+const HASH_SIDE: u32 = 8;
 const WHITE: u8 = 255;
 
 /// An 8-bit RGB picture.
@@ -146,6 +148,21 @@ impl Rgb8 {
             // A float becomes a byte by saturation.
             *pixel = contrasted.map(|value| (own + (value - own) * saturation).round() as u8);
         }
+    }
+
+    /// The difference hash: of the picture scaled to 9 columns and 8 rows of grey, a bit for each pixel that is darker than
+    /// its right neighbour. Another encoding or size of a picture mostly has the same; so have all pictures of one colour.
+    ///
+    /// # Errors
+    /// Fewer pixels than width and height say.
+    pub(crate) fn difference_hash(&self) -> Result<u64> {
+        let columns = HASH_SIDE + 1;
+        let small = self.resize(columns, HASH_SIDE)?;
+        let (pixels, _) = small.pixels.as_chunks::<CHANNELS>();
+        // Whole numbers, so that the traces of compression in an even area make no difference.
+        let grey: Vec<u8> = pixels.iter().map(|pixel| luma(&pixel.map(f32::from)).round() as u8).collect();
+        let pairs = grey.chunks(columns as usize).flat_map(|row| row.windows(2));
+        Ok(pairs.fold(0, |hash, pair| hash << 1 | u64::from(pair[0] < pair[1])))
     }
 
     /// Copies `other` to (`x`, `y`); what does not fit is cut off.
@@ -358,6 +375,30 @@ mod tests {
         // Lumas 118.5 and 40, their mean 79.25.
         assert_eq!(scaled(1.0, 0.0, 1.0), [79; 6]);
         assert_eq!(scaled(1.0, 1.0, 0.0), [119, 119, 119, 40, 40, 40]);
+    }
+
+    #[test]
+    fn the_difference_hash_outlives_scaling_and_jpeg() {
+        let raw = image::RgbImage::from_fn(72, 64, |x, y| {
+            let grey = (x / 8 * 110 + y / 8 * 90) as u8;
+            image::Rgb([grey, grey, 255 - grey])
+        });
+        let picture = Rgb8 { width: 72, height: 64, pixels: raw.as_raw().clone() };
+        let hash = picture.difference_hash().unwrap();
+        assert!((16..48).contains(&hash.count_ones()), "{hash:x}");
+        let jpeg = Rgb8::decode(&encode(raw, ImageFormat::Jpeg)).unwrap();
+        assert_ne!(jpeg, picture);
+        assert_eq!(jpeg.difference_hash().unwrap(), hash);
+        assert_eq!(picture.resize(144, 128).unwrap().difference_hash().unwrap(), hash);
+
+        let mut mirrored = picture.clone();
+        mirrored.flip_horizontal();
+        assert_ne!(mirrored.difference_hash().unwrap(), hash);
+        // Brighter to the right in every row: every bit is set.
+        let ramp = Rgb8 { width: 9, height: 1, pixels: (0..27).map(|i| i / 3 * 20).collect() };
+        assert_eq!(ramp.difference_hash().unwrap(), u64::MAX);
+        assert_eq!(Rgb8::filled(3, 2, [9, 8, 7]).difference_hash().unwrap(), 0);
+        assert!(Rgb8 { pixels: Vec::new(), ..ramp }.difference_hash().is_err());
     }
 
     #[test]

@@ -307,11 +307,17 @@ pub fn sample_image(sample: &Sample) -> Result<Rgb8> {
 
 /// As [`sample_image`], by [`Rgb8::decode_for`].
 pub(crate) fn sample_image_for(sample: &Sample, short_side: Option<u32>) -> Result<Rgb8> {
-    let bytes =
-        PICTURE_EXTENSIONS.iter().find_map(|extension| sample.member(extension)).ok_or_else(|| {
-            sample.error(format!("no picture (expected one of {})", PICTURE_EXTENSIONS.join(", ")))
-        })?;
-    Rgb8::decode_for(bytes, short_side).map_err(|e| sample.error(e.to_string()))
+    Rgb8::decode_for(picture_bytes(sample)?, short_side).map_err(|e| sample.error(e.to_string()))
+}
+
+/// The bytes that [`sample_image`] decodes.
+///
+/// # Errors
+/// Names the sample when it has no picture.
+pub(crate) fn picture_bytes<'a>(sample: &'a Sample) -> Result<&'a [u8]> {
+    PICTURE_EXTENSIONS.iter().find_map(|extension| sample.member(extension)).ok_or_else(|| {
+        sample.error(format!("no picture (expected one of {})", PICTURE_EXTENSIONS.join(", ")))
+    })
 }
 
 /// webdataset's rule: the key is the path up to the first dot of its file name, the rest is the extension. Hidden files,

@@ -1,12 +1,15 @@
 //! `m6 data`.
 
+use std::collections::BTreeMap;
+use std::fmt::Display;
 use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 use m6::{Error, Result};
+use m6_data::stats::{Duplicates, Group, PictureStats, Spread, TextStats};
 use m6_data::{
-    BenchReport, DatasetInfo, LintReport, SampleOrder, ShardSet, ShardWriter, Transform, bench,
-    contact_sheet, lint, pack, sample_image, write_indexes,
+    BenchReport, Broken, DatasetInfo, DatasetStats, LintReport, SampleOrder, Script, ShardSet, ShardWriter,
+    Transform, bench, contact_sheet, lint, pack, sample_image, write_indexes,
 };
 use m6_run::Task;
 
@@ -20,6 +23,8 @@ const NAMED: usize = 10;
 const SHARD_MIB: u64 = 256;
 const SHEET_COLUMNS: u32 = 6;
 const SHEET_TILE: u32 = 128;
+/// Columns of [`print_spread`].
+const SPREAD_COLUMNS: [&str; 6] = ["count", "min", "5 %", "median", "95 %", "max"];
 
 /// Make, summarise and look at shards of pictures and texts
 #[derive(Debug, clap::Subcommand)]
@@ -28,6 +33,8 @@ pub enum Command {
     Pack(PackArgs),
     /// Count samples, pictures, captions and what is broken
     Info(InfoArgs),
+    /// Measure lengths of texts and sizes of pictures, and find what is there more than once
+    Stats(StatsArgs),
     /// Draw a sheet of pictures with their captions
     Show(ShowArgs),
     /// Find what is broken, and write shards without it
@@ -43,6 +50,7 @@ impl Command {
         match self {
             Self::Pack(args) => args.run(),
             Self::Info(args) => args.run(),
+            Self::Stats(args) => args.run(),
             Self::Show(args) => args.run(),
             Self::Lint(args) => args.run(),
             Self::Index(args) => args.run(),
@@ -136,14 +144,114 @@ impl InfoArgs {
                 caption.count, caption.examples
             ))?;
         }
-        if info.broken > 0 {
-            output::line(format_args!("  broken: {} samples", info.broken))?;
-        }
-        for problem in info.warnings.iter().chain(&info.broken_named) {
-            output::line(format_args!("  {problem}"))?;
-        }
-        Ok(())
+        print_problems(&info.broken, &info.warnings)
     }
+}
+
+fn print_problems(broken: &Broken, warnings: &[String]) -> Result<()> {
+    if broken.count > 0 {
+        output::line(format_args!("  broken: {} samples", broken.count))?;
+    }
+    for problem in warnings.iter().chain(&broken.named) {
+        output::line(format_args!("  {problem}"))?;
+    }
+    Ok(())
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  m6 data stats 'shards/train-*.tar'\n\n\
+    Every picture is decoded. Pictures look alike where their 64-bit difference hashes are equal: the same picture in \
+    another encoding or size does, a crop does not, and plain pictures all do. A text is Han where it has a Han \
+    character, and Latin where at least half of its letters are.")]
+pub struct StatsArgs {
+    /// Shards: files, globs or lists such as `train-{000..017}.tar`
+    #[arg(required = true)]
+    shards: Vec<String>,
+    /// Threads that read and decode; the default is one a core
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..=1_024))]
+    workers: Option<u64>,
+    /// Print the figures as one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl StatsArgs {
+    fn run(self) -> Result<()> {
+        let shards = ShardSet::open(&self.shards)?;
+        let workers = self.workers.map_or_else(cores, |workers| workers as usize);
+        let mut task = Task::new("read", shards.len() as u64, "samples");
+        let stats = DatasetStats::scan(shards, workers, || task.advance(1))?;
+        task.finish();
+        if self.json {
+            return output::json(&stats);
+        }
+        let DatasetStats { samples, shards, bytes, broken, pictures, texts, warnings } = stats;
+        let mib = bytes as f64 / MIB as f64;
+        output::line(format_args!("{samples} samples in {shards} shards, {mib:.1} MiB"))?;
+        print_problems(&broken, &warnings)?;
+
+        print_row("pictures", &SPREAD_COLUMNS)?;
+        print_spread("short side in pixels", &pictures.short_side)?;
+        print_spread("width / height", &pictures.aspect)?;
+        print_spread("bytes", &pictures.bytes)?;
+        print_row("short side below", &pictures.below.keys().collect::<Vec<_>>())?;
+        print_row("  pictures", &pictures.below.values().collect::<Vec<_>>())?;
+        if !texts.is_empty() {
+            print_texts(&texts)?;
+        }
+        print_duplicates(&pictures, &texts)
+    }
+}
+
+fn print_texts(texts: &BTreeMap<String, TextStats>) -> Result<()> {
+    print_row("characters of texts", &SPREAD_COLUMNS)?;
+    for (field, text) in texts {
+        print_spread(field, &text.characters)?;
+    }
+    print_row("words of Latin texts", &SPREAD_COLUMNS)?;
+    for (field, text) in texts.iter().filter(|(_, text)| text.words.count > 0) {
+        print_spread(field, &text.words)?;
+    }
+    print_row("scripts of texts", &["Han", "Latin", "other"])?;
+    for (field, text) in texts {
+        let shares = [Script::Han, Script::Latin, Script::Other].map(|script| {
+            let count = text.scripts.get(&script).copied().unwrap_or(0);
+            format!("{:.1} %", 100.0 * count as f64 / text.characters.count as f64)
+        });
+        print_row(&format!("  {field}"), &shares)?;
+    }
+    Ok(())
+}
+
+fn print_duplicates(pictures: &PictureStats, texts: &BTreeMap<String, TextStats>) -> Result<()> {
+    let by_picture =
+        [("pictures of equal bytes", &pictures.same_bytes), ("pictures that look alike", &pictures.alike)];
+    let by_text = texts.iter().map(|(field, text)| (field.as_str(), &text.same));
+    print_row("more than once", &["distinct", "groups", "samples"])?;
+    for (name, Duplicates { distinct, groups, samples, .. }) in by_picture.into_iter().chain(by_text) {
+        print_row(&format!("  {name}"), &[distinct, groups, samples])?;
+    }
+    for (name, duplicates) in by_picture {
+        for Group { samples, keys } in &duplicates.largest {
+            let more = if *samples > keys.len() { ", ..." } else { "" };
+            output::line(format_args!("{name}: {samples} samples: {}{more}", keys.join(", ")))?;
+        }
+    }
+    Ok(())
+}
+
+fn print_spread<T: Display>(name: &str, spread: &Spread<T>) -> Result<()> {
+    let Spread { count, min, p5, median, p95, max } = spread;
+    // The precision is for fractions; whole numbers are printed whole.
+    let values = [min, p5, median, p95, max].map(|value| format!("{value:.2}"));
+    let count = count.to_string();
+    print_row(&format!("  {name}"), &[&[count][..], &values].concat())
+}
+
+/// A line of a table: its name, then right-aligned columns.
+fn print_row(name: &str, columns: &[impl Display]) -> Result<()> {
+    let columns: String = columns.iter().map(|column| format!("{column:>10}")).collect();
+    output::line(format_args!("{name:<28}{columns}"))
 }
 
 #[derive(Debug, clap::Args)]

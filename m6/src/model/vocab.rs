@@ -1,5 +1,6 @@
 //! One vocabulary: text ids, then special ids, then image codes.
 
+use m6_data::Script;
 use serde::{Deserialize, Serialize};
 
 /// Ids with a meaning of their own, placed between text and codes.
@@ -84,9 +85,10 @@ impl Language {
 
     /// The language of a text by its script: Chinese where it has a Han character.
     pub fn of(text: &str) -> Self {
-        let han =
-            |c: char| ('\u{3400}'..='\u{9fff}').contains(&c) || ('\u{20000}'..='\u{3ffff}').contains(&c);
-        if text.chars().any(han) { Self::Zh } else { Self::En }
+        match Script::of(text) {
+            Script::Han => Self::Zh,
+            Script::Latin | Script::Other => Self::En,
+        }
     }
 }
 
