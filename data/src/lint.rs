@@ -61,12 +61,12 @@ pub fn lint(
     let workers = workers.max(1);
     let check = {
         let set = Arc::clone(&set);
-        move |ordinal: u64| check(&set, ordinal as usize % set.len(), &usual, keep)
+        // The loader runs ahead of the last sample.
+        move |ordinal: u64| (ordinal < set.len() as u64).then(|| check(&set, ordinal as usize, &usual, keep))
     };
     let mut keys = HashSet::new();
-    for made in Loader::start(0, workers, AHEAD * workers, check)?.take(set.len()) {
-        let (ordinal, (mut flaws, members)) = made?;
-        let index = ordinal as usize;
+    for (index, made) in (0..set.len()).zip(Loader::start(0, workers, AHEAD * workers, check)?) {
+        let (_, Some((mut flaws, members))) = made? else { continue };
         // The namesake of a sample that is not whole takes its place.
         if flaws.is_empty() && !keys.insert(set.key(index)) {
             let reason = "an earlier sample that is whole has this key too".to_owned();
