@@ -14,7 +14,7 @@ FEATURES := $(if $(filter 1,$(CUDA)),--features cuda)
 ALL := --release --workspace $(FEATURES)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench clean
+.PHONY: help setup demo test check bench fuzz clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
@@ -42,6 +42,9 @@ check: setup ## formatting, lints, documentation
 
 bench: setup ## benchmarks
 	cargo bench --workspace $(FEATURES)
+
+fuzz: ## a minute of any bytes for each parser of the data crate; needs nightly Rust and cargo-fuzz
+	for target in $$(cargo +nightly fuzz list); do cargo +nightly fuzz run $$target -- -max_total_time=60 || exit 1; done
 
 clean: ## remove what was built and the demo's output; .libtorch stays
 	cargo clean
