@@ -2,7 +2,7 @@
 //!
 //! `train-000000.idx` beside `train-000000.tar` is text as NVIDIA DALI's `wds2idx` writes and its webdataset reader takes
 //! it: `v1.2 SAMPLES`, then a line a sample of `EXTENSION OFFSET SIZE PATH` for each member. The format has no checksum; an
-//! index that is older than its shard, or whose last member is not where it says, is not used.
+//! index that is older than its shard, that leads out of it, or whose last member is not where it says, is not used.
 //!
 //! Format: <https://github.com/NVIDIA/DALI/blob/main/tools/wds2idx.py>.
 
@@ -71,15 +71,19 @@ pub(crate) fn read(shard: &Path, archive: &File) -> std::result::Result<Option<V
     let told = |error: io::Error| error.to_string();
     let (of_index, of_shard) = (file.metadata().map_err(told)?, archive.metadata().map_err(told)?);
     if of_index.modified().map_err(told)? < of_shard.modified().map_err(told)? {
-        return Err("it is older than the shard".to_owned());
+        return Err("it is older than the shard; `m6 data index` makes it anew".to_owned());
     }
     let members = from_text(&io::read_to_string(file).map_err(told)?)?;
+    let ends_inside =
+        |member: &&Member| member.offset.checked_add(member.size).is_some_and(|end| end <= of_shard.len());
+    if let Some(member) = members.iter().find(|member| !ends_inside(member)) {
+        return Err(format!("{} would end behind the shard", member.path));
+    }
     let last = members.iter().max_by_key(|member| member.offset).ok_or("it lists no sample")?;
     let mut header = [0; BLOCK as usize];
     let is_there = archive.read_exact_at(&mut header, last.offset.saturating_sub(BLOCK)).is_ok()
         && is_header_of_file(&header, last.size);
-    let whole = last.offset.checked_add(last.size).is_some_and(|end| end <= of_shard.len());
-    if !(is_there && whole) {
+    if !is_there {
         return Err(format!("{} is not where it says", last.path));
     }
     Ok(Some(members))
@@ -98,7 +102,7 @@ fn to_text(index: &TarIndex) -> std::result::Result<String, String> {
     let mut lines = String::new();
     let mut last_key = None;
     for member in &index.members {
-        let Some((key, extension)) = split_key(&member.path) else { continue };
+        let Some((key, _)) = split_key(&member.path) else { continue };
         if member.path.chars().any(char::is_whitespace) {
             return Err(format!("the name {:?} has white space in it", member.path));
         }
@@ -109,6 +113,8 @@ fn to_text(index: &TarIndex) -> std::result::Result<String, String> {
             samples += 1;
             last_key = Some(key);
         }
+        // In the letters of the name, which `split_key` does not keep.
+        let extension = &member.path[key.len() + 1..];
         write!(lines, "{extension} {} {} {}", member.offset, member.size, member.path)
             .map_err(|error| error.to_string())?;
     }
@@ -157,20 +163,10 @@ mod tests {
 
     use super::*;
     use crate::shard::ShardSet;
-    use crate::writer::ShardWriter;
-
-    type Members<'a> = &'a [(&'a str, &'a [u8])];
-
-    fn shard(dir: &Path, samples: &[(&str, Members)]) -> PathBuf {
-        let mut writer = ShardWriter::create(dir, "test", u64::MAX).unwrap();
-        for (key, members) in samples {
-            writer.write(key, members).unwrap();
-        }
-        writer.finish().unwrap().remove(0)
-    }
+    use crate::testing::{Members, shard};
 
     const SAMPLES: [(&str, Members); 2] =
-        [("animals/cat", &[("webp", b"picture"), ("seg.png", b"mask")]), ("dog", &[("txt", b"a dog")])];
+        [("animals/cat", &[("webp", b"picture"), ("seg.PNG", b"mask")]), ("dog", &[("txt", b"a dog")])];
 
     fn patterns(path: &Path) -> [String; 1] {
         [path.display().to_string()]
@@ -201,7 +197,7 @@ mod tests {
         assert_eq!(report, IndexReport { written: vec![path_of(&path)], skipped: vec![] });
         let text = fs::read_to_string(path_of(&path)).unwrap();
         let expected =
-            "v1.2 2\nwebp 512 7 animals/cat.webp seg.png 1536 4 animals/cat.seg.png\ntxt 2560 5 dog.txt\n";
+            "v1.2 2\nwebp 512 7 animals/cat.webp seg.PNG 1536 4 animals/cat.seg.PNG\ntxt 2560 5 dog.txt\n";
         assert_eq!(text, expected);
         let members = read(&path, &File::open(&path).unwrap()).unwrap();
         assert_eq!(members.map(|members| members.len()), Some(3), "the index is used");
@@ -220,8 +216,10 @@ mod tests {
         let cases = [
             ("v1.2", "v1.1", "its first line is \"v1.1 2\", expected `v1.2 SAMPLES`".to_owned()),
             ("v1.2 2", "v1.2 3", "it has 2 samples, its first line says 3".to_owned()),
-            ("512 7", "512", format!("line 2: \"webp 512 animals/cat.webp seg.png\", {member}")),
+            ("512 7", "512", format!("line 2: \"webp 512 animals/cat.webp seg.PNG\", {member}")),
             ("2560", "x", format!("line 3: \"txt x 5 dog.txt\", {member}")),
+            ("512 7", "512 18446744073709551615", "animals/cat.webp would end behind the shard".to_owned()),
+            ("2560 5", "2560 50000", "dog.txt would end behind the shard".to_owned()),
             ("2560", "2048", "dog.txt is not where it says".to_owned()),
         ];
         for (right, wrong, reason) in cases {
@@ -236,7 +234,10 @@ mod tests {
         let later = SystemTime::now() + Duration::from_secs(10);
         File::options().write(true).open(&path).unwrap().set_modified(later).unwrap();
         let set = ShardSet::open(&patterns(&path)).unwrap();
-        assert_eq!(unused(&set), ["its .idx is not used: it is older than the shard"]);
+        assert_eq!(
+            unused(&set),
+            ["its .idx is not used: it is older than the shard; `m6 data index` makes it anew"]
+        );
     }
 
     #[test]
@@ -255,7 +256,9 @@ mod tests {
     proptest! {
         #[test]
         fn any_text_is_survived(text in "(v1.2 [0-9]{1,3}\n)?([a-z]{1,3} [0-9]{1,21} [0-9]{1,21} [a-z./]{1,5}[ \n]?){0,5}.{0,5}") {
-            let _ = from_text(&text);
+            if let Ok(members) = from_text(&text) {
+                prop_assert!(members.iter().all(|member| text.contains(&member.path)));
+            }
         }
     }
 }

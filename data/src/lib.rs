@@ -41,6 +41,8 @@ pub mod shard;
 pub mod sheet;
 pub mod stats;
 pub mod tar_index;
+#[cfg(test)]
+mod testing;
 pub mod tokenizer;
 pub mod transform;
 pub mod writer;

@@ -239,12 +239,10 @@ fn scan_all(shards: &[PathBuf], by_index: bool) -> Vec<Result<Scanned>> {
     let each = shards.len().div_ceil(SCANNERS).max(1);
     std::thread::scope(|scope| {
         let scan_part =
-            |part: &'_ [PathBuf]| part.iter().map(|path| scan(path, by_index)).collect::<Vec<_>>();
+            move |part: &[PathBuf]| part.iter().map(|path| scan(path, by_index)).collect::<Vec<_>>();
         let threads: Vec<_> = shards.chunks(each).map(|part| scope.spawn(move || scan_part(part))).collect();
-        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
-            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
-        };
-        threads.into_iter().flat_map(join).collect()
+        let scanned = threads.into_iter().map(|thread| thread.join());
+        scanned.flat_map(|part| part.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
     })
 }
 
@@ -333,17 +331,7 @@ pub(crate) fn split_key(path: &str) -> Option<(&str, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::writer::ShardWriter;
-
-    type Members<'a> = &'a [(&'a str, &'a [u8])];
-
-    fn shard(dir: &Path, samples: &[(&str, Members)]) -> PathBuf {
-        let mut writer = ShardWriter::create(dir, "test", u64::MAX).unwrap();
-        for (key, members) in samples {
-            writer.write(key, members).unwrap();
-        }
-        writer.finish().unwrap().remove(0)
-    }
+    use crate::testing::{Members, shard};
 
     fn open(path: &Path) -> Result<ShardSet> {
         ShardSet::open(&[path.display().to_string()])

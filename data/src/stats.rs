@@ -291,17 +291,11 @@ mod tests {
     use std::io::Cursor;
 
     use crate::picture::Rgb8;
-    use crate::writer::ShardWriter;
-
-    type Members<'a> = &'a [(&'a str, &'a [u8])];
+    use crate::testing::{Members, shard};
 
     fn scan(samples: &[(&str, Members)], workers: usize) -> (DatasetStats, usize) {
         let dir = tempfile::tempdir().unwrap();
-        let mut writer = ShardWriter::create(dir.path(), "s", u64::MAX).unwrap();
-        for (key, members) in samples {
-            writer.write(key, members).unwrap();
-        }
-        let shard = writer.finish().unwrap().remove(0).display().to_string();
+        let shard = shard(dir.path(), samples).display().to_string();
         let mut calls = 0;
         (DatasetStats::scan(ShardSet::open(&[shard]).unwrap(), workers, || calls += 1).unwrap(), calls)
     }
