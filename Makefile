@@ -44,7 +44,8 @@ bench: setup ## benchmarks
 	cargo bench --workspace $(FEATURES)
 
 fuzz: ## a minute of any bytes for each parser of the data crate; needs nightly Rust and cargo-fuzz
-	for target in $$(cargo +nightly fuzz list); do cargo +nightly fuzz run $$target -- -max_total_time=60 || exit 1; done
+	set -e; targets=$$(cargo +nightly fuzz list); \
+	for target in $$targets; do cargo +nightly fuzz run $$target -- -max_total_time=60; done
 
 clean: ## remove what was built and the demo's output; .libtorch stays
 	cargo clean

@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use tch::Device;
 
 use crate::error::{Error, Result};
-use crate::model::Transformer;
+use crate::model::{Positions, Transformer, Vocab};
 use crate::objectives::{Batch, Example, ExampleSource, HostBatch, Skipped, lay_out};
 
 /// Examples that each worker makes ahead.
@@ -72,7 +72,9 @@ impl Feed {
             loader,
             packer: RowPacker::resume(tokens, waiting),
             skipped: Skipped::resume(place.skipped),
-            lay_out: Box::new(move |row| lay_out(vocab, positions, row, device.is_cuda().then_some(tokens))),
+            vocab,
+            positions,
+            fill_to: device.is_cuda().then_some(tokens),
         };
         let (sender, batches) = sync_channel(BATCHES_AHEAD);
         let thread = std::thread::Builder::new()
@@ -128,7 +130,9 @@ struct Packing {
     loader: Loader<Result<Item<Example>>>,
     packer: RowPacker<Example>,
     skipped: Skipped,
-    lay_out: Box<dyn Fn(Vec<Example>) -> Result<HostBatch> + Send>,
+    vocab: Vocab,
+    positions: Positions,
+    fill_to: Option<usize>,
 }
 
 impl Packing {
@@ -149,7 +153,8 @@ impl Packing {
                 self.loader.next().ok_or_else(|| Error::Usage("the loader has stopped".into()))??;
             let Some(item) = self.skipped.check(made)? else { continue };
             if let Some(row) = self.packer.push(item) {
-                let batch = (self.lay_out)(row.into_iter().map(|item| item.value).collect())?;
+                let examples = row.into_iter().map(|item| item.value);
+                let batch = lay_out(self.vocab, self.positions, examples, self.fill_to)?;
                 let waiting = self.packer.waiting().collect();
                 let place = Place { position: ordinal + 1, waiting, skipped: self.skipped.count() };
                 return Ok(Packed { batch, place });
