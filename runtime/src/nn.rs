@@ -23,6 +23,11 @@ impl Linear {
 
     /// Without a bias.
     pub fn without_bias(params: &Params, input: i64, output: i64, init: Init) -> Self {
+        Self { weight: params.add("weight", &[output, input], init, Group::Hidden), bias: None }
+    }
+
+    /// Without a bias, for what is no map between hidden layers: an output head, a router.
+    pub fn head(params: &Params, input: i64, output: i64, init: Init) -> Self {
         Self { weight: params.add("weight", &[output, input], init, Group::Decay), bias: None }
     }
 

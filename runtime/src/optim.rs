@@ -1,4 +1,5 @@
-//! AdamW in one fused launch a group, gradient clipping without host synchronisation, and averaged weights.
+//! AdamW in one fused launch a group with Muon for hidden matrices, gradient clipping without host synchronisation, and
+//! averaged weights.
 
 use std::collections::BTreeMap;
 
@@ -6,12 +7,13 @@ use tch::{Kind, Tensor};
 
 use crate::error::{Result, RuntimeError};
 use crate::ffi;
+use crate::muon;
 use crate::params::{Group, Params};
 
-/// Settings of AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization").
+/// Settings of AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization"), and of Muon beside it.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct AdamWConfig {
+#[serde(default, deny_unknown_fields)]
+pub struct OptimizerConfig {
     /// Decay of the gradient's running mean.
     pub beta1: f64,
     /// Decay of the squared gradient's running mean.
@@ -20,15 +22,19 @@ pub struct AdamWConfig {
     pub eps: f64,
     /// Decoupled weight decay of the matrices; biases, norms and embeddings have none.
     pub weight_decay: f64,
+    /// Where given, hidden matrices are updated by Muon (Jordan et al. 2024) with this momentum, at the same learning
+    /// rate and weight decay; all else, and everything where it is absent, by AdamW.
+    pub muon_momentum: Option<f64>,
 }
 
-impl AdamWConfig {
+impl OptimizerConfig {
     /// What is wrong with these settings, in one line naming the key.
     ///
     /// # Errors
     /// When a value is out of its range.
     pub fn validate(&self) -> std::result::Result<(), String> {
-        for (key, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+        let momentum = self.muon_momentum.map(|value| ("muon_momentum", value));
+        for (key, value) in [("beta1", self.beta1), ("beta2", self.beta2)].into_iter().chain(momentum) {
             if !(0.0..1.0).contains(&value) {
                 return Err(format!("{key} = {value}: expected 0 <= {key} < 1"));
             }
@@ -45,9 +51,9 @@ impl AdamWConfig {
     }
 }
 
-impl Default for AdamWConfig {
+impl Default for OptimizerConfig {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.05 }
+        Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.05, muon_momentum: None }
     }
 }
 
@@ -57,26 +63,38 @@ struct Slot {
     group: Group,
     param: Tensor,
     first: Tensor,
-    second: Tensor,
-    step: Tensor,
+    rule: Rule,
 }
 
-/// AdamW over the trained parameters of a registry; its state belongs to the checkpoint.
+/// How a parameter is updated, with what that needs beside its running mean.
 #[derive(Debug)]
-pub struct AdamW {
-    config: AdamWConfig,
+enum Rule {
+    AdamW { second: Tensor, step: Tensor },
+    Muon,
+}
+
+/// The optimizer of the trained parameters of a registry; its state belongs to the checkpoint.
+#[derive(Debug)]
+pub struct Optimizer {
+    config: OptimizerConfig,
     slots: Vec<Slot>,
 }
 
-impl AdamW {
+impl Optimizer {
     /// An optimizer of everything trained under `params`, with zero moments.
-    pub fn new(params: &Params, config: AdamWConfig) -> Self {
+    pub fn new(params: &Params, config: OptimizerConfig) -> Self {
         let slots = params.trainable().into_iter().map(|(name, p)| Slot {
             name,
             group: p.group,
             first: p.tensor.detach().zeros_like(),
-            second: p.tensor.detach().zeros_like(),
-            step: Tensor::zeros([], (Kind::Float, p.tensor.device())),
+            rule: if p.group == Group::Hidden && config.muon_momentum.is_some() {
+                Rule::Muon
+            } else {
+                Rule::AdamW {
+                    second: p.tensor.detach().zeros_like(),
+                    step: Tensor::zeros([], (Kind::Float, p.tensor.device())),
+                }
+            },
             param: p.tensor,
         });
         Self { config, slots: slots.collect() }
@@ -122,25 +140,41 @@ impl AdamW {
     /// # Errors
     /// When libtorch refuses.
     pub fn step(&mut self, lr: f64, grad_norm: &Tensor) -> Result<()> {
-        let found_inf = grad_norm.isfinite().logical_not().to_kind(Kind::Float);
-        for group in [Group::Decay, Group::NoDecay] {
-            let slots: Vec<(&Slot, Tensor)> = self.with_grad().filter(|(s, _)| s.group == group).collect();
-            if slots.is_empty() {
+        let is_bad = grad_norm.isfinite().logical_not();
+        self.step_adamw(lr, &is_bad.to_kind(Kind::Float))?;
+        let Some(momentum) = self.config.muon_momentum else { return Ok(()) };
+        let rates = muon::Rates { lr, momentum, weight_decay: self.config.weight_decay };
+        let mut by_shape: BTreeMap<Vec<i64>, Vec<muon::Matrix>> = BTreeMap::new();
+        for (slot, grad) in self.with_grad().filter(|(slot, _)| matches!(slot.rule, Rule::Muon)) {
+            let (param, momentum) = (slot.param.shallow_clone(), slot.first.shallow_clone());
+            by_shape.entry(grad.size()).or_default().push(muon::Matrix { param, grad, momentum });
+        }
+        for matrices in by_shape.values_mut() {
+            muon::step(matrices, &rates, &is_bad)?;
+        }
+        Ok(())
+    }
+
+    fn step_adamw(&self, lr: f64, found_inf: &Tensor) -> Result<()> {
+        for is_decayed in [true, false] {
+            let (mut params, mut grads, mut first) = (Vec::new(), Vec::new(), Vec::new());
+            let (mut second, mut steps) = (Vec::new(), Vec::new());
+            for (slot, grad) in self.with_grad().filter(|(s, _)| (s.group != Group::NoDecay) == is_decayed) {
+                let Rule::AdamW { second: second_moment, step } = &slot.rule else { continue };
+                params.push(slot.param.as_ptr());
+                grads.push(grad);
+                first.push(slot.first.as_ptr());
+                second.push(second_moment.as_ptr());
+                steps.push(step.as_ptr());
+            }
+            if params.is_empty() {
                 continue;
             }
-            let list = |pick: fn(&(&Slot, Tensor)) -> *const torch_sys::C_tensor| -> Vec<_> {
-                slots.iter().map(pick).collect()
-            };
-            let params = list(|s| s.0.param.as_ptr());
-            let grads = list(|s| s.1.as_ptr());
-            let first = list(|s| s.0.first.as_ptr());
-            let second = list(|s| s.0.second.as_ptr());
-            let steps = list(|s| s.0.step.as_ptr());
-            let decay = if group == Group::Decay { self.config.weight_decay } else { 0.0 };
+            let grads = ffi::pointers(&grads);
             // SAFETY: five lists of equal length of live tensors that only this optimizer and its layers share.
             ffi::check(unsafe {
                 ffi::m6_fused_adamw(
-                    slots.len(),
+                    params.len(),
                     params.as_ptr(),
                     grads.as_ptr(),
                     first.as_ptr(),
@@ -149,7 +183,7 @@ impl AdamW {
                     lr,
                     self.config.beta1,
                     self.config.beta2,
-                    decay,
+                    if is_decayed { self.config.weight_decay } else { 0.0 },
                     self.config.eps,
                     found_inf.as_ptr(),
                 )
@@ -165,13 +199,16 @@ impl AdamW {
     /// Moments and step counts by parameter name, for a checkpoint.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let entries = self.slots.iter().flat_map(|slot| {
-            [("first", &slot.first), ("second", &slot.second), ("step", &slot.step)]
-                .map(|(part, tensor)| (format!("{}.{part}", slot.name), tensor.shallow_clone()))
+            let mut parts = vec![("first", &slot.first)];
+            if let Rule::AdamW { second, step } = &slot.rule {
+                parts.extend([("second", second), ("step", step)]);
+            }
+            parts.into_iter().map(|(part, tensor)| (format!("{}.{part}", slot.name), tensor.shallow_clone()))
         });
         entries.collect()
     }
 
-    /// Takes back what [`AdamW::state`] gave.
+    /// Takes back what [`Optimizer::state`] gave.
     ///
     /// # Errors
     /// When a tensor is missing, unknown, or of another shape or dtype.
@@ -281,8 +318,8 @@ mod tests {
     #[test]
     fn matches_the_formula() {
         let (params, w, b) = model();
-        let config = AdamWConfig { weight_decay: 0.1, ..AdamWConfig::default() };
-        let mut optimizer = AdamW::new(&params, config);
+        let config = OptimizerConfig { weight_decay: 0.1, ..OptimizerConfig::default() };
+        let mut optimizer = Optimizer::new(&params, config);
         let mut expected = [w.copy().to_kind(Kind::Double), b.copy().to_kind(Kind::Double)];
         let mut moments = [0, 1].map(|i| (expected[i].zeros_like(), expected[i].zeros_like()));
         for step in 1..=5 {
@@ -309,7 +346,7 @@ mod tests {
     #[test]
     fn clipping_bounds_the_norm_and_reports_the_one_before() {
         let (params, w, b) = model();
-        let optimizer = AdamW::new(&params, AdamWConfig::default());
+        let optimizer = Optimizer::new(&params, OptimizerConfig::default());
         loss(&w, &b).backward();
         let before = (w.grad().square().sum(Kind::Float) + b.grad().square().sum(Kind::Float)).sqrt();
         let norm = optimizer.clip_grad_norm(0.5).unwrap();
@@ -321,7 +358,7 @@ mod tests {
     #[test]
     fn gradients_are_undefined_after_zero_grad_and_such_parameters_are_left_alone() {
         let (params, w, b) = model();
-        let mut optimizer = AdamW::new(&params, AdamWConfig::default());
+        let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
         loss(&w, &b).backward();
         optimizer.zero_grad().unwrap();
         assert!(optimizer.clip_grad_norm(1.0).is_err());
@@ -335,7 +372,7 @@ mod tests {
     #[test]
     fn a_step_with_infinite_gradients_changes_nothing() {
         let (params, w, b) = model();
-        let mut optimizer = AdamW::new(&params, AdamWConfig::default());
+        let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
         (loss(&w, &b) * f64::INFINITY).backward();
         let kept = w.copy();
         let norm = optimizer.clip_grad_norm(1.0).unwrap();
@@ -349,14 +386,14 @@ mod tests {
     fn state_returns_and_training_goes_on_bit_for_bit() {
         let run = |interrupt: bool| {
             let (params, w, b) = model();
-            let mut optimizer = AdamW::new(&params, AdamWConfig::default());
+            let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
             let mut ema = Ema::new(&params, 0.9);
             for step in 0..6 {
                 if interrupt && step == 3 {
                     let (state, averages) = (optimizer.state(), ema.state());
                     let copied: Vec<_> = state.iter().map(|(n, t)| (n.clone(), t.copy())).collect();
                     let averages: Vec<_> = averages.iter().map(|(n, t)| (n.clone(), t.copy())).collect();
-                    optimizer = AdamW::new(&params, AdamWConfig::default());
+                    optimizer = Optimizer::new(&params, OptimizerConfig::default());
                     optimizer.load_state(copied).unwrap();
                     ema = Ema::new(&params, 0.9);
                     ema.load_state(averages).unwrap();
@@ -373,10 +410,41 @@ mod tests {
         assert_eq!(run(false), run(true));
     }
 
+    /// Hidden matrices by Muon, everything else by AdamW; a part without a gradient stays, and so does its momentum.
+    #[test]
+    fn muon_takes_the_hidden_matrices_and_comes_back_bit_for_bit() {
+        let config = OptimizerConfig { muon_momentum: Some(0.9), ..OptimizerConfig::default() };
+        let run = |interrupt: bool| {
+            let params = Params::new(Device::Cpu, 3);
+            let hidden = params.add("hidden", &[4, 3], Init::Normal(1.0), Group::Hidden);
+            let unused = params.add("unused", &[4, 3], Init::Normal(1.0), Group::Hidden);
+            let bias = params.add("bias", &[4], Init::Normal(1.0), Group::NoDecay);
+            let start = [&hidden, &unused, &bias].map(|t| t.detach().copy());
+            let mut optimizer = Optimizer::new(&params, config);
+            for step in 0..6 {
+                if interrupt && step == 3 {
+                    let state = optimizer.state().iter().map(|(n, t)| (n.clone(), t.copy())).collect();
+                    optimizer = Optimizer::new(&params, config);
+                    optimizer.load_state(state).unwrap();
+                }
+                optimizer.zero_grad().unwrap();
+                loss(&hidden, &bias).backward();
+                let norm = optimizer.clip_grad_norm(1.0).unwrap();
+                optimizer.step(0.05, &norm).unwrap();
+            }
+            let names: Vec<String> = optimizer.state().into_iter().map(|(name, _)| name).collect();
+            assert_eq!(names, ["bias.first", "bias.second", "bias.step", "hidden.first", "unused.first"]);
+            assert_eq!(unused, start[1]);
+            assert!(loss(&hidden, &bias).double_value(&[]) < loss(&start[0], &start[2]).double_value(&[]));
+            (hidden.copy(), bias.copy())
+        };
+        assert_eq!(run(false), run(true));
+    }
+
     #[test]
     fn foreign_state_is_refused_by_name() {
         let (params, ..) = model();
-        let mut optimizer = AdamW::new(&params, AdamWConfig::default());
+        let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
         let mut state = optimizer.state();
         state.push(("x.first".into(), Tensor::zeros([1], FLOAT)));
         let message = optimizer.load_state(state).unwrap_err().to_string();

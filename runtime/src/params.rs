@@ -32,8 +32,11 @@ pub enum Init {
 /// What the optimizer does with a parameter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Group {
-    /// Trained with weight decay: matrices and convolution kernels.
+    /// Trained with weight decay: convolution kernels and output heads.
     Decay,
+    /// Trained with weight decay, and by Muon where that is chosen: matrices between hidden layers, `[out, in]` or
+    /// `[experts, out, in]`.
+    Hidden,
     /// Trained without weight decay: biases, norms, embeddings.
     NoDecay,
     /// Saved and loaded, never trained: counters and running statistics.

@@ -38,9 +38,9 @@ impl Moe {
         let (e, d, f) = (config.experts, model.width, model.hidden);
         let experts = params / "experts";
         Self {
-            router: Linear::without_bias(&(params / "router"), d, e, Init::Normal(INIT_STD)),
-            gate_up_efd: experts.add("gate_up", &[e, 2 * f, d], Init::Normal(INIT_STD), Group::Decay),
-            down_edf: experts.add("down", &[e, d, f], Init::Normal(out_std), Group::Decay),
+            router: Linear::head(&(params / "router"), d, e, Init::Normal(INIT_STD)),
+            gate_up_efd: experts.add("gate_up", &[e, 2 * f, d], Init::Normal(INIT_STD), Group::Hidden),
+            down_edf: experts.add("down", &[e, d, f], Init::Normal(out_std), Group::Hidden),
             config: config.clone(),
         }
     }

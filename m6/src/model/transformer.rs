@@ -100,12 +100,7 @@ impl Transformer {
             segment_table: table("segments", SEGMENTS),
             patches: PatchEncoder::new(&(params / "patches"), &config.patches, d),
             norm: RmsNorm::new(&(params / "norm"), d, NORM_EPS),
-            code_head: Linear::without_bias(
-                &(params / "code_head"),
-                d,
-                vocab.code_rows(),
-                Init::Normal(INIT_STD),
-            ),
+            code_head: Linear::head(&(params / "code_head"), d, vocab.code_rows(), Init::Normal(INIT_STD)),
             compute: compute_kind(params.device()),
             config: config.clone(),
             vocab,

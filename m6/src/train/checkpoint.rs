@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use m6_runtime::device::{rng_state, set_rng_state};
-use m6_runtime::optim::{AdamW, Ema};
+use m6_runtime::optim::{Ema, Optimizer};
 use m6_runtime::{RuntimeError, read_tensors, write_tensors};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -35,7 +35,7 @@ struct State {
 pub(super) fn write(
     dir: &Path,
     model: &Model,
-    optimizer: &AdamW,
+    optimizer: &Optimizer,
     ema: &Ema,
     window: &Window,
     place: &Place,
@@ -62,7 +62,7 @@ pub(super) fn write(
 pub(super) fn read(
     dir: &Path,
     model: &Model,
-    optimizer: &mut AdamW,
+    optimizer: &mut Optimizer,
     ema: &mut Ema,
     window: &mut Window,
 ) -> Result<Place> {

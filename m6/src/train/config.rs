@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use m6_data::CaptionFields;
-use m6_runtime::optim::AdamWConfig;
+use m6_runtime::optim::OptimizerConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
@@ -36,9 +36,9 @@ pub struct TrainConfig {
     pub tasks: TasksConfig,
     /// Length, batch and learning rate.
     pub schedule: ScheduleConfig,
-    /// AdamW.
+    /// AdamW, and Muon beside it.
     #[serde(default)]
-    pub optimizer: AdamWConfig,
+    pub optimizer: OptimizerConfig,
     /// Decay of the averaged weights, which are the ones that are evaluated and exported.
     pub ema: f64,
     /// Validation data and how often it is used.

@@ -15,7 +15,7 @@ use m6_data::tokenizer::{Tokenizer, train_bpe};
 use m6_data::{Rgb8, ShardSet};
 use m6_run::{Checkpoints, MetricLog, Progress, RunDir, Schedule, StopFlag};
 use m6_runtime::device::{device, memory, set_tf32};
-use m6_runtime::optim::{AdamW, Ema};
+use m6_runtime::optim::{Ema, Optimizer};
 use m6_vqgan::Vqgan;
 use tch::{Device, Tensor};
 
@@ -73,7 +73,7 @@ struct Trainer {
     device: Device,
     run: RunDir,
     model: Model,
-    optimizer: AdamW,
+    optimizer: Optimizer,
     ema: Ema,
     source: Arc<ExampleSource>,
     validation: Option<Validation>,
@@ -137,7 +137,7 @@ impl Trainer {
             // A prompt that the model cannot take is found now and not at the first drawing.
             samples.request(config.seed).prefixes(&model)?;
         }
-        let mut optimizer = AdamW::new(&model.params, config.optimizer);
+        let mut optimizer = Optimizer::new(&model.params, config.optimizer);
         let mut ema = Ema::new(&model.params, config.ema);
         let mut window = Window::new(device);
         let (step, place) = match &resumed {

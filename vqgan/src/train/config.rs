@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use m6_data::Transform;
 use m6_run::Schedule;
-use m6_runtime::optim::AdamWConfig;
+use m6_runtime::optim::OptimizerConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::config::VqganConfig;
@@ -45,7 +45,7 @@ pub struct TrainConfig {
     /// The discriminator; a run without this table has none.
     pub discriminator: Option<DiscriminatorConfig>,
     /// AdamW of the model.
-    pub optimizer: AdamWConfig,
+    pub optimizer: OptimizerConfig,
     /// Steps, batch and learning rate.
     pub schedule: ScheduleConfig,
 }

@@ -1,6 +1,6 @@
 //! The discriminator with its own optimizer.
 
-use m6_runtime::optim::{AdamW, AdamWConfig};
+use m6_runtime::optim::{Optimizer, OptimizerConfig};
 use m6_runtime::{Params, named_seed};
 use tch::{Device, Kind, Tensor};
 
@@ -12,14 +12,15 @@ use crate::loss::Term;
 use crate::model::compute_kind;
 
 /// Less momentum than the model's: the discriminator chases a moving target.
-const OPTIMIZER: AdamWConfig = AdamWConfig { beta1: 0.5, beta2: 0.9, eps: 1e-8, weight_decay: 0.0 };
+const OPTIMIZER: OptimizerConfig =
+    OptimizerConfig { beta1: 0.5, beta2: 0.9, eps: 1e-8, weight_decay: 0.0, muon_momentum: None };
 
 #[derive(Debug)]
 pub(super) struct Critic {
     config: DiscriminatorConfig,
     steps: u64,
     pub(super) params: Params,
-    pub(super) optimizer: AdamW,
+    pub(super) optimizer: Optimizer,
     discriminator: Discriminator,
     compute: Kind,
 }
@@ -29,7 +30,7 @@ impl Critic {
     pub(super) fn new(config: DiscriminatorConfig, steps: u64, device: Device, seed: u64) -> Self {
         let params = Params::new(device, named_seed(seed, "discriminator"));
         let discriminator = Discriminator::new(&params, config.layers);
-        let optimizer = AdamW::new(&params, OPTIMIZER);
+        let optimizer = Optimizer::new(&params, OPTIMIZER);
         Self { config, steps, params, optimizer, discriminator, compute: compute_kind(device) }
     }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use m6_run::write_atomic;
-use m6_runtime::optim::{AdamW, Ema};
+use m6_runtime::optim::{Ema, Optimizer};
 use m6_runtime::{Params, read_tensors, write_tensors};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -39,7 +39,7 @@ pub(super) struct State {
     params: Params,
     usage_params: Params,
     pub(super) model: Vqgan,
-    pub(super) optimizer: AdamW,
+    pub(super) optimizer: Optimizer,
     pub(super) ema: Ema,
     pub(super) revival: Revival,
     pub(super) critic: Option<Critic>,
@@ -63,7 +63,7 @@ impl State {
             model.codebook().shallow_clone(),
             average.unwrap_or_else(|| unreachable!("the model has a codebook")),
         ];
-        let optimizer = AdamW::new(&params, config.optimizer);
+        let optimizer = Optimizer::new(&params, config.optimizer);
         let critic = config.discriminator.map(|d| Critic::new(d, config.schedule.steps, device, config.seed));
         Ok(Self { params, usage_params, model, optimizer, ema, revival, critic, codebooks })
     }
