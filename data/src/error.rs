@@ -47,6 +47,14 @@ pub enum DataError {
         /// What is wrong.
         reason: String,
     },
+    /// A source that a mixture cannot deal places to.
+    #[error("source {source_name}: {problem}")]
+    Mixture {
+        /// Name of the source.
+        source_name: String,
+        /// What is wrong and what was expected.
+        problem: String,
+    },
     /// A caption field that contradicts itself.
     #[error("caption field for member \"{member}\": {reason}")]
     CaptionField {

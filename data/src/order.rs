@@ -10,7 +10,7 @@ use rand_chacha::ChaCha8Rng;
 use crate::error::{DataError, Result};
 
 /// How many permutations are kept: while one worker begins an epoch, another may still end the one before.
-const CACHED_EPOCHS: usize = 2;
+pub(crate) const CACHED_EPOCHS: usize = 2;
 
 /// Visits `len` samples epoch after epoch, each epoch in its own random order.
 #[derive(Debug)]
@@ -68,7 +68,7 @@ pub fn sample_rng(seed: u64, ordinal: u64) -> ChaCha8Rng {
 }
 
 /// An independent random stream for each (seed, purpose, number).
-fn stream(seed: u64, purpose: &[u8; 8], number: u64) -> ChaCha8Rng {
+pub(crate) fn stream(seed: u64, purpose: &[u8; 8], number: u64) -> ChaCha8Rng {
     let mut key = [0; 32];
     key[..8].copy_from_slice(&seed.to_le_bytes());
     key[8..16].copy_from_slice(purpose);
