@@ -2,8 +2,8 @@
 """Cuts the emoji data set of this repository out of the larger collection it was taken from.
 
     make_emoji_shards.py SRC DST         writes train, val-base and val-compose shards (at most 11.8 MB in all) to DST
-    make_emoji_shards.py SRC --all DST   writes all six styles without what the validation splits hold out, and of the skin
-                                         tones of each emoji one in each style
+    make_emoji_shards.py SRC --all DST   writes all six styles with skin tones, without what the validation splits hold out
+    make_emoji_shards.py SRC --thin DST  the same, but of the skin tones of each emoji one in each style
 
 SRC holds emoji-train-*.tar and emoji-val-*.tar: KEY.webp and KEY.json with id, source, codepoints, emoji, group, en, zh,
 keywords_en, keywords_zh, skin_tone. Whole base emoji are apart between the two. The output is the same on every run:
@@ -176,7 +176,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=pathlib.Path)
     parser.add_argument("destination", type=pathlib.Path)
-    parser.add_argument("--all", action="store_true", help="all six styles and some skin tones")
+    larger = parser.add_mutually_exclusive_group()
+    larger.add_argument("--all", action="store_true", help="all six styles with skin tones")
+    larger.add_argument("--thin", action="store_true", help="all six styles with one skin tone of each emoji")
     options = parser.parse_args()
     shards = {split: sorted(options.source.glob(f"emoji-{split}-*.tar")) for split in ("train", "val")}
     for split, found in shards.items():
@@ -193,12 +195,12 @@ def main():
     budget = MAX_TOTAL_BYTES - overhead - sum(tar_bytes(members_of(sample, False)) for sample in val)
     train, compose = split_compose(bases, choose(bases, budget))
 
-    if options.all:
+    if options.all or options.thin:
         # A held-out pair is held out with all its skin tones.
         pairs = {(base_of(record["codepoints"]), record["source"]) for record, _ in compose}
-        thinned = thin_out_skin_tones(train_samples)
-        kept = [s for s in thinned if (base_of(s[0]["codepoints"]), s[0]["source"]) not in pairs]
-        report("all", kept, write(options.destination, "train", kept, keywords=True))
+        wanted = thin_out_skin_tones(train_samples) if options.thin else train_samples
+        kept = [s for s in wanted if (base_of(s[0]["codepoints"]), s[0]["source"]) not in pairs]
+        report("train", kept, write(options.destination, "train", kept, keywords=True))
         return
     splits = {"train": train, "val-base": val, "val-compose": compose}
     sizes = {split: write(options.destination, split, samples) for split, samples in splits.items()}

@@ -68,7 +68,7 @@ fn settings() {
             ("vqgan train train.toml", WRONG_USE, &["train.toml", "unknown field"]),
         ],
     );
-    let settings: [(&str, &[&str]); 37] = [
+    let settings: [(&str, &[&str]); 43] = [
         ("train train.toml --set schedule.stesp=3", &["--set schedule.stesp=3", "did you mean `steps`?"]),
         ("train train.toml --set schedule.steps=many", &["schedule.steps=many", "expected u64"]),
         ("train train.toml --set schedule.steps=-1", &["schedule.steps=-1", "expected u64"]),
@@ -95,12 +95,33 @@ fn settings() {
         ),
         ("train train.toml --set tokenizer.train=10", &["vocab_size = 10", "256"]),
         ("train train.toml --set tokenizer.file=bpe.json", &["tokenizer", "not both"]),
-        ("train train.toml --set data.transform=resize:16", &["data.transform", "16 x 16"]),
-        ("train train.toml --set data.code_transform=random_crop:8", &["data.code_transform", "16 x 16"]),
-        ("train train.toml --set data.transform=blur:3", &["data.transform", "blur:3"]),
-        ("train train.toml --set data.captions.0.weight=0", &["data.captions", "weight = 0"]),
-        ("train train.toml --set data.shards=[]", &["shards", "expected at least one"]),
-        ("train train.toml --set data.shards.0=none-*.tar", &["none-*.tar", "no such file"]),
+        (
+            "train train.toml --set data.sources.bars.transform=resize:16",
+            &["data.sources.bars.transform", "16 x 16"],
+        ),
+        (
+            "train train.toml --set data.sources.bars.code_transform=random_crop:8",
+            &["data.sources.bars.code_transform", "16 x 16"],
+        ),
+        (
+            "train train.toml --set data.sources.bars.transform=blur:3",
+            &["data.sources.bars.transform", "blur:3"],
+        ),
+        (
+            "train train.toml --set data.sources.bars.captions.0.weight=0",
+            &["data.sources.bars.captions", "weight = 0"],
+        ),
+        ("train train.toml --set data.sources.bars.shards=[]", &["shards", "expected at least one"]),
+        ("train train.toml --set data.sources.bars.shards.0=none-*.tar", &["none-*.tar", "no such file"]),
+        ("train train.toml --set data.sources={}", &["data.sources", "at least one source"]),
+        ("train train.toml --set data.sources.bars.weight=0", &["source bars", "weight = 0"]),
+        ("train train.toml --set data.sources.bars.epochs=2", &["source bars", "one source without"]),
+        ("train train.toml --set data.sources.bars.code_views=0", &["data.sources.bars.code_views = 0"]),
+        (
+            "train train.toml --set data.sources.bars.tasks.captioning=-1",
+            &["data.sources.bars.tasks.captioning = -1"],
+        ),
+        ("train train.toml --set validation.source=foos", &["validation.source = \"foos\"", "one of bars"]),
         ("train train.toml --set validation.shards.0=none.tar", &["none.tar", "no such file"]),
         ("train train.toml --set validation.examples=0", &["validation.examples", "expected 1 or more"]),
         ("train train.toml --set samples.count=0", &["samples.count", "expected 1 or more"]),

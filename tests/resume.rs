@@ -75,13 +75,25 @@ fn scene_with_a_broken_sample() -> Scene {
     scene
 }
 
+/// A second source: texts alone, for tasks of its own, until they were seen three times.
+const WORDS: &str = r#"data.sources.words={ shards = ["words/*.tar"], weight = 0.5, epochs = 3, captions = [{ member = "txt" }],
+    tasks = { language_modelling = 1.0, text_denoising = 1.0 } }"#;
+
 #[test]
-fn training_resumes_exactly() {
+fn training_on_a_mixture_resumes_exactly() {
     let scene = scene_with_a_broken_sample();
-    let train = ["train", "train.toml", "--set", STEPS];
+    let words = ["one red bar", "two green poles", "三个蓝方块"]
+        .map(|text| Sample::new(text, &[("txt", text.as_bytes())]));
+    scene.write_shard("words", words);
+    let mixture = ["--set", WORDS, "--set", "validation.source=bars", "--set", "optimizer.muon_momentum=0.9"];
+    let train = [&["train", "train.toml", "--set", STEPS], &mixture[..]].concat();
     scene.succeed(&train);
     let skipped = |row: &Map<String, Value>| row.get("skipped_samples").and_then(Value::as_f64) > Some(0.0);
-    assert!(rows(&scene.path("run")).iter().any(skipped), "the broken sample was not met");
+    let whole = rows(&scene.path("run"));
+    assert!(whole.iter().any(skipped), "the broken sample was not met");
+    let epochs = |name: &str| whole.iter().rev().find_map(|row| row.get(name)?.as_f64()).unwrap();
+    assert_eq!(epochs("epochs/words"), 3.0);
+    assert!(epochs("epochs/bars") > 3.0);
     scene.succeed(&[&train[..], &["--set", "run=same", "--set", "data.workers=2"]].concat());
     assert_same(&scene, "run", "same");
     run_with_interruptions(&scene, &train, "interrupted");

@@ -33,10 +33,6 @@ pub struct VqganConfig {
     pub codebook_size: i64,
     /// Width of a code; small and normalised as in LlamaGen (Sun et al. 2024).
     pub code_dim: i64,
-    /// Whether code 0 stands for blank: every position whose pixels are all white has it. Without, the background of
-    /// cut-out pictures gets hundreds of codes that look alike, and who models the codes has to learn that noise.
-    #[serde(default)]
-    pub blank_code: bool,
 }
 
 /// A key of [`VqganConfig`] and what is wrong with its value.
@@ -146,7 +142,6 @@ pub(crate) mod tests {
             z_channels: 16,
             codebook_size: 32,
             code_dim: 8,
-            blank_code: false,
         }
     }
 

@@ -177,7 +177,7 @@ impl Vqgan {
     pub fn forward(&self, x: &Tensor, bottleneck: Bottleneck) -> VqganOutput {
         let grid = normalize(&self.latent(x).permute([0, 2, 3, 1]));
         let rows_nd = grid.reshape([-1, self.config.code_dim]);
-        let quantized = (bottleneck == Bottleneck::Codes).then(|| self.quantize(&rows_nd, x));
+        let quantized = (bottleneck == Bottleneck::Codes).then(|| self.quantizer.quantize(&rows_nd));
         let decoded = match &quantized {
             Some(quantized) => quantized.straight_through(&rows_nd).reshape_as(&grid),
             None => grid,
@@ -194,7 +194,7 @@ impl Vqgan {
         let latent = self.encode_latent(x)?;
         let _guard = tch::no_grad_guard();
         let rows = normalize(&latent.permute([0, 2, 3, 1])).reshape([-1, self.config.code_dim]);
-        Ok(self.quantize(&rows, x).codes_n.view([latent.size()[0], -1]))
+        Ok(self.quantizer.quantize(&rows).codes_n.view([latent.size()[0], -1]))
     }
 
     /// What the quantiser sees, `[b, code_dim, h / f, w / f]`, float32, before normalisation: a feature space for
@@ -243,22 +243,6 @@ impl Vqgan {
         Ok(self.decode_grid(&grid).clamp(-1.0, 1.0))
     }
 
-    fn quantize(&self, rows_nd: &Tensor, x: &Tensor) -> Quantized {
-        let blank_n = self.config.blank_code.then(|| self.blank(x));
-        self.quantizer.quantize(rows_nd, blank_n.as_ref())
-    }
-
-    /// Which positions of pictures `[b, 3, h, w]` from -1 to 1 are white in all their pixels, `[n]`.
-    fn blank(&self, x: &Tensor) -> Tensor {
-        /// White but for what lossy compression leaves beside edges: 8 levels of 255.
-        const DARKEST: f64 = 1.0 - 2.0 * 8.5 / 255.0;
-        let factor = self.config.downsample();
-        let cells = x.size()[2..].iter().map(|side| side / factor).collect::<Vec<_>>();
-        let darkest =
-            x.reshape([-1, COLOURS, cells[0], factor, cells[1], factor]).amin([1, 3, 5].as_slice(), false);
-        darkest.ge(DARKEST).to_device(self.device()).flatten(0, -1)
-    }
-
     fn latent(&self, x: &Tensor) -> Tensor {
         self.quant_conv.forward(&self.encoder.forward(&x.to_device(self.device()).to_kind(self.compute)))
     }
@@ -303,7 +287,6 @@ mod tests {
 
     use super::*;
     use crate::config::tests::tiny;
-    use crate::quantize::BLANK_CODE;
 
     fn model(seed: u64) -> Vqgan {
         Vqgan::new(&Params::new(Device::Cpu, seed), &tiny())
@@ -354,33 +337,6 @@ mod tests {
         let place = change.flatten(0, 2).argmax(0, false).int64_value(&[]);
         let (row, column) = (place / 32, place % 32);
         assert!(row < 4 && column > 27, "row {row}, column {column}");
-    }
-
-    #[test]
-    fn white_positions_and_no_others_are_blank() {
-        let model = Vqgan::new(&Params::new(Device::Cpu, 1), &VqganConfig { blank_code: true, ..tiny() });
-        let x = pictures();
-        let byte = |level: f64| level / 127.5 - 1.0;
-        let _ = x.narrow(0, 1, 1).narrow(2, 2, 4).narrow(3, 4, 6).fill_(byte(250.0));
-        let _ = x.narrow(0, 1, 1).narrow(1, 2, 1).narrow(2, 5, 1).narrow(3, 9, 1).fill_(byte(240.0));
-        // Positions of 2 x 2 pixels; one of the six white ones has a pixel that is yellow.
-        let expected: Vec<(i64, i64)> = vec![(1, 2), (1, 3), (1, 4), (2, 2), (2, 3)];
-        let is_blank = model.blank(&x).view([2, 8, 12]);
-        for (picture, row, column) in
-            (0..2).flat_map(|p| (0..8).flat_map(move |r| (0..12).map(move |c| (p, r, c))))
-        {
-            let expected = picture == 1 && expected.contains(&(row, column));
-            assert_eq!(
-                is_blank.int64_value(&[picture, row, column]) == 1,
-                expected,
-                "{picture} {row} {column}"
-            );
-        }
-        let plain =
-            model.quantizer.quantize(&model.forward(&x, Bottleneck::Continuous).rows_nd, None).codes_n;
-        let codes = plain.masked_fill(&is_blank.flatten(0, -1), BLANK_CODE);
-        assert_eq!(model.encode(&x).unwrap().flatten(0, 1), codes);
-        assert_eq!(model.forward(&x, Bottleneck::Codes).quantized.unwrap().codes_n, codes);
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The quantiser of LlamaGen (Sun et al. 2024): narrow, normalised codes; on request one of them for blank places.
+//! The quantiser of LlamaGen (Sun et al. 2024): narrow, normalised codes.
 //!
 //! Legend: `n` positions of all pictures of a batch, `d` code width, `k` codes.
 
@@ -7,9 +7,6 @@ use m6_runtime::{Init, Params};
 use tch::{Kind, Tensor};
 
 use crate::config::VqganConfig;
-
-/// The code of blank positions, where a tokenizer has one.
-pub(crate) const BLANK_CODE: i64 = 0;
 
 /// Codebook of unit vectors; which one a position gets is decided by the angle.
 #[derive(Debug)]
@@ -48,14 +45,9 @@ impl Quantizer {
         normalize(&self.embedding.forward(codes))
     }
 
-    /// The nearest code of each unit row of `rows_nd`; where the positions `blank_n` are known, these have
-    /// [`BLANK_CODE`].
-    pub(crate) fn quantize(&self, rows_nd: &Tensor, blank_n: Option<&Tensor>) -> Quantized {
+    /// The nearest code of each unit row of `rows_nd`.
+    pub(crate) fn quantize(&self, rows_nd: &Tensor) -> Quantized {
         let (codes_n, _) = nearest(rows_nd, self.codebook());
-        let codes_n = match blank_n {
-            Some(blank_n) => codes_n.masked_fill(blank_n, BLANK_CODE),
-            None => codes_n,
-        };
         Quantized { rows_nd: self.lookup(&codes_n), codes_n }
     }
 }
@@ -114,7 +106,7 @@ mod tests {
     fn the_code_is_the_nearest_by_euclidean_distance_of_unit_vectors() {
         let (_, quantizer, raw) = setup();
         let rows = normalize(&raw);
-        let quantized = quantizer.quantize(&rows, None);
+        let quantized = quantizer.quantize(&rows);
         let distances = (rows.unsqueeze(1) - normalize(quantizer.codebook()).unsqueeze(0)).square();
         let expected = distances.sum_dim_intlist([-1].as_slice(), false, Kind::Float).argmin(-1, false);
         assert_eq!(quantized.codes_n, expected);
@@ -123,24 +115,10 @@ mod tests {
     }
 
     #[test]
-    fn blank_positions_have_the_blank_code_and_the_others_their_nearest() {
-        let (_, quantizer, raw) = setup();
-        let rows = normalize(&raw);
-        let blank: Vec<bool> = (0..10).map(|position| position % 3 == 0).collect();
-        let plain = quantizer.quantize(&rows, None);
-        let quantized = quantizer.quantize(&rows, Some(&Tensor::from_slice(&blank)));
-        for (position, &blank) in (0..).zip(&blank) {
-            let expected = if blank { BLANK_CODE } else { plain.codes_n.int64_value(&[position]) };
-            assert_eq!(quantized.codes_n.int64_value(&[position]), expected);
-        }
-        assert_eq!(quantized.rows_nd, quantizer.lookup(&quantized.codes_n));
-    }
-
-    #[test]
     fn straight_through_gives_the_code_and_the_encoders_gradient() {
         let (_, quantizer, raw) = setup();
         let rows = raw.detach().set_requires_grad(true);
-        let quantized = quantizer.quantize(&normalize(&rows), None);
+        let quantized = quantizer.quantize(&normalize(&rows));
         let through = quantized.straight_through(&rows);
         assert!((&through - &quantized.rows_nd).abs().max().double_value(&[]) < 1e-6);
         (through * 3.0).sum(Kind::Float).backward();
@@ -152,12 +130,12 @@ mod tests {
     fn each_loss_moves_its_own_side_only() {
         let (_, quantizer, raw) = setup();
         let rows = normalize(&raw);
-        let quantized = quantizer.quantize(&rows, None);
+        let quantized = quantizer.quantize(&rows);
         quantized.codebook_loss(&rows).backward();
         assert!(quantizer.codebook().grad().defined() && !raw.grad().defined());
         let (_, quantizer, raw) = setup();
         let rows = normalize(&raw);
-        let quantized = quantizer.quantize(&rows, None);
+        let quantized = quantizer.quantize(&rows);
         quantized.commitment_loss(&rows).backward();
         assert!(!quantizer.codebook().grad().defined() && raw.grad().defined());
     }

@@ -67,6 +67,7 @@ fn is_wrong_data_setting(error: &DataError) -> bool {
     matches!(
         error,
         DataError::Pattern { .. }
+            | DataError::Mixture { .. }
             | DataError::CaptionField { .. }
             | DataError::Transform { .. }
             | DataError::VocabSize { .. }

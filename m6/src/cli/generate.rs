@@ -233,7 +233,7 @@ mod tests {
         let file = name("out-000.png");
         assert_eq!(
             line,
-            json!({"file": file, "prompt": "红心", "seed": 5, "temperature": 1.0, "top_k": 7, "top_p": 1.0,
+            json!({"file": file, "prompt": "红心", "seed": 5, "temperature": 0.7, "top_k": 7, "top_p": 1.0,
                 "guidance": 3.0, "best_of": 2})
         );
     }

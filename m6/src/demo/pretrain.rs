@@ -38,21 +38,21 @@ pub(super) fn pretrain(
         }
     }
 
-    let common = |run: &Path| {
+    let common = |run: &Path, shards_key: &str| {
         vec![
             set("run", run.display().to_string()),
-            set("data.shards", strings(train)),
+            set(shards_key, strings(train)),
             set("validation.shards", strings(validation)),
         ]
     };
     let vqgan = clock.time(
         "pretrain a tiny image tokenizer",
         |outcome: &m6_vqgan::train::TrainOutcome| format!("{} steps", outcome.steps),
-        || Ok(m6_vqgan::train::run(Path::new(VQGAN_CONFIG), &common(&vqgan_run))?),
+        || Ok(m6_vqgan::train::run(Path::new(VQGAN_CONFIG), &common(&vqgan_run, "data.shards"))?),
     )?;
     let Some((vqgan_model, scores)) = vqgan.finished else { return Err(clock.stopped()) };
 
-    let mut overrides = common(&train_run);
+    let mut overrides = common(&train_run, "data.sources.emoji.shards");
     overrides.push(set("vqgan", vqgan_model.display().to_string()));
     let trained = clock.time(
         "pretrain a tiny transformer on its codes",

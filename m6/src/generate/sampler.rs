@@ -20,7 +20,7 @@ pub struct Sampling {
 
 impl Default for Sampling {
     fn default() -> Self {
-        Self { temperature: 1.0, top_k: 256, top_p: 1.0 }
+        Self { temperature: 0.7, top_k: 256, top_p: 1.0 }
     }
 }
 

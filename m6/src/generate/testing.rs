@@ -42,7 +42,6 @@ pub fn tiny_model() -> Model {
         z_channels: 32,
         codebook_size: CODES,
         code_dim: 4,
-        blank_code: false,
     };
     // A model takes a tokenizer that has been saved, because it records the hash of its weights.
     let dir = tempfile::tempdir().unwrap();

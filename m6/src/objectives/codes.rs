@@ -38,6 +38,8 @@ pub struct CodeTable {
 /// What a table is made from.
 #[derive(Debug)]
 pub struct CodeRecipe<'a> {
+    /// Name of the source, for errors.
+    pub source: &'a str,
     /// The pictures.
     pub shards: &'a ShardSet,
     /// Augmentation of each view.
@@ -123,7 +125,9 @@ fn make(recipe: &CodeRecipe, vqgan: &Vqgan, device: Device) -> Result<Vec<i16>> 
     }
     let side = config.resolution as u32;
     if recipe.transform.output_size() != Some((side, side)) {
-        let problem = format!("data.code_transform: its last crop must give {side} x {side} pixels");
+        let source = recipe.source;
+        let problem =
+            format!("data.sources.{source}.code_transform: its last crop must give {side} x {side} pixels");
         return Err(Error::Usage(problem));
     }
     let total = recipe.shards.len() * recipe.views;

@@ -21,12 +21,13 @@ mod text_denoising;
 mod text_to_image;
 
 use m6_data::picture::Rgb8;
+use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 pub use codes::{CodeRecipe, CodeTable};
 pub use packing::{Batch, HostBatch, Targets, lay_out};
 pub(crate) use skipped::Skipped;
-pub use source::{DataConfig, ExampleSource, ModelView};
+pub use source::{DataConfig, ExampleSource, ModelView, OpenSource, SourceConfig};
 pub use text_to_image::{TextToImage, null_prompt};
 
 use crate::model::{Language, Sequence, Special, Vocab};
@@ -94,6 +95,21 @@ impl TasksConfig {
             Task::ImageDenoising => self.image_denoising,
             Task::TextToImage => self.text_to_image.weight,
         }
+    }
+
+    /// A task, drawn by the shares.
+    pub(crate) fn draw(&self, rng: &mut impl Rng) -> Task {
+        let total: f64 = Task::ALL.iter().map(|task| self.weight(*task)).sum();
+        let mut draw = rng.random_range(0.0..total);
+        let mut drawn = Task::LanguageModelling;
+        for task in Task::ALL.into_iter().filter(|task| self.weight(*task) > 0.0) {
+            drawn = task;
+            draw -= self.weight(task);
+            if draw < 0.0 {
+                break;
+            }
+        }
+        drawn
     }
 
     /// What is wrong with these settings, in one line naming the key.

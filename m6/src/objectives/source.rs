@@ -1,10 +1,10 @@
 //! From shards to examples: sample, task, caption and crop are functions of the seed and the place in the run alone.
 
-use std::sync::Arc;
+use std::collections::BTreeMap;
 
 use m6_data::caption::{Caption, CaptionFields};
+use m6_data::mixture::{Mixture, SourceShare};
 use m6_data::order::{SampleOrder, sample_rng};
-use m6_data::picture::Rgb8;
 use m6_data::shard::{Sample, ShardSet};
 use m6_data::tokenizer::Tokenizer;
 use m6_data::transform::Transform;
@@ -15,41 +15,119 @@ use super::{
     CodeTable, Example, Task, TasksConfig, captioning, image_denoising, language_modelling, text_denoising,
 };
 use crate::error::{Error, Result};
-use crate::model::{CodeOrder, Language, Vocab};
+use crate::model::{CodeOrder, Language, Model, Vocab};
 
 /// Where examples come from.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
+    /// Threads that decode and tokenise.
+    pub workers: usize,
+    /// The sources by name, mixed by their weights.
+    pub sources: BTreeMap<String, SourceConfig>,
+}
+
+/// A source of examples.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SourceConfig {
     /// Files, globs or brace lists.
     pub shards: Vec<String>,
+    /// Its share of the examples, relative to the other sources'.
+    #[serde(default = "one")]
+    pub weight: f64,
+    /// How often each of its samples is visited before it leaves the mixture; endless where absent.
+    #[serde(default)]
+    pub epochs: Option<u64>,
+    /// Shares of the tasks in place of the run's.
+    #[serde(default)]
+    pub tasks: Option<TasksConfig>,
     /// Texts that the model learns to write about a picture.
     pub captions: CaptionFields,
     /// Texts that it learns to draw and to write without a picture; the captions where absent.
     #[serde(default)]
     pub prompts: Option<CaptionFields>,
-    /// Augmentation of pictures that are seen as patches.
-    pub transform: Transform,
-    /// Augmentation of pictures that become codes.
-    pub code_transform: Transform,
+    /// Augmentation of pictures that are seen as patches; needed by tasks that show the model pictures.
+    #[serde(default)]
+    pub transform: Option<Transform>,
+    /// Augmentation of pictures that become codes; needed by text to image.
+    #[serde(default)]
+    pub code_transform: Option<Transform>,
     /// Augmented views of each picture that are turned into codes before the first step.
+    #[serde(default = "one_view")]
     pub code_views: usize,
-    /// Threads that decode and tokenise.
-    pub workers: usize,
+}
+
+fn one() -> f64 {
+    1.0
+}
+
+fn one_view() -> usize {
+    1
+}
+
+impl SourceConfig {
+    /// The texts that are drawn, and written without a picture.
+    pub fn prompts(&self) -> &CaptionFields {
+        self.prompts.as_ref().unwrap_or(&self.captions)
+    }
+
+    /// What is wrong with these settings, in one line that begins with the key; `tasks` are the ones that it serves.
+    ///
+    /// # Errors
+    /// When a key is missing that a task needs, or a value is out of its range.
+    pub fn validate(&self, tasks: &TasksConfig) -> std::result::Result<(), String> {
+        let needs = |key: &str, transform: &Option<Transform>, wanted: [Task; 2]| {
+            let task = wanted.into_iter().find(|task| tasks.weight(*task) > 0.0);
+            match (transform, task) {
+                (None, Some(task)) => Err(format!("{key} is missing: expected one for {}", task.name())),
+                _ => Ok(()),
+            }
+        };
+        tasks.validate()?;
+        needs("transform", &self.transform, [Task::Captioning, Task::ImageDenoising])?;
+        needs("code_transform", &self.code_transform, [Task::TextToImage; 2])?;
+        if self.code_views == 0 {
+            return Err("code_views = 0: expected 1 or more".into());
+        }
+        let fields = [Some(&self.captions), self.prompts.as_ref()];
+        for field in fields.into_iter().flatten().flat_map(CaptionFields::fields) {
+            if let Some(lang) = field.lang.as_deref().filter(|lang| !matches!(*lang, "zh" | "en")) {
+                return Err(format!("captions or prompts: lang = \"{lang}\": expected zh or en"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A source whose shards are open.
+#[derive(Debug)]
+pub struct OpenSource {
+    /// Its name.
+    pub name: String,
+    /// Its settings.
+    pub config: SourceConfig,
+    /// The tasks that it serves.
+    pub tasks: TasksConfig,
+    /// Its samples.
+    pub shards: ShardSet,
+    /// Their codes, for text to image.
+    pub codes: Option<CodeTable>,
 }
 
 /// Builds examples by their place in the run; shared by the loader's threads.
 pub struct ExampleSource {
-    shards: ShardSet,
-    order: SampleOrder,
+    sources: Vec<Source>,
+    mixture: Mixture,
     seed: u64,
-    data: DataConfig,
-    tasks: TasksConfig,
     tokenizer: Tokenizer,
-    codes: Option<Arc<CodeTable>>,
-    vocab: Vocab,
-    max_text: usize,
-    code_order: CodeOrder,
+    model: ModelView,
+}
+
+/// An open source and the order of its samples.
+struct Source {
+    open: OpenSource,
+    order: SampleOrder,
 }
 
 /// What an [`ExampleSource`] needs to know of the model.
@@ -65,50 +143,57 @@ pub struct ModelView {
     pub code_order: CodeOrder,
 }
 
+impl ModelView {
+    /// What examples need to know of `model`.
+    pub fn of(model: &Model) -> Self {
+        let config = &model.info.model;
+        Self {
+            vocab: model.info.vocab,
+            max_text: config.max_text,
+            resolution: config.patches.resolution,
+            code_order: config.code_order,
+        }
+    }
+}
+
 impl ExampleSource {
-    /// A source over `shards`; text to image needs `codes`.
+    /// A mixture of `sources`.
     ///
     /// # Errors
-    /// When the data set is empty or the transform does not make pictures of the model's resolution.
-    pub fn new(
-        shards: ShardSet,
-        seed: u64,
-        data: DataConfig,
-        tasks: TasksConfig,
-        tokenizer: Tokenizer,
-        codes: Option<Arc<CodeTable>>,
-        model: ModelView,
-    ) -> Result<Self> {
-        tasks.validate().map_err(Error::Usage)?;
-        let resolution = model.resolution as u32;
-        if data.transform.output_size() != Some((resolution, resolution)) {
-            let problem =
-                format!("data.transform: its last crop must give {resolution} x {resolution} pixels");
-            return Err(Error::Usage(problem));
+    /// When a source is empty or cannot be mixed, or its transform does not make pictures of the model's resolution.
+    pub fn new(sources: Vec<OpenSource>, seed: u64, tokenizer: Tokenizer, model: ModelView) -> Result<Self> {
+        let side = model.resolution as u32;
+        for OpenSource { name, config, .. } in &sources {
+            let size = config.transform.as_ref().map(Transform::output_size);
+            if size.is_some_and(|size| size != Some((side, side))) {
+                let problem =
+                    format!("data.sources.{name}.transform: its last crop must give {side} x {side} pixels");
+                return Err(Error::Usage(problem));
+            }
         }
-        let order = SampleOrder::new(shards.len(), seed)?;
-        let (vocab, max_text) = (model.vocab, model.max_text as usize);
-        let code_order = model.code_order;
-        Ok(Self { shards, order, seed, data, tasks, tokenizer, codes, vocab, max_text, code_order })
+        let share = |source: &OpenSource| SourceShare {
+            name: source.name.clone(),
+            weight: source.config.weight,
+            samples: source.shards.len(),
+            epochs: source.config.epochs,
+        };
+        let mixture = Mixture::new(&sources.iter().map(share).collect::<Vec<_>>(), seed)?;
+        let ordered =
+            |open: OpenSource| Ok(Source { order: SampleOrder::new(open.shards.len(), seed)?, open });
+        let sources = sources.into_iter().map(ordered).collect::<Result<_>>()?;
+        Ok(Self { sources, mixture, seed, tokenizer, model })
     }
 
-    /// The example at `ordinal`, of a task drawn by the shares.
+    /// The example at `ordinal`, of a source and a task drawn by their shares.
     ///
     /// # Errors
     /// When the sample's picture is broken or it lacks a caption.
     pub fn example(&self, ordinal: u64) -> Result<Example> {
         let mut rng = sample_rng(self.seed, ordinal);
-        let total: f64 = Task::ALL.iter().map(|t| self.tasks.weight(*t)).sum();
-        let mut draw = rng.random_range(0.0..total);
-        let mut task = Task::LanguageModelling;
-        for candidate in Task::ALL.into_iter().filter(|t| self.tasks.weight(*t) > 0.0) {
-            task = candidate;
-            draw -= self.tasks.weight(candidate);
-            if draw < 0.0 {
-                break;
-            }
-        }
-        self.build(ordinal, task, &mut rng)
+        let place = self.mixture.place(ordinal);
+        let source = &self.sources[place.source];
+        let task = source.open.tasks.draw(&mut rng);
+        self.build(source, place.visit, task, &mut rng)
     }
 
     /// The example at `ordinal` as one of `task`.
@@ -116,51 +201,58 @@ impl ExampleSource {
     /// # Errors
     /// As for [`ExampleSource::example`].
     pub fn example_of(&self, ordinal: u64, task: Task) -> Result<Example> {
-        self.build(ordinal, task, &mut sample_rng(self.seed, ordinal))
+        let place = self.mixture.place(ordinal);
+        self.build(&self.sources[place.source], place.visit, task, &mut sample_rng(self.seed, ordinal))
     }
 
-    fn build(&self, ordinal: u64, task: Task, rng: &mut impl Rng) -> Result<Example> {
-        let index = self.order.index(ordinal);
-        let sample = self.shards.sample(index)?;
+    /// How often each source was gone through in the examples before `ordinal`, by name.
+    pub fn epochs(&self, ordinal: u64) -> impl Iterator<Item = (&str, f64)> {
+        let visits = self.mixture.visits(ordinal);
+        self.sources.iter().zip(visits).map(|(source, visits)| {
+            (source.open.name.as_str(), visits as f64 / source.open.shards.len() as f64)
+        })
+    }
+
+    fn build(&self, source: &Source, visit: u64, task: Task, rng: &mut impl Rng) -> Result<Example> {
+        let OpenSource { config, tasks, shards, codes, .. } = &source.open;
+        let (vocab, captions, prompts) = (self.model.vocab, &config.captions, config.prompts());
+        let index = source.order.index(visit);
+        let sample = shards.sample(index)?;
+        let picture = |rng: &mut _| match &config.transform {
+            Some(transform) => Ok::<_, Error>(transform.load(&sample, rng)?),
+            None => Err(sample.error("is of a source without a transform").into()),
+        };
         Ok(match task {
             Task::LanguageModelling => {
-                let (language, ids) = self.text(&sample, self.prompts(), rng)?;
+                let (language, ids) = self.text(&sample, prompts, rng)?;
                 language_modelling::example(language, ids)
             }
             Task::TextDenoising => {
-                let (language, ids) = self.text(&sample, self.prompts(), rng)?;
-                text_denoising::example(self.vocab, language, ids, rng)
+                let (language, ids) = self.text(&sample, prompts, rng)?;
+                text_denoising::example(vocab, language, ids, rng)
             }
             Task::Captioning => {
-                let (language, ids) = self.text(&sample, &self.data.captions, rng)?;
-                captioning::example(self.picture(&sample, rng)?, language, ids)
+                let (language, ids) = self.text(&sample, captions, rng)?;
+                captioning::example(picture(rng)?, language, ids)
             }
             Task::ImageDenoising => {
-                let (language, ids) = self.text(&sample, &self.data.captions, rng)?;
-                image_denoising::example(self.vocab, self.picture(&sample, rng)?, language, ids, rng)
+                let (language, ids) = self.text(&sample, captions, rng)?;
+                image_denoising::example(vocab, picture(rng)?, language, ids, rng)
             }
             Task::TextToImage => {
-                let (_, prompt) = self.text(&sample, self.prompts(), rng)?;
-                let codes = self.codes.as_ref().ok_or_else(|| sample.error("has no codes"))?;
+                let (_, prompt) = self.text(&sample, prompts, rng)?;
+                let codes = codes.as_ref().ok_or_else(|| sample.error("has no codes"))?;
                 let view = rng.random_range(0..codes.views());
                 let codes =
                     codes.view(index, view).ok_or_else(|| sample.error("its picture could not be read"))?;
-                self.tasks.text_to_image.example(self.vocab, prompt, &codes, self.code_order, rng)
+                tasks.text_to_image.example(vocab, prompt, &codes, self.model.code_order, rng)
             }
         })
     }
 
-    /// Samples of the data set.
+    /// Samples of all sources.
     pub fn samples(&self) -> usize {
-        self.shards.len()
-    }
-
-    fn prompts(&self) -> &CaptionFields {
-        self.data.prompts.as_ref().unwrap_or(&self.data.captions)
-    }
-
-    fn picture(&self, sample: &Sample, rng: &mut impl Rng) -> Result<Rgb8> {
-        Ok(self.data.transform.load(sample, rng)?)
+        self.sources.iter().map(|source| source.open.shards.len()).sum()
     }
 
     /// A caption as ids, cut to what fits between a target's begin and end.
@@ -175,7 +267,7 @@ impl ExampleSource {
         if ids.is_empty() {
             return Err(sample.error("its caption has no token in the vocabulary").into());
         }
-        ids.truncate(self.max_text - 1);
+        ids.truncate(self.model.max_text as usize - 1);
         Ok((language(&caption), ids))
     }
 }

@@ -2,14 +2,13 @@
 
 use std::path::PathBuf;
 
-use m6_data::CaptionFields;
 use m6_runtime::optim::OptimizerConfig;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::generate::{DrawRequest, Sampling};
 use crate::model::ModelConfig;
-use crate::objectives::{DataConfig, TasksConfig};
+use crate::objectives::{DataConfig, SourceConfig, TasksConfig};
 
 /// A whole run: model, data, training.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -32,7 +31,7 @@ pub struct TrainConfig {
     pub model: ModelConfig,
     /// Training data.
     pub data: DataConfig,
-    /// Shares of the tasks.
+    /// Shares of the tasks, for sources without their own.
     pub tasks: TasksConfig,
     /// Length, batch and learning rate.
     pub schedule: ScheduleConfig,
@@ -73,9 +72,9 @@ pub struct TokenizerConfig {
 pub struct ScheduleConfig {
     /// Updates.
     pub steps: u64,
-    /// Tokens of one micro-batch; examples are packed until the next would not fit.
+    /// Tokens of one micro-batch, at most.
     pub tokens: usize,
-    /// Micro-batches of one update.
+    /// Micro-batches of one update, each of examples of its own.
     pub accumulation: u64,
     /// Highest learning rate.
     pub lr: f64,
@@ -91,8 +90,11 @@ pub struct ScheduleConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ValidationConfig {
-    /// Shards, with the captions and transforms of the training data.
+    /// Held-out shards.
     pub shards: Vec<String>,
+    /// The source of training data whose texts and tasks they share; may be absent where there is only one.
+    #[serde(default)]
+    pub source: Option<String>,
     /// Steps between validations.
     pub every: u64,
     /// Examples of each task.
@@ -124,6 +126,51 @@ impl SamplesConfig {
 }
 
 impl TrainConfig {
+    /// The tasks that a source serves.
+    pub fn tasks_of<'a>(&'a self, source: &'a SourceConfig) -> &'a TasksConfig {
+        source.tasks.as_ref().unwrap_or(&self.tasks)
+    }
+
+    /// The source whose texts and tasks a validation is about.
+    ///
+    /// # Errors
+    /// When there is no such source, or several and none is named.
+    pub fn validated_source(&self, validation: &ValidationConfig) -> Result<(&str, &SourceConfig)> {
+        let sources = &self.data.sources;
+        let names = || sources.keys().map(String::as_str).collect::<Vec<_>>().join(", ");
+        let problem = match &validation.source {
+            Some(name) => match sources.get_key_value(name) {
+                Some((name, source)) => return Ok((name, source)),
+                None => format!("validation.source = \"{name}\": expected one of {}", names()),
+            },
+            None => match sources.iter().next() {
+                Some((name, source)) if sources.len() == 1 => return Ok((name, source)),
+                _ => format!("validation.source is missing: expected one of {}", names()),
+            },
+        };
+        Err(Error::Usage(problem))
+    }
+
+    fn validate_sources(&self) -> Result<()> {
+        self.tasks.validate().map_err(Error::Usage)?;
+        if self.data.sources.is_empty() {
+            return Err(Error::Usage("data.sources: expected at least one source".into()));
+        }
+        for (name, source) in &self.data.sources {
+            let tasks = self.tasks_of(source);
+            let at = |problem: String| Error::Usage(format!("data.sources.{name}.{problem}"));
+            source.validate(tasks).map_err(at)?;
+            if tasks.text_to_image.shuffled > 0.0 && !self.model.any_order {
+                return Err(Error::Usage(
+                    "tasks.text_to_image.shuffled is above 0: expected model.any_order = true, so that the model \
+                     knows which code comes next"
+                        .into(),
+                ));
+            }
+        }
+        self.validation.as_ref().map_or(Ok(()), |validation| self.validated_source(validation).map(drop))
+    }
+
     /// Finds what no single key shows to be wrong.
     ///
     /// # Errors
@@ -131,21 +178,13 @@ impl TrainConfig {
     pub fn validate(&self) -> Result<()> {
         let usage = |problem: String| Err(Error::Usage(problem));
         self.model.validate().map_err(|problem| Error::Usage(format!("model.{problem}")))?;
-        self.tasks.validate().map_err(Error::Usage)?;
-        if self.tasks.text_to_image.shuffled > 0.0 && !self.model.any_order {
-            return usage(
-                "tasks.text_to_image.shuffled is above 0: expected model.any_order = true, so that the model knows \
-                 which code comes next"
-                    .into(),
-            );
-        }
+        self.validate_sources()?;
         let positive = [
             ("schedule.steps", self.schedule.steps),
             ("schedule.tokens", self.schedule.tokens as u64),
             ("schedule.accumulation", self.schedule.accumulation),
             ("log_every", self.log_every),
             ("checkpoint_every", self.checkpoint_every),
-            ("data.code_views", self.data.code_views as u64),
             ("data.workers", self.data.workers as u64),
         ];
         let validation = self.validation.iter().map(|v| ("validation.examples", v.examples));
@@ -154,12 +193,6 @@ impl TrainConfig {
             positive.into_iter().chain(validation).chain(samples).find(|(_, value)| *value == 0)
         {
             return usage(format!("{key} = 0: expected 1 or more"));
-        }
-        let fields = [Some(&self.data.captions), self.data.prompts.as_ref()];
-        for field in fields.into_iter().flatten().flat_map(CaptionFields::fields) {
-            if let Some(lang) = field.lang.as_deref().filter(|lang| !matches!(*lang, "zh" | "en")) {
-                return usage(format!("data: lang = \"{lang}\": expected zh or en"));
-            }
         }
         if self.tokenizer.file.is_some() == self.tokenizer.train.is_some() {
             return usage("tokenizer: expected either `file` or `train`, not both".into());

@@ -1,5 +1,6 @@
 //! The stream of packed batches: made ahead on threads of its own, resumable at any of them.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
@@ -10,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tch::Device;
 
 use crate::error::{Error, Result};
-use crate::model::{Positions, Transformer, Vocab};
+use crate::model::{Positions, Vocab};
 use crate::objectives::{Batch, Example, ExampleSource, HostBatch, Skipped, lay_out};
 
 /// Examples that each worker makes ahead.
@@ -18,16 +19,42 @@ const EXAMPLES_AHEAD: usize = 64;
 /// Batches that are packed ahead.
 const BATCHES_AHEAD: usize = 2;
 
-/// Where in its data a run is.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+/// Where in its data a run is: the micro-batches of an update come from a stream each, and each stream has its own examples,
+/// every n-th of the run. So the examples of an update do not depend on how many processes share its streams.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Place {
-    /// Ordinal of the first example that was not looked at yet.
-    pub position: u64,
-    /// Ordinals of the examples before it that are in none of the batches so far, the longest waiting first.
-    pub waiting: Vec<u64>,
+    /// Of each stream of this process.
+    streams: BTreeMap<usize, StreamPlace>,
+}
+
+/// Where in its examples, which it counts from 0, a stream is.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct StreamPlace {
+    /// The first example that was not looked at yet.
+    position: u64,
+    /// Examples before it that are in none of the batches so far, the longest waiting first.
+    waiting: Vec<u64>,
     /// Samples that could not be used so far.
-    pub skipped: u64,
+    skipped: u64,
+}
+
+impl Place {
+    /// The start of a run with these streams.
+    pub fn start(streams: impl IntoIterator<Item = usize>) -> Self {
+        Self { streams: streams.into_iter().map(|stream| (stream, StreamPlace::default())).collect() }
+    }
+
+    /// Examples that were looked at.
+    pub fn examples(&self) -> u64 {
+        self.streams.values().map(|stream| stream.position).sum()
+    }
+
+    /// Samples that could not be used.
+    pub fn skipped(&self) -> u64 {
+        self.streams.values().map(|stream| stream.skipped).sum()
+    }
 }
 
 /// Batches of examples in the order of the run.
@@ -39,47 +66,46 @@ pub struct Feed {
     waited: Duration,
 }
 
-/// A batch and where the run is after it.
+/// A batch and where its stream is after it.
 struct Packed {
+    stream: usize,
     batch: HostBatch,
-    place: Place,
+    place: StreamPlace,
+}
+
+/// What batches are made of, and how.
+#[derive(Debug, Clone, Copy)]
+pub struct Recipe {
+    /// Streams of the run, over all processes: micro-batches of an update.
+    pub streams: usize,
+    /// Threads that make examples.
+    pub workers: usize,
+    /// Tokens of a micro-batch.
+    pub tokens: usize,
+    /// The model's vocabulary.
+    pub vocab: Vocab,
+    /// Its positions.
+    pub positions: Positions,
+    /// Where batches go.
+    pub device: Device,
 }
 
 impl Feed {
-    /// Starts at `place` in the run with `workers` threads that make examples, and one that packs them into rows of
-    /// `tokens`.
+    /// Starts at `place` in the run, whose streams take turns; one thread packs their examples into rows.
     ///
     /// # Errors
     /// When the system refuses a thread, or an example that waited cannot be made again.
-    pub fn start(
-        source: Arc<ExampleSource>,
-        place: Place,
-        workers: usize,
-        tokens: usize,
-        transformer: &Transformer,
-        device: Device,
-    ) -> Result<Self> {
-        let (vocab, positions) = (transformer.vocab(), transformer.positions());
-        let item =
-            move |ordinal, value: Example| Item { ordinal, tokens: value.tokens(positions.patches()), value };
-        let waiting: Vec<_> =
-            place.waiting.iter().map(|&at| Ok(item(at, source.example(at)?))).collect::<Result<_>>()?;
-        let ahead = EXAMPLES_AHEAD * workers;
-        let loader = Loader::start(place.position, workers, ahead, move |at| {
-            source.example(at).map(|example| item(at, example))
-        })?;
-        let mut packing = Packing {
-            loader,
-            packer: RowPacker::resume(tokens, waiting),
-            skipped: Skipped::resume(place.skipped),
-            vocab,
-            positions,
-            fill_to: device.is_cuda().then_some(tokens),
-        };
+    pub fn start(source: &Arc<ExampleSource>, place: Place, recipe: Recipe) -> Result<Self> {
+        let workers = recipe.workers.div_ceil(place.streams.len().max(1));
+        let mut streams = place
+            .streams
+            .iter()
+            .map(|(&stream, place)| Stream::start(source.clone(), stream, place, workers, &recipe))
+            .collect::<Result<Vec<_>>>()?;
         let (sender, batches) = sync_channel(BATCHES_AHEAD);
         let thread = std::thread::Builder::new()
             .name("m6-pack".into())
-            .spawn(move || packing.run(&sender))
+            .spawn(move || take_turns(&mut streams, &sender))
             .map_err(|error| Error::Usage(format!("no thread for packing batches: {error}")))?;
         Ok(Self { batches: Some(batches), thread: Some(thread), place, waited: Duration::ZERO })
     }
@@ -111,7 +137,7 @@ impl Feed {
             }
         };
         let packed = packed?;
-        self.place = packed.place;
+        self.place.streams.insert(packed.stream, packed.place);
         packed.batch.upload(device)
     }
 }
@@ -126,39 +152,150 @@ impl Drop for Feed {
     }
 }
 
-struct Packing {
-    loader: Loader<Result<Item<Example>>>,
-    packer: RowPacker<Example>,
-    skipped: Skipped,
-    vocab: Vocab,
-    positions: Positions,
-    fill_to: Option<usize>,
-}
-
-impl Packing {
-    fn run(&mut self, sender: &SyncSender<Result<Packed>>) {
-        loop {
-            let packed = self.next();
+fn take_turns(streams: &mut [Stream], sender: &SyncSender<Result<Packed>>) {
+    loop {
+        for stream in &mut *streams {
+            let packed = stream.next();
             let failed = packed.is_err();
             if sender.send(packed).is_err() || failed {
                 return;
             }
         }
     }
+}
+
+/// The examples of a stream on their way into rows.
+struct Stream {
+    number: usize,
+    loader: Loader<Result<Item<Example>>>,
+    packer: RowPacker<Example>,
+    skipped: Skipped,
+    recipe: Recipe,
+}
+
+impl Stream {
+    fn start(
+        source: Arc<ExampleSource>,
+        number: usize,
+        place: &StreamPlace,
+        workers: usize,
+        recipe: &Recipe,
+    ) -> Result<Self> {
+        let (patches, streams) = (recipe.positions.patches(), recipe.streams as u64);
+        let make = move |ordinal: u64| -> Result<Item<Example>> {
+            let value = source.example(ordinal * streams + number as u64)?;
+            Ok(Item { ordinal, tokens: value.tokens(patches), value })
+        };
+        let waiting: Vec<_> = place.waiting.iter().map(|&ordinal| make(ordinal)).collect::<Result<_>>()?;
+        Ok(Self {
+            number,
+            loader: Loader::start(place.position, workers, EXAMPLES_AHEAD * workers, make)?,
+            packer: RowPacker::resume(recipe.tokens, waiting),
+            skipped: Skipped::resume(place.skipped),
+            recipe: *recipe,
+        })
+    }
 
     /// Samples that cannot be used are named on stderr, counted and left out.
     fn next(&mut self) -> Result<Packed> {
+        let Recipe { tokens, vocab, positions, device, .. } = self.recipe;
         loop {
             let (ordinal, made) =
                 self.loader.next().ok_or_else(|| Error::Usage("the loader has stopped".into()))??;
             let Some(item) = self.skipped.check(made)? else { continue };
             if let Some(row) = self.packer.push(item) {
                 let examples = row.into_iter().map(|item| item.value);
-                let batch = lay_out(self.vocab, self.positions, examples, self.fill_to)?;
+                let fill_to = device.is_cuda().then_some(tokens);
+                let batch = lay_out(vocab, positions, examples, fill_to)?;
                 let waiting = self.packer.waiting().collect();
-                let place = Place { position: ordinal + 1, waiting, skipped: self.skipped.count() };
-                return Ok(Packed { batch, place });
+                let place = StreamPlace { position: ordinal + 1, waiting, skipped: self.skipped.count() };
+                return Ok(Packed { stream: self.number, batch, place });
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use m6_data::{ShardSet, ShardWriter, train_bpe};
+    use tch::Tensor;
+
+    use super::*;
+    use crate::model::CodeOrder;
+    use crate::objectives::{ModelView, OpenSource, SourceConfig};
+
+    const STREAMS: usize = 4;
+
+    /// A source of short texts; its shards are in the folder.
+    fn source() -> (tempfile::TempDir, Arc<ExampleSource>, Recipe) {
+        let dir = tempfile::tempdir().unwrap();
+        let texts: Vec<String> =
+            (0..23).map(|i| format!("text {i} of {}", "many ".repeat(i % 5 + 1))).collect();
+        let mut writer = ShardWriter::create(dir.path(), "texts", u64::MAX).unwrap();
+        for (i, text) in texts.iter().enumerate() {
+            writer.write(&i.to_string(), &[("txt", text.as_bytes())]).unwrap();
+        }
+        let shards: Vec<String> =
+            writer.finish().unwrap().iter().map(|path| path.display().to_string()).collect();
+        let tokenizer = train_bpe(texts.into_iter(), 300).unwrap();
+        let vocab = Vocab { text: tokenizer.vocab_size() as i64, codes: 4 };
+        let config: SourceConfig = toml::from_str(&format!(
+            "shards = {shards:?}\ncaptions = [{{ member = \"txt\" }}]\ntasks = {{ language_modelling = 1.0, text_denoising = 1.0 }}"
+        ))
+        .unwrap();
+        let open = OpenSource {
+            name: "texts".into(),
+            tasks: config.tasks.clone().unwrap(),
+            shards: ShardSet::open(&shards).unwrap(),
+            codes: None,
+            config,
+        };
+        let view = ModelView { vocab, max_text: 32, resolution: 16, code_order: CodeOrder::Rows };
+        let source = ExampleSource::new(vec![open], 1, tokenizer, view).unwrap();
+        let positions = Positions { text: 32, patch_grid: 1, code_grid: 1 };
+        let recipe =
+            Recipe { streams: STREAMS, workers: 2, tokens: 64, vocab, positions, device: Device::Cpu };
+        (dir, Arc::new(source), recipe)
+    }
+
+    /// The ids of the next batches, and where the feed is then.
+    fn take(
+        source: &Arc<ExampleSource>,
+        place: Place,
+        recipe: Recipe,
+        batches: usize,
+    ) -> (Vec<Tensor>, Place) {
+        let mut feed = Feed::start(source, place, recipe).unwrap();
+        let ids = (0..batches).map(|_| feed.next_batch(Device::Cpu).unwrap().tokens.ids).collect();
+        (ids, feed.place().clone())
+    }
+
+    #[test]
+    fn the_batches_of_an_update_do_not_depend_on_the_processes_that_share_them() {
+        const UPDATES: usize = 12;
+        let (_dir, source, recipe) = source();
+        let (alone, end) = take(&source, Place::start(0..STREAMS), recipe, UPDATES * STREAMS);
+        assert!(end.examples() > 2 * 23, "into the third epoch");
+        for (i, batch) in alone.iter().enumerate() {
+            assert!(!alone[..i].contains(batch), "batch {i} comes twice");
+        }
+        // Two processes, of which each has every other stream, stop in mid-epoch; one goes on.
+        for stop in [1, 5] {
+            let mut updates: Vec<Vec<Vec<Tensor>>> = (0..stop).map(|_| Vec::new()).collect();
+            let mut streams = BTreeMap::new();
+            for rank in 0..2 {
+                let (batches, place) =
+                    take(&source, Place::start((rank..STREAMS).step_by(2)), recipe, stop * STREAMS / 2);
+                for (update, batches) in updates.iter_mut().zip(batches.chunks(STREAMS / 2)) {
+                    update.push(batches.iter().map(Tensor::shallow_clone).collect::<Vec<_>>());
+                }
+                streams.extend(place.streams);
+            }
+            let (rest, place) = take(&source, Place { streams }, recipe, (UPDATES - stop) * STREAMS);
+            let together =
+                updates.iter().flat_map(|ranks| (0..STREAMS).map(|stream| &ranks[stream % 2][stream / 2]));
+            assert!(together.chain(&rest).eq(&alone), "stopped after {stop}");
+            assert_eq!(place, end);
         }
     }
 }

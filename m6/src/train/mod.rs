@@ -4,6 +4,7 @@ mod checkpoint;
 mod config;
 mod feed;
 mod loss;
+mod sources;
 mod texts;
 mod validation;
 mod window;
@@ -11,8 +12,8 @@ mod window;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use m6_data::Rgb8;
 use m6_data::tokenizer::{Tokenizer, train_bpe};
-use m6_data::{Rgb8, ShardSet};
 use m6_run::{Checkpoints, MetricLog, Progress, RunDir, Schedule, StopFlag};
 use m6_runtime::device::{device, memory, set_tf32};
 use m6_runtime::optim::{Ema, Optimizer};
@@ -26,8 +27,9 @@ pub use texts::texts;
 use crate::error::{Error, Result};
 use crate::generate::{draw, rows_grid};
 use crate::model::{Mode, Model};
-use crate::objectives::{CodeRecipe, CodeTable, ExampleSource, ModelView, Task};
-use feed::{Feed, Place};
+use crate::objectives::{ExampleSource, ModelView, OpenSource};
+use feed::{Feed, Place, Recipe};
+use sources::Opening;
 use validation::Validation;
 use window::Window;
 
@@ -92,43 +94,20 @@ impl Trainer {
         tch::manual_seed(config.seed as i64);
         let checkpoints = Checkpoints::new(run.checkpoints(), config.keep)?;
         let resumed = checkpoints.latest()?;
-        let shards = ShardSet::open(&config.data.shards)?;
-        for flaw in shards.flaws() {
-            eprintln!("m6: {flaw}");
-        }
         let vqgan = Vqgan::load(&config.vqgan, device)?;
-        let tokenizer = open_tokenizer(&config, &run, &shards, resumed.is_some())?;
-        let codes = if config.tasks.weight(Task::TextToImage) > 0.0 {
-            let recipe = CodeRecipe {
-                shards: &shards,
-                transform: &config.data.code_transform,
-                views: config.data.code_views,
-                seed: config.seed,
-                workers: config.data.workers,
-                patterns: &config.data.shards,
-            };
-            Some(Arc::new(CodeTable::open_or_make(run.path(), &recipe, &vqgan, device)?))
-        } else {
-            None
-        };
+        let opening = Opening { run: run.path(), seed: config.seed, workers: config.data.workers, device };
+        let sources = config
+            .data
+            .sources
+            .iter()
+            .map(|(name, source)| opening.open(name, source.clone(), config.tasks_of(source).clone(), &vqgan))
+            .collect::<Result<Vec<_>>>()?;
+        let tokenizer = open_tokenizer(&config, &run, &sources, resumed.is_some())?;
         let model = Model::new(&config.model, tokenizer, vqgan, device, config.seed)?;
-        let view = ModelView {
-            vocab: model.info.vocab,
-            max_text: config.model.max_text,
-            resolution: config.model.patches.resolution,
-            code_order: config.model.code_order,
-        };
-        let source = ExampleSource::new(
-            shards,
-            config.seed,
-            config.data.clone(),
-            config.tasks.clone(),
-            model.tokenizer.clone(),
-            codes,
-            view,
-        )?;
+        let source =
+            ExampleSource::new(sources, config.seed, model.tokenizer.clone(), ModelView::of(&model))?;
         let validation =
-            config.validation.as_ref().map(|v| Validation::open(&config, v, &run, &model)).transpose()?;
+            config.validation.as_ref().map(|v| Validation::open(&config, v, &opening, &model)).transpose()?;
 
         if let (Some(dir), None) = (&config.init, &resumed) {
             model.load_weights(dir)?;
@@ -144,7 +123,7 @@ impl Trainer {
             Some((step, dir)) => {
                 (*step, checkpoint::read(dir, &model, &mut optimizer, &mut ema, &mut window)?)
             }
-            None => (0, Place::default()),
+            None => (0, Place::start(0..config.schedule.accumulation as usize)),
         };
         let log = MetricLog::open(&run, (step > 0).then_some(step))?;
         let progress = Progress::new(config.schedule.steps, step);
@@ -181,14 +160,15 @@ impl Trainer {
             total_steps: plan.steps,
             min_ratio: plan.min_ratio,
         };
-        let mut feed = Feed::start(
-            self.source.clone(),
-            self.place.clone(),
-            self.config.data.workers,
-            plan.tokens,
-            &self.model.transformer,
-            self.device,
-        )?;
+        let recipe = Recipe {
+            streams: plan.accumulation as usize,
+            workers: self.config.data.workers,
+            tokens: plan.tokens,
+            vocab: self.model.transformer.vocab(),
+            positions: self.model.transformer.positions(),
+            device: self.device,
+        };
+        let mut feed = Feed::start(&self.source, self.place.clone(), recipe)?;
         while self.step < plan.steps && !stop.requested() {
             self.optimizer.zero_grad()?;
             for _ in 0..plan.accumulation {
@@ -245,10 +225,15 @@ impl Trainer {
             ("tokens_per_s".into(), rate),
             ("fill".into(), report.tokens_per_batch / self.config.schedule.tokens as f64),
             ("data_wait".into(), feed.take_waited().as_secs_f64() / report.seconds),
-            ("skipped_samples".into(), self.place.skipped as f64),
+            ("skipped_samples".into(), self.place.skipped() as f64),
             ("memory_peak_bytes".into(), memory(self.device)?.peak as f64),
         ];
         row.extend(report.tasks.iter().map(|(task, loss)| (format!("loss/{}", task.name()), *loss)));
+        row.extend(
+            self.source
+                .epochs(self.place.examples())
+                .map(|(name, epochs)| (format!("epochs/{name}"), epochs)),
+        );
         row.extend(report.expert_spread.map(|spread| ("expert_load_cv".to_string(), spread)));
         self.scalars(&row)
     }
@@ -301,7 +286,7 @@ impl Trainer {
 fn open_tokenizer(
     config: &TrainConfig,
     run: &RunDir,
-    shards: &ShardSet,
+    sources: &[OpenSource],
     is_resumed: bool,
 ) -> Result<Tokenizer> {
     let kept = run.path().join(TOKENIZER);
@@ -311,8 +296,12 @@ fn open_tokenizer(
     let tokenizer = match (&config.tokenizer.file, config.tokenizer.train) {
         (Some(file), _) => Tokenizer::load(file)?,
         (None, size) => {
-            let fields: Vec<_> = [&config.data.captions].into_iter().chain(&config.data.prompts).collect();
-            train_bpe(texts(shards, &fields, || ())?.into_iter(), size.unwrap_or_default())?
+            let mut found = Vec::new();
+            for OpenSource { config, shards, .. } in sources {
+                let fields: Vec<_> = [&config.captions].into_iter().chain(&config.prompts).collect();
+                found.extend(texts(shards, &fields, || ())?);
+            }
+            train_bpe(found.into_iter(), size.unwrap_or_default())?
         }
     };
     tokenizer.save(&kept)?;

@@ -1,18 +1,14 @@
 //! Losses on held-out data, task by task, with the averaged weights.
 
-use std::sync::Arc;
-
-use m6_data::{Item, RowPacker, ShardSet, Transform};
-use m6_run::RunDir;
+use m6_data::{Item, RowPacker, Transform};
 use tch::{Device, Kind, Tensor};
 
 use super::config::{TrainConfig, ValidationConfig};
 use super::loss::losses;
+use super::sources::Opening;
 use crate::error::Result;
 use crate::model::{Mode, Model};
-use crate::objectives::{
-    CodeRecipe, CodeTable, DataConfig, Example, ExampleSource, ModelView, Skipped, Task, lay_out,
-};
+use crate::objectives::{Example, ExampleSource, ModelView, Skipped, SourceConfig, Task, lay_out};
 
 /// Held-out examples.
 pub(super) struct Validation {
@@ -27,42 +23,27 @@ impl Validation {
     pub(super) fn open(
         config: &TrainConfig,
         settings: &ValidationConfig,
-        run: &RunDir,
+        opening: &Opening,
         model: &Model,
     ) -> Result<Self> {
-        let shards = ShardSet::open(&settings.shards)?;
-        let device = model.params.device();
-        let code_transform = Transform::centered(model.vqgan.config().resolution as u32);
-        let codes = if config.tasks.weight(Task::TextToImage) > 0.0 {
-            let recipe = CodeRecipe {
-                shards: &shards,
-                transform: &code_transform,
-                views: 1,
-                seed: config.seed,
-                workers: config.data.workers,
-                patterns: &settings.shards,
-            };
-            Some(Arc::new(CodeTable::open_or_make(run.path(), &recipe, &model.vqgan, device)?))
-        } else {
-            None
-        };
-        let tasks: Vec<Task> =
-            Task::ALL.into_iter().filter(|task| config.tasks.weight(*task) > 0.0).collect();
-        let mut shares = config.tasks.clone();
+        let (name, source) = config.validated_source(settings)?;
+        let mut shares = config.tasks_of(source).clone();
         shares.text_to_image.drop_prompt = 0.0;
         shares.text_to_image.noise = 0.0;
         // Drawings are made in the model's own order.
         shares.text_to_image.shuffled = 0.0;
-        let view = ModelView {
-            vocab: model.info.vocab,
-            max_text: model.info.model.max_text,
-            resolution: model.info.model.patches.resolution,
-            code_order: model.info.model.code_order,
+        let tasks = Task::ALL.into_iter().filter(|task| shares.weight(*task) > 0.0).collect();
+        let held_out = SourceConfig {
+            shards: settings.shards.clone(),
+            epochs: None,
+            transform: Some(Transform::centered(model.info.model.patches.resolution as u32)),
+            code_transform: Some(Transform::centered(model.vqgan.config().resolution as u32)),
+            code_views: 1,
+            ..source.clone()
         };
-        let data =
-            DataConfig { transform: Transform::centered(view.resolution as u32), ..config.data.clone() };
-        let tokenizer = model.tokenizer.clone();
-        let source = ExampleSource::new(shards, config.seed, data, shares, tokenizer, codes, view)?;
+        let source = opening.open(name, held_out, shares, &model.vqgan)?;
+        let source =
+            ExampleSource::new(vec![source], config.seed, model.tokenizer.clone(), ModelView::of(model))?;
         Ok(Self { source, tasks, examples: settings.examples, tokens: config.schedule.tokens })
     }
 

@@ -124,7 +124,6 @@ mod tests {
             z_channels: 32,
             codebook_size: 2,
             code_dim: 2,
-            blank_code: false,
         };
         Encoder::new(&(&params / "encoder"), &config);
         Decoder::new(&(&params / "decoder"), &config);

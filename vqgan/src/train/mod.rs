@@ -290,7 +290,7 @@ mod tests {
         keep = 2
         data = { shards = ["SHARD"], transform = "random_crop:16", workers = 2 }
         validation = { shards = ["SHARD"], transform = "center_crop:16", every = 3, samples = 6 }
-        model = { resolution = 16, ch = 32, ch_mult = [1, 1], num_res_blocks = 1, z_channels = 8, codebook_size = 16, code_dim = 4, blank_code = true }
+        model = { resolution = 16, ch = 32, ch_mult = [1, 1], num_res_blocks = 1, z_channels = 8, codebook_size = 16, code_dim = 4 }
         loss = { l1 = 1.0, gradient = 0.5, ssim = 0.2, codebook = 1.0, commitment = 0.25 }
         codebook = { warmup = 2, decay = 0.5, threshold = 0.5, until = 0.9 }
         discriminator = { layers = 1, lr = 1e-4, start = 0.5, alone = 1, ramp = 2, weight = 0.1, feature_matching = 1.0 }
