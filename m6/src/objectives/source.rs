@@ -21,7 +21,7 @@ use crate::model::{CodeOrder, Language, Vocab};
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// Files, globs or brace lists.
+    /// Files, globs, urls, commands or brace lists.
     pub shards: Vec<String>,
     /// Texts that the model learns to write about a picture.
     pub captions: CaptionFields,
