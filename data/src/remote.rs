@@ -183,7 +183,6 @@ mod tests {
             ("/silence", "operation timed out"),
         ] {
             let error = fetch(&server.url(path)).unwrap_err().to_string();
-            eprintln!("{error}");
             assert!(error.starts_with(&format!("cannot fetch {}: ", server.url(path))), "{error}");
             assert!(error.contains(expected) && !error.contains('\n'), "{error}");
             let broke_off = error.contains(": it broke off after 99999 bytes: ");
@@ -205,11 +204,8 @@ mod tests {
         assert_eq!(shown("s3://bucket/a/b.tar").unwrap(), "AmazonS3(bucket) a/b.tar");
         assert_eq!(shown("gs://bucket/a/b.tar").unwrap(), "GoogleCloudStorage(bucket) a/b.tar");
         assert_eq!(shown("https://host:8080/a/b.tar").unwrap(), "HttpStore a/b.tar");
-        for url in ["s3:///b.tar", "gs://", "http:///", "s3://bucket/../b.tar"] {
-            let error = shown(url).unwrap_err();
-            eprintln!("{error}");
-            assert!(error.starts_with(&format!("cannot fetch {url}: ")), "{error}");
-        }
+        let error = shown("s3://bucket/../b.tar").unwrap_err();
+        assert!(error.starts_with("cannot fetch s3://bucket/../b.tar: "), "{error}");
     }
 
     #[test]
@@ -225,13 +221,11 @@ mod tests {
         let known = builder().with_access_key_id("id").with_secret_access_key("secret");
         assert_eq!(get(known).unwrap(), [7; 10]);
         let error = get(builder()).unwrap_err().to_string();
-        eprintln!("{error}");
         assert!(error.starts_with("cannot fetch s3://bucket/a/b.tar: ") && !error.contains('\n'), "{error}");
 
         let url = "gs://bucket/a.tar";
         let builder = GoogleCloudStorageBuilder::new().with_service_account_path("/no/such/key.json");
         let error = failed(url, &gs(builder, "bucket", &HASTE).err().unwrap()).to_string();
-        eprintln!("{error}");
         assert!(
             error.starts_with(&format!("cannot fetch {url}: ")) && error.contains("/no/such/key.json"),
             "{error}"

@@ -69,6 +69,10 @@ impl Far {
         if url.contains('*') {
             return Err("a url is no glob; name its shards with a list like {000..017}".to_owned());
         }
+        let parts = url.split_once("://").and_then(|(_, rest)| rest.split_once('/'));
+        if parts.is_none_or(|(place, path)| place.is_empty() || path.is_empty()) {
+            return Err("expected a url like https://HOST/PATH or s3://BUCKET/PATH".to_owned());
+        }
         Ok(Self::Url(url.to_owned()))
     }
 
@@ -201,5 +205,14 @@ mod tests {
                 Err(reason) => assert!(reason.contains("--features remote"), "{reason}"),
             }
         }
+    }
+
+    #[test]
+    #[cfg(feature = "remote")]
+    fn a_url_names_one_shard() {
+        for url in ["s3:///a.tar", "gs://bucket", "gs://bucket/", "http:///"] {
+            assert!(Far::parse(url).unwrap_err().starts_with("expected a url like "), "{url}");
+        }
+        assert!(Far::parse("s3://bucket/*.tar").unwrap_err().contains("is no glob"));
     }
 }
