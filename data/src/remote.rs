@@ -117,7 +117,9 @@ fn gs(builder: GoogleCloudStorageBuilder, bucket: &str, patience: &Patience) -> 
 }
 
 fn http(base: &str, patience: &Patience) -> Store {
-    let builder = HttpBuilder::new().with_url(base).with_config(ClientConfigKey::AllowHttp, "true");
+    // A redirect must not lead from https to http.
+    let plain = base.starts_with("http://").to_string();
+    let builder = HttpBuilder::new().with_url(base).with_config(ClientConfigKey::AllowHttp, plain);
     let builder = patience
         .timeouts()
         .into_iter()
