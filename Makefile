@@ -12,6 +12,8 @@ TARGET_DIR := $(or $(CARGO_TARGET_DIR),target)
 FEATURES := $(if $(filter 1,$(CUDA)),--features cuda)
 # One profile and one set of packages for all, so that libtorch's bindings are compiled once.
 ALL := --release --workspace $(FEATURES)
+# The data crate once more, with a feature that the others do without.
+REMOTE := --release --package m6-data --features remote
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check bench fuzz clean
@@ -30,14 +32,15 @@ demo: setup ## pretrain a tiny model, draw and caption pictures: out/demo/index.
 test: export OMP_NUM_THREADS ?= 1
 test: setup ## all tests
 	@if cargo nextest --version >/dev/null 2>&1; then \
-		set -x; cargo nextest run $(ALL) && cargo test $(ALL) --doc; \
+		set -x; cargo nextest run $(ALL) && cargo nextest run $(REMOTE) && cargo test $(ALL) --doc; \
 	else \
-		set -x; cargo test $(ALL); \
+		set -x; cargo test $(ALL) && cargo test $(REMOTE); \
 	fi
 
 check: setup ## formatting, lints, documentation
 	cargo fmt --all --check
 	cargo clippy $(ALL) --all-targets -- -D warnings
+	cargo clippy $(REMOTE) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc $(ALL) --no-deps
 
 bench: setup ## benchmarks

@@ -24,6 +24,17 @@ pub enum DataError {
         /// What is wrong with it.
         reason: String,
     },
+    /// A shard behind a url or command that did not come whole.
+    #[error("cannot fetch {shard}: {reason}")]
+    Fetch {
+        /// The url, or the command with its `pipe:`.
+        shard: String,
+        /// What happened.
+        reason: String,
+    },
+    /// The folder of fetched shards cannot be used.
+    #[error("cache of shards: {0}")]
+    Cache(String),
     /// Bytes that are not a picture we can decode.
     #[error("broken picture: {0}")]
     Picture(String),
@@ -130,5 +141,10 @@ impl DataError {
     pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DataError {
         let path = path.to_owned();
         move |source| DataError::Io { action, path, source }
+    }
+
+    /// What became of a shard that is no file.
+    pub(crate) fn fetch(shard: &str, reason: impl Into<String>) -> Self {
+        Self::Fetch { shard: shard.to_owned(), reason: reason.into() }
     }
 }

@@ -17,6 +17,7 @@ use serde::Serialize;
 use crate::error::{DataError, Result};
 use crate::pattern::resolve;
 use crate::shard::split_key;
+use crate::source::Source;
 use crate::tar_index::{BLOCK, Member, TarIndex, is_header_of_file};
 use crate::writer::write_atomic;
 
@@ -37,9 +38,16 @@ pub struct IndexReport {
 /// Writes an index beside each shard named by `patterns`; `progress` is called with (done, all) after each shard.
 ///
 /// # Errors
-/// No pattern, a pattern without a match, a shard that cannot be read, or an index that cannot be written.
+/// No pattern, one that names no file, a shard that cannot be read, or an index that cannot be written.
 pub fn write_indexes(patterns: &[String], mut progress: impl FnMut(usize, usize)) -> Result<IndexReport> {
-    let shards = resolve(patterns)?;
+    let shards = resolve(patterns)?.into_iter().map(|source| match source {
+        Source::File(path) => Ok(path),
+        Source::Far(far) => {
+            let reason = "an index stands beside a file, and this is none".to_owned();
+            Err(DataError::Pattern { pattern: far.name().to_owned(), reason })
+        }
+    });
+    let shards = shards.collect::<Result<Vec<_>>>()?;
     let mut report = IndexReport::default();
     for (done, shard) in shards.iter().enumerate() {
         let file = File::open(shard).map_err(DataError::io("open", shard))?;

@@ -24,6 +24,7 @@
 //! ```
 
 pub mod bench;
+mod cache;
 pub mod caption;
 pub mod error;
 pub mod flaw;
@@ -37,9 +38,12 @@ pub mod pack;
 pub mod packing;
 mod pattern;
 pub mod picture;
+#[cfg(feature = "remote")]
+mod remote;
 pub mod script;
 pub mod shard;
 pub mod sheet;
+mod source;
 pub mod stats;
 pub mod tar_index;
 #[cfg(test)]

@@ -1,34 +1,41 @@
-//! Names of shards: files, globs, brace lists.
+//! Names of shards: files, globs, urls, commands, and brace lists of them.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
 
 use crate::error::{DataError, Result};
+use crate::source::{Far, Source};
 
 /// A brace list may name at most this many shards.
 const MAX_EXPANSION: usize = 1 << 20;
 
-/// The files that the patterns name, in their order and sorted within each glob.
+/// The shards that the patterns name, in their order and sorted within each glob.
 ///
 /// # Errors
 /// No pattern, one that is malformed, or one that names nothing.
-pub(crate) fn resolve(patterns: &[String]) -> Result<Vec<PathBuf>> {
+pub(crate) fn resolve(patterns: &[String]) -> Result<Vec<Source>> {
     if patterns.is_empty() {
         let reason = "no files given, expected at least one".to_owned();
         return Err(DataError::Pattern { pattern: String::new(), reason });
     }
     let resolved = patterns.iter().map(|pattern| resolve_one(pattern)).collect::<Result<Vec<_>>>()?;
-    Ok(resolved.concat())
+    Ok(resolved.into_iter().flatten().collect())
 }
 
-fn resolve_one(pattern: &str) -> Result<Vec<PathBuf>> {
+fn resolve_one(pattern: &str) -> Result<Vec<Source>> {
     let fail = |reason: String| DataError::Pattern { pattern: pattern.to_owned(), reason };
     let mut alternatives = Vec::new();
     expand_braces(pattern, &mut alternatives).map_err(fail)?;
 
-    let mut paths = Vec::new();
+    let mut sources = Vec::new();
     let mut seen = HashSet::new();
     for alternative in alternatives {
+        if let Some(far) = Far::parse(&alternative).map_err(fail)? {
+            if seen.insert(PathBuf::from(far.name())) {
+                sources.push(Source::Far(far));
+            }
+            continue;
+        }
         let matches: Vec<PathBuf> = if alternative.contains(['*', '?', '[']) {
             let found = glob::glob(&alternative).map_err(|e| fail(format!("not a valid glob: {e}")))?;
             found.collect::<std::result::Result<_, _>>().map_err(|e| fail(e.to_string()))?
@@ -38,15 +45,15 @@ fn resolve_one(pattern: &str) -> Result<Vec<PathBuf>> {
         if matches.is_empty() {
             let named = if alternative == pattern { String::new() } else { format!(" (for {alternative})") };
             return Err(fail(format!(
-                "no such file{named}; expected a tar file, a glob or a list like {{000..017}}"
+                "no such file{named}; expected a tar file, a glob, a url, pipe:COMMAND or a list like {{000..017}}"
             )));
         }
         if let Some(folder) = matches.iter().find(|path| path.is_dir()) {
             return Err(fail(format!("{0} is a folder; for its shards write {0}/*.tar", folder.display())));
         }
-        paths.extend(matches.into_iter().filter(|path| seen.insert(path.clone())));
+        sources.extend(matches.into_iter().filter(|path| seen.insert(path.clone())).map(Source::File));
     }
-    Ok(paths)
+    Ok(sources)
 }
 
 /// Expands `{a,b}` and `{000..017}` (zero-padded like its bounds), also several in one pattern.
@@ -89,9 +96,9 @@ mod tests {
             std::fs::write(dir.path().join(format!("train-{n:03}.tar")), "").unwrap();
         }
         let names = |pattern: &str| {
-            let paths = resolve(&[dir.path().join(pattern).display().to_string()])?;
-            let name = |path: PathBuf| path.file_stem().unwrap().to_str().unwrap()[6..].to_owned();
-            Ok::<_, DataError>(paths.into_iter().map(name).collect::<Vec<_>>().join(" "))
+            let sources = resolve(&[dir.path().join(pattern).display().to_string()])?;
+            let name = |source: Source| source.name().file_stem().unwrap().to_str().unwrap()[6..].to_owned();
+            Ok::<_, DataError>(sources.into_iter().map(name).collect::<Vec<_>>().join(" "))
         };
         assert_eq!(names("train-{008..011}.tar").unwrap(), "008 009 010 011");
         assert_eq!(names("train-0{10,08}.tar").unwrap(), "010 008");

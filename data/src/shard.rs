@@ -3,27 +3,38 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use crate::cache::Cache;
 use crate::error::{DataError, Result};
 use crate::flaw::{Flaw, FlawClass};
 use crate::index_file;
 use crate::pattern::resolve;
 use crate::picture::Rgb8;
+use crate::source::Source;
 use crate::tar_index::{Defect, TarIndex};
 
 /// Extensions that hold a sample's picture, in the order in which they are looked for.
 pub const PICTURE_EXTENSIONS: [&str; 5] = ["webp", "png", "jpg", "jpeg", "bmp"];
 
-/// Threads that read the headers of shards.
+/// Threads that fetch shards and read their headers.
 const SCANNERS: usize = 16;
 
 /// An indexed set of shards. The index lives in memory, the samples' bytes stay on disk.
 #[derive(Debug, Default)]
 pub struct ShardSet {
-    shards: Vec<PathBuf>,
+    shards: Vec<Shard>,
     samples: Vec<SampleEntry>,
     flaws: Vec<Flaw>,
     bytes: u64,
+}
+
+#[derive(Debug)]
+struct Shard {
+    /// As the user named it, for messages.
+    name: PathBuf,
+    /// Where its bytes are: itself, or its file in the cache.
+    file: PathBuf,
 }
 
 #[derive(Debug)]
@@ -41,17 +52,25 @@ struct MemberEntry {
 }
 
 impl ShardSet {
-    /// Opens and indexes the shards named by `patterns`: each a file, a glob (`data/*.tar`) or a brace list
-    /// (`data/train-{000000..000017}.tar`), in the order given.
+    /// Opens and indexes the shards named by `patterns`, in the order given. Each is a file, a glob (`data/*.tar`), a url
+    /// (`http`, `https`, `s3`, `gs`; with the feature `remote`), a shell command that writes a shard (`pipe:COMMAND`), or a
+    /// brace list of these (`data/train-{000000..000017}.tar`).
+    ///
+    /// What is no file is first fetched whole into the folder that the environment variable `M6_CACHE` names, or taken from
+    /// there; see the crate's `cache` module.
     ///
     /// # Errors
-    /// No pattern, a pattern without a match, a shard that cannot be read, or one that holds no sample. Damage that leaves some
-    /// samples whole is reported by [`ShardSet::flaws`] instead.
+    /// No pattern, a pattern without a match, a shard that cannot be fetched or read, or one that holds no sample. Damage
+    /// that leaves some samples whole is reported by [`ShardSet::flaws`] instead.
     pub fn open(patterns: &[String]) -> Result<Self> {
+        Self::open_in(Cache::of_process, patterns)
+    }
+
+    /// As [`ShardSet::open`], with a cache that is asked for if one is needed.
+    fn open_in<'a>(cache: impl Fn() -> Result<&'a Cache> + Sync, patterns: &[String]) -> Result<Self> {
         let mut set = Self::default();
-        let shards = resolve(patterns)?;
-        for (path, scanned) in shards.iter().zip(scan_all(&shards, true)) {
-            set.add(path.clone(), scanned?)?;
+        for (name, scanned) in scan_all(&resolve(patterns)?, &cache, Care::Usual)? {
+            set.add(name, scanned?)?;
         }
         Ok(set)
     }
@@ -60,19 +79,20 @@ impl ShardSet {
     /// header is read, whatever an index says.
     ///
     /// # Errors
-    /// No pattern, or a pattern without a match.
+    /// No pattern, a pattern without a match, or no cache where one is needed.
     pub(crate) fn open_what_can_be_read(patterns: &[String]) -> Result<Self> {
+        Self::open_what_can_be_read_in(Cache::of_process, patterns)
+    }
+
+    fn open_what_can_be_read_in<'a>(
+        cache: impl Fn() -> Result<&'a Cache> + Sync,
+        patterns: &[String],
+    ) -> Result<Self> {
         let mut set = Self::default();
-        let shards = resolve(patterns)?;
-        for (path, scanned) in shards.iter().zip(scan_all(&shards, false)) {
-            let tried = scanned.and_then(|scanned| set.add(path.clone(), scanned));
+        for (name, scanned) in scan_all(&resolve(patterns)?, &cache, Care::Thorough)? {
+            let tried = scanned.and_then(|scanned| set.add(name.clone(), scanned));
             if let Err(error) = tried {
-                set.flaws.push(Flaw::of_shard(
-                    FlawClass::UnusableShard,
-                    path.clone(),
-                    None,
-                    error.to_string(),
-                ));
+                set.flaws.push(Flaw::of_shard(FlawClass::UnusableShard, name, None, error.to_string()));
             }
         }
         Ok(set)
@@ -88,9 +108,9 @@ impl ShardSet {
         self.samples.is_empty()
     }
 
-    /// The shard files, in order.
-    pub fn shards(&self) -> &[PathBuf] {
-        &self.shards
+    /// The shards as they were named, in order.
+    pub fn shards(&self) -> impl ExactSizeIterator<Item = &Path> {
+        self.shards.iter().map(|shard| shard.name.as_path())
     }
 
     /// Size of all shard files in bytes.
@@ -128,7 +148,13 @@ impl ShardSet {
     pub(crate) fn flaw(&self, index: usize, class: FlawClass, reason: String) -> Flaw {
         let entry = &self.samples[index];
         let offset = entry.members.iter().map(|member| member.offset).min();
-        Flaw { class, shard: self.shards[entry.shard].clone(), offset, key: Some(entry.key.clone()), reason }
+        Flaw {
+            class,
+            shard: self.shards[entry.shard].name.clone(),
+            offset,
+            key: Some(entry.key.clone()),
+            reason,
+        }
     }
 
     /// Key of sample `index`.
@@ -152,23 +178,23 @@ impl ShardSet {
         // a set may have more shards than a process may hold files, and unlike a memory map a failing read is an error
         // and not a signal.
         let mut bytes = vec![0; (end - start) as usize];
-        File::open(shard)
+        File::open(&shard.file)
             .and_then(|file| file.read_exact_at(&mut bytes, start))
-            .map_err(DataError::io("read", shard))?;
-        Ok(Sample { key: &entry.key, shard, members: &entry.members, start, bytes })
+            .map_err(DataError::io("read", &shard.name))?;
+        Ok(Sample { key: &entry.key, shard: &shard.name, members: &entry.members, start, bytes })
     }
 
     /// Adds a shard by what [`scan`] found in it.
-    fn add(&mut self, path: PathBuf, scanned: Scanned) -> Result<()> {
-        let Scanned { bytes, index, unused_index } = scanned;
+    fn add(&mut self, name: PathBuf, scanned: Scanned) -> Result<()> {
+        let Scanned { file, bytes, index, unused_index } = scanned;
         let damage = |defect: &Defect| {
             let (offset, reason) = (Some(defect.offset), defect.reason.clone());
-            Flaw::of_shard(FlawClass::DamagedShard, path.clone(), offset, reason)
+            Flaw::of_shard(FlawClass::DamagedShard, name.clone(), offset, reason)
         };
         let mut flaws: Vec<Flaw> = index.defects.iter().map(damage).collect();
         flaws.extend(unused_index.map(|reason| {
             let reason = format!("its .idx is not used: {reason}");
-            Flaw::of_shard(FlawClass::UnusedIndex, path.clone(), None, reason)
+            Flaw::of_shard(FlawClass::UnusedIndex, name.clone(), None, reason)
         }));
 
         let shard = self.shards.len();
@@ -180,7 +206,7 @@ impl ShardSet {
                 Some(sample) if sample.members.iter().any(|m| m.extension == entry.extension) => {
                     flaws.push(Flaw {
                         class: FlawClass::DuplicateMember,
-                        shard: path.clone(),
+                        shard: name.clone(),
                         offset: Some(entry.offset),
                         key: Some(key.to_owned()),
                         reason: format!("two members .{}, the first is used", entry.extension),
@@ -191,21 +217,21 @@ impl ShardSet {
             }
         }
         if index.defects.last().is_some_and(|d| d.fatal) {
-            flaws.extend(self.drop_half_sample(first, &path));
+            flaws.extend(self.drop_half_sample(first, &name));
         }
         if self.samples.len() == first {
             let reason = match index.defects.last() {
-                Some(defect) => format!("{} holds no whole sample ({defect})", path.display()),
+                Some(defect) => format!("{} holds no whole sample ({defect})", name.display()),
                 None => format!(
                     "{} holds no sample (expected members such as KEY.webp and KEY.json)",
-                    path.display()
+                    name.display()
                 ),
             };
-            return Err(DataError::Pattern { pattern: path.display().to_string(), reason });
+            return Err(DataError::Pattern { pattern: name.display().to_string(), reason });
         }
         self.bytes += bytes;
         self.flaws.append(&mut flaws);
-        self.shards.push(path);
+        self.shards.push(Shard { name, file });
         Ok(())
     }
 
@@ -228,37 +254,79 @@ impl ShardSet {
 
 /// What a shard holds, before it is part of a set.
 struct Scanned {
+    file: PathBuf,
     bytes: u64,
     index: TarIndex,
     /// Why the index beside it was not used, where there is one.
     unused_index: Option<String>,
 }
 
-/// Scans shards on several threads, since each waits for the disk or the network; results in the order of the shards.
-fn scan_all(shards: &[PathBuf], by_index: bool) -> Vec<Result<Scanned>> {
-    let each = shards.len().div_ceil(SCANNERS).max(1);
-    std::thread::scope(|scope| {
-        let scan_part =
-            move |part: &[PathBuf]| part.iter().map(|path| scan(path, by_index)).collect::<Vec<_>>();
-        let threads: Vec<_> = shards.chunks(each).map(|part| scope.spawn(move || scan_part(part))).collect();
-        let scanned = threads.into_iter().map(|thread| thread.join());
-        scanned.flat_map(|part| part.unwrap_or_else(|panic| std::panic::resume_unwind(panic))).collect()
-    })
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Care {
+    /// Indexes are used, and the first shard that cannot be used is the last that is tried.
+    Usual,
+    /// Every shard is tried and all of its headers are read.
+    Thorough,
 }
 
-fn scan(path: &Path, by_index: bool) -> Result<Scanned> {
-    let file = File::open(path).map_err(DataError::io("open", path))?;
-    let bytes = file.metadata().map_err(DataError::io("read", path))?.len();
-    let indexed = if by_index { index_file::read(path, &file) } else { Ok(None) };
+/// Scans shards on several threads, since each waits for the disk or the network. Names and results in the order of the
+/// shards; with [`Care::Usual`] some behind a failure may be absent.
+///
+/// # Errors
+/// Those of `cache`.
+fn scan_all<'a>(
+    sources: &[Source],
+    cache: &(impl Fn() -> Result<&'a Cache> + Sync),
+    care: Care,
+) -> Result<Vec<(PathBuf, Result<Scanned>)>> {
+    // Before any is fetched, or one that is there could have to make room for another.
+    for source in sources {
+        if let Source::Far(far) = source {
+            cache()?.keep(far);
+        }
+    }
+    let next = AtomicUsize::new(0);
+    let scan_some = || {
+        let mut scanned = Vec::new();
+        loop {
+            let index = next.fetch_add(1, Ordering::Relaxed);
+            let Some(source) = sources.get(index) else { return scanned };
+            let result = scan(source, cache, care);
+            if result.is_err() && care == Care::Usual {
+                next.store(sources.len(), Ordering::Relaxed);
+            }
+            scanned.push((index, source.name(), result));
+        }
+    };
+    let mut scanned = std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..SCANNERS.min(sources.len())).map(|_| scope.spawn(scan_some)).collect();
+        let joined = threads.into_iter().map(|thread| thread.join());
+        joined
+            .flat_map(|some| some.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
+            .collect::<Vec<_>>()
+    });
+    scanned.sort_by_key(|&(index, ..)| index);
+    Ok(scanned.into_iter().map(|(_, name, result)| (name, result)).collect())
+}
+
+fn scan<'a>(source: &Source, cache: impl Fn() -> Result<&'a Cache>, care: Care) -> Result<Scanned> {
+    let (path, may_have_index) = match source {
+        Source::File(path) => (path.clone(), care == Care::Usual),
+        Source::Far(far) => (cache()?.fetch(far)?, false),
+    };
+    let name = source.name();
+    let file = File::open(&path).map_err(DataError::io("open", &name))?;
+    let bytes = file.metadata().map_err(DataError::io("read", &name))?.len();
+    let indexed = if may_have_index { index_file::read(&path, &file) } else { Ok(None) };
     let (members, unused_index) = match indexed {
         Ok(members) => (members, None),
         Err(reason) => (None, Some(reason)),
     };
     let index = match members {
         Some(members) => TarIndex { members, defects: Vec::new() },
-        None => TarIndex::read(file).map_err(DataError::io("read", path))?,
+        None => TarIndex::read(file).map_err(DataError::io("read", &name))?,
     };
-    Ok(Scanned { bytes, index, unused_index })
+    Ok(Scanned { file: path, bytes, index, unused_index })
 }
 
 /// One sample in memory: the members of a shard that share a key.
@@ -331,7 +399,7 @@ pub(crate) fn split_key(path: &str) -> Option<(&str, String)> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Members, shard};
+    use crate::testing::{Members, cat, shard};
 
     fn open(path: &Path) -> Result<ShardSet> {
         ShardSet::open(&[path.display().to_string()])
@@ -388,5 +456,81 @@ mod tests {
         assert_eq!(split("no_extension"), None);
         assert_eq!(split("a/.hidden"), None);
         assert_eq!(split("__index__.json"), None);
+    }
+
+    fn contents(set: &ShardSet) -> Vec<(String, Vec<Vec<u8>>)> {
+        let samples = (0..set.len()).map(|index| set.sample(index).unwrap());
+        samples.map(|s| (s.key.to_owned(), s.members().map(|(_, bytes)| bytes.to_vec()).collect())).collect()
+    }
+
+    #[test]
+    fn a_command_is_a_shard_under_its_own_name() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
+        let open = |pattern: &str| ShardSet::open_in(|| Ok(&cache), &[pattern.to_owned()]);
+        let members: Members = &[("txt", b"text"), ("png", b"broken")];
+        let path = shard(dir.path(), &[("a", members), ("b", members)]);
+        let (local, piped) = (self::open(&path).unwrap(), open(&cat(&path)).unwrap());
+        assert_eq!((contents(&piped), piped.identity()), (contents(&local), local.identity()));
+        assert_eq!(piped.shards().collect::<Vec<_>>(), [Path::new(&cat(&path))]);
+        let error = sample_image(&piped.sample(1).unwrap()).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("sample b of {}: ", cat(&path))), "{error}");
+
+        let cut = format!("pipe:head -c 3000 '{}'", path.display());
+        let cut_flaw = format!("{cut}, byte 3000: no end-of-archive mark, so the archive may have been cut");
+        let set = open(&cut).unwrap();
+        assert_eq!((set.len(), set.flaws()[0].to_string()), (1, cut_flaw));
+        let error = |pattern: &str| open(pattern).unwrap_err().to_string();
+        let none = "pipe:head -c 100 /dev/zero";
+        assert!(error(none).starts_with(&format!("shards \"{none}\": {none} holds no ")), "{}", error(none));
+        assert!(error("pipe:exit {3,4}").starts_with("cannot fetch pipe:exit 3: the command ended with "));
+
+        let patterns = ["pipe:exit {3,4}".to_owned(), cat(&path)];
+        let set = ShardSet::open_what_can_be_read_in(|| Ok(&cache), &patterns).unwrap();
+        let unusable: Vec<_> =
+            set.flaws().iter().map(|flaw| (flaw.class, flaw.shard.to_str().unwrap())).collect();
+        assert_eq!(unusable, ["pipe:exit 3", "pipe:exit 4"].map(|name| (FlawClass::UnusableShard, name)));
+        assert_eq!((set.len(), set.shards().len()), (2, 1));
+    }
+
+    #[test]
+    #[cfg(feature = "remote")]
+    fn a_set_of_urls_is_the_set_of_its_files() {
+        use crate::testing::{Answer, Server};
+
+        let dir = tempfile::tempdir().unwrap();
+        let names: [String; 20] = std::array::from_fn(|n| format!("/train-{n:03}.tar"));
+        let answers = names.each_ref().map(|name| {
+            let folder = dir.path().join("one");
+            let path = shard(&folder, &[(&name[1..10], &[("txt", name.as_bytes())]), ("b", &[("txt", b"")])]);
+            std::fs::rename(path, dir.path().join(&name[1..])).unwrap();
+            (name.as_str(), Answer::Whole(std::fs::read(dir.path().join(&name[1..])).unwrap()))
+        });
+        let server = Server::start(&answers);
+        let pattern = "/train-{000..019}.tar";
+        let local = ShardSet::open(&[format!("{}{pattern}", dir.path().display())]).unwrap();
+        for requests in [names.len(), 0] {
+            let before = server.requests().len();
+            let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
+            let set = ShardSet::open_in(|| Ok(&cache), &[server.url(pattern)]).unwrap();
+            assert_eq!((contents(&set), set.identity()), (contents(&local), local.identity()));
+            assert_eq!(set.shards().next(), Some(Path::new(&server.url(&names[0]))));
+            assert_eq!(server.requests().len() - before, requests);
+        }
+
+        let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
+        let absent = server.url("/absent-{0000..9999}.tar");
+        let error = ShardSet::open_in(|| Ok(&cache), &[absent]).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("cannot fetch {}: ", server.url("/absent-0000.tar"))), "{error}");
+        assert!(server.requests().len() < names.len() + 1000, "it ends with the first that is not there");
+    }
+
+    #[test]
+    #[cfg(not(feature = "remote"))]
+    fn urls_need_the_feature() {
+        let error = ShardSet::open(&["s3://bucket/train-{000..017}.tar".to_owned()]).unwrap_err().to_string();
+        let expected = "shards \"s3://bucket/train-{000..017}.tar\": this program was built without urls; build it \
+                        with `--features remote`";
+        assert_eq!(error, expected);
     }
 }

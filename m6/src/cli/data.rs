@@ -28,6 +28,14 @@ const SPREAD_COLUMNS: [&str; 6] = ["count", "min", "5 %", "median", "95 %", "max
 
 /// Make, summarise and look at shards of pictures and texts
 #[derive(Debug, clap::Subcommand)]
+#[command(
+    after_help = "Shards are files, globs, urls (http, https, s3, gs; in a build with the feature `remote`), commands \
+    that write a shard (`pipe:COMMAND`), or lists of these such as `train-{000..017}.tar`, in all commands that read shards \
+    and in configs. Credentials come from the environment, such as AWS_ACCESS_KEY_ID or GOOGLE_APPLICATION_CREDENTIALS.\n\n\
+    Urls and commands are fetched once and kept:\n  \
+    M6_CACHE        their folder; the default is m6/shards in $XDG_CACHE_HOME or ~/.cache\n  \
+    M6_CACHE_LIMIT  what it may hold, in bytes or such as 20G; the default is 100G"
+)]
 pub enum Command {
     /// Pack a folder of pictures, or a jsonl that names them, into shards
     Pack(PackArgs),
@@ -113,7 +121,7 @@ impl PackArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  m6 data info 'shards/train-*.tar'")]
 pub struct InfoArgs {
-    /// Shards: files, globs or lists such as `train-{000..017}.tar`
+    /// Shards: files, globs, urls, commands or lists such as `train-{000..017}.tar`; see `m6 data --help`
     #[arg(required = true)]
     shards: Vec<String>,
     /// Print the summary as one line of JSON
@@ -164,7 +172,7 @@ fn print_problems(broken: &Broken, warnings: &[String]) -> Result<()> {
     another encoding or size does, a crop does not, and plain pictures all do. A text is Han where it has a Han \
     character, and Latin where at least half of its letters are.")]
 pub struct StatsArgs {
-    /// Shards: files, globs or lists such as `train-{000..017}.tar`
+    /// Shards: files, globs, urls, commands or lists such as `train-{000..017}.tar`; see `m6 data --help`
     #[arg(required = true)]
     shards: Vec<String>,
     /// Threads that read and decode; the default is one a core
@@ -259,7 +267,7 @@ fn print_row(name: &str, columns: &[impl Display]) -> Result<()> {
     after_help = "Example:\n  m6 data show 'shards/train-*.tar' --field json:en --field json:zh -o sheet.png"
 )]
 pub struct ShowArgs {
-    /// Shards: files, globs or lists such as `train-{000..017}.tar`
+    /// Shards: files, globs, urls, commands or lists such as `train-{000..017}.tar`; see `m6 data --help`
     #[arg(required = true)]
     shards: Vec<String>,
     #[command(flatten)]
@@ -306,7 +314,7 @@ impl ShowArgs {
     Every picture is decoded. A member that more than half of the samples have is missing where one lacks it. Exit code \
     1 where something was found.")]
 pub struct LintArgs {
-    /// Shards: files, globs or lists such as `train-{000..017}.tar`
+    /// Shards: files, globs, urls, commands or lists such as `train-{000..017}.tar`; see `m6 data --help`
     #[arg(required = true)]
     shards: Vec<String>,
     /// Write the samples that are whole into this folder, as shards `clean-000000.tar` and so on
@@ -407,7 +415,7 @@ fn cores() -> usize {
     Times of stages are milliseconds of one worker for a sample."
 )]
 pub struct BenchArgs {
-    /// Shards: files, globs or lists such as `train-{000..017}.tar`
+    /// Shards: files, globs, urls, commands or lists such as `train-{000..017}.tar`; see `m6 data --help`
     #[arg(required = true)]
     shards: Vec<String>,
     /// Threads that read, decode and transform; the default is one a core

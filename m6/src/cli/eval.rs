@@ -32,7 +32,7 @@ impl Command {
 
 #[derive(Debug, clap::Args)]
 struct CommonArgs {
-    /// Held-out shards: files, globs or lists such as `val-{000..003}.tar`; names under the JSON keys `en` and `zh`
+    /// Held-out shards, named as `m6 data --help` says; names under the JSON keys `en` and `zh`
     #[arg(required = true)]
     shards: Vec<String>,
     /// Model folder

@@ -31,7 +31,7 @@ impl Command {
     --vocab-size 4096 -o tokenizer.json"
 )]
 pub struct TrainArgs {
-    /// Shards: files, globs or lists such as `train-{000..017}.tar`
+    /// Shards: files, globs, urls, commands or lists such as `train-{000..017}.tar`
     #[arg(required = true)]
     shards: Vec<String>,
     #[command(flatten)]

@@ -55,7 +55,7 @@ impl TrainArgs {
 pub struct EvalArgs {
     /// Folder of the tokenizer
     dir: PathBuf,
-    /// Shards: files, globs or lists such as `val-{000..003}.tar`
+    /// Shards: files, globs, urls, commands or lists such as `val-{000..003}.tar`
     #[arg(required = true)]
     shards: Vec<String>,
     /// Score only the first pictures

@@ -31,7 +31,7 @@ pub struct DataConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct SourceConfig {
-    /// Files, globs or brace lists.
+    /// Files, globs, urls, commands or brace lists.
     pub shards: Vec<String>,
     /// Its share of the examples, relative to the other sources'.
     #[serde(default = "one")]

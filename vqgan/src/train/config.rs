@@ -54,7 +54,7 @@ pub struct TrainConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct DataConfig {
-    /// Shards: files, globs or brace lists.
+    /// Shards: files, globs, urls, commands or brace lists.
     pub shards: Vec<String>,
     /// Augmentation; its result has the model's resolution.
     pub transform: Transform,
@@ -66,7 +66,7 @@ pub struct DataConfig {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ValidationConfig {
-    /// Shards: files, globs or brace lists.
+    /// Shards: files, globs, urls, commands or brace lists.
     pub shards: Vec<String>,
     /// Preparation; its result has the model's resolution.
     pub transform: Transform,
