@@ -63,6 +63,14 @@ pub enum DataError {
         /// What is wrong and what was expected.
         reason: String,
     },
+    /// A rule of a filter that does not parse.
+    #[error("filter \"{rule}\": {reason}")]
+    Filter {
+        /// The rule as given.
+        rule: String,
+        /// What was expected.
+        reason: String,
+    },
     /// A tokenizer file that cannot be used.
     #[error("tokenizer {}: {reason}", path.display())]
     TokenizerFile {
@@ -99,7 +107,7 @@ pub enum DataError {
     /// A source for packing that is malformed.
     #[error("cannot pack {}: {reason}", path.display())]
     Pack {
-        /// The folder, jsonl file or line.
+        /// The folder, jsonl file or shard.
         path: PathBuf,
         /// What is wrong and what was expected.
         reason: String,

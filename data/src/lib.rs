@@ -26,6 +26,7 @@
 pub mod bench;
 pub mod caption;
 pub mod error;
+pub mod filter;
 pub mod flaw;
 pub mod index_file;
 pub mod info;
@@ -45,11 +46,13 @@ pub mod tar_index;
 mod testing;
 pub mod tokenizer;
 pub mod transform;
+mod words;
 pub mod writer;
 
 pub use bench::{BenchReport, bench};
 pub use caption::{Caption, CaptionField, CaptionFields};
 pub use error::{DataError, Result};
+pub use filter::{Filter, LeftOut};
 pub use flaw::{Flaw, FlawClass};
 pub use index_file::{IndexReport, write_indexes};
 pub use info::{Broken, DatasetInfo};

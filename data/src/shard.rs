@@ -136,6 +136,11 @@ impl ShardSet {
         &self.samples[index].key
     }
 
+    /// The shard that holds sample `index`.
+    pub(crate) fn shard(&self, index: usize) -> &Path {
+        &self.shards[self.samples[index].shard]
+    }
+
     /// Reads sample `index` (below [`ShardSet::len`], in the order of the shards) into memory.
     ///
     /// # Errors

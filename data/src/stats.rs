@@ -10,8 +10,9 @@ use crate::caption::texts_by_field;
 use crate::error::Result;
 use crate::info::Broken;
 use crate::loader::Loader;
+use crate::picture::Measured;
 use crate::script::Script;
-use crate::shard::{ShardSet, picture_bytes, sample_image};
+use crate::shard::{ShardSet, picture_bytes};
 
 /// Samples that each worker reads ahead.
 const AHEAD: usize = 16;
@@ -115,16 +116,8 @@ type Digest = [u8; blake3::OUT_LEN];
 
 /// What is kept of a sample.
 struct Record {
-    picture: Picture,
+    picture: Measured,
     texts: Vec<(String, Text)>,
-}
-
-struct Picture {
-    width: u32,
-    height: u32,
-    bytes: usize,
-    digest: Digest,
-    hash: u64,
 }
 
 struct Text {
@@ -184,15 +177,7 @@ impl Record {
             .into_iter()
             .flat_map(|(field, texts)| texts.into_iter().map(move |text| (field.clone(), Text::of(&text))))
             .collect();
-        let bytes = picture_bytes(&sample)?;
-        let decoded = sample_image(&sample)?;
-        let picture = Picture {
-            width: decoded.width,
-            height: decoded.height,
-            bytes: bytes.len(),
-            digest: *blake3::hash(bytes).as_bytes(),
-            hash: decoded.difference_hash().map_err(|e| sample.error(e.to_string()))?,
-        };
+        let picture = Measured::of(picture_bytes(&sample)?).map_err(|e| sample.error(e.to_string()))?;
         Ok(Self { picture, texts })
     }
 }
@@ -209,14 +194,13 @@ impl Text {
 }
 
 impl PictureStats {
-    fn of(set: &ShardSet, pictures: &[(usize, Picture)]) -> Self {
+    fn of(set: &ShardSet, pictures: &[(usize, Measured)]) -> Self {
         let all = || pictures.iter().map(|(_, picture)| picture);
         let short_sides = || all().map(|picture| picture.width.min(picture.height));
         let below = |limit| (limit, short_sides().filter(|&side| side < limit).count());
-        let aspect = |picture: &Picture| f64::from(picture.width) / f64::from(picture.height);
         Self {
             short_side: Spread::of(short_sides(), Ord::cmp),
-            aspect: Spread::of(all().map(aspect), f64::total_cmp),
+            aspect: Spread::of(all().map(Measured::aspect), f64::total_cmp),
             bytes: Spread::of(all().map(|picture| picture.bytes), Ord::cmp),
             below: SHORT_SIDES.map(below).into(),
             same_bytes: Duplicates::of(set, pictures.iter().map(|(index, p)| (p.digest, *index))),

@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 use m6::{Error, Result};
 use m6_data::stats::{Duplicates, Group, PictureStats, Spread, TextStats};
 use m6_data::{
-    BenchReport, Broken, DatasetInfo, DatasetStats, LintReport, SampleOrder, Script, ShardSet, ShardWriter,
-    Transform, bench, contact_sheet, lint, pack, sample_image, write_indexes,
+    BenchReport, Broken, CaptionField, CaptionFields, DatasetInfo, DatasetStats, Filter, LeftOut, LintReport,
+    SampleOrder, Script, ShardSet, ShardWriter, Transform, bench, contact_sheet, lint, pack, sample_image,
+    write_indexes,
 };
 use m6_run::Task;
 
-use super::args::FieldArgs;
+use super::args::{FieldArgs, parse_field};
 use super::output;
 
 const MIB: u64 = 1 << 20;
@@ -29,7 +30,7 @@ const SPREAD_COLUMNS: [&str; 6] = ["count", "min", "5 %", "median", "95 %", "max
 /// Make, summarise and look at shards of pictures and texts
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
-    /// Pack a folder of pictures, or a jsonl that names them, into shards
+    /// Pack a folder of pictures, a jsonl that names them, or other shards, into shards; filter them
     Pack(PackArgs),
     /// Count samples, pictures, captions and what is broken
     Info(InfoArgs),
@@ -60,11 +61,29 @@ impl Command {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  m6 data pack pictures/ shards/ --prefix train\n\n\
+#[command(after_help = "Example:\n  m6 data pack pictures/ shards/ --prefix train\n  \
+    m6 data pack 'shards/*.tar' clean/ --filter min_side:64 --filter distinct:alike --field json:en \\\n    \
+    --filter text_length:5..200 --dropped dropped.jsonl\n\n\
     In a folder, `cat.txt` and `cat.json` belong to `cat.png`. A line of a jsonl is {\"image\": PATH, ...}; its other \
-    keys become the sample's JSON.")]
+    keys become the sample's JSON. Samples of shards keep all their members.\n\n\
+    Rules for --filter, asked in their order; a limit of MIN..MAX may be left out:\n  \
+      min_side:N, max_side:N     pixels of the short and of the long side of the picture\n  \
+      aspect:MIN..MAX            width / height\n  \
+      distinct:pictures          no earlier picture of the same bytes\n  \
+      distinct:alike[,K]         no earlier picture whose 64-bit difference hash is equal, or at most K bits apart; \
+                                 plain pictures all look alike\n  \
+      distinct:texts             no earlier text that is the same, in the same field\n  \
+      text_length:MIN..MAX       Unicode characters\n  \
+      text_words:MIN..MAX        words between white space, of Latin texts; others pass\n  \
+      script:han|latin|other     one script or several\n  \
+      repetition:MAX             share of characters in the most frequent pair of words (Gopher's top 2-gram)\n  \
+      symbols:MAX                share of characters that are no letters, digits, marks or white space\n  \
+      words_absent:FILE          none of these words and phrases, one a line, in either case\n\n\
+    A picture that fails leaves its sample out. A text that fails is removed, with its key of the JSON, and the sample is \
+    left out when no text stays. Samples without a picture pass the rules for pictures, those without a text those for \
+    texts. Earlier are samples that were not left out.")]
 pub struct PackArgs {
-    /// A folder of pictures, sub-folders included, or a jsonl file
+    /// A folder of pictures, sub-folders included; a jsonl file; or shards, as a glob or list that ends in .tar
     source: PathBuf,
     /// Folder for the shards
     out: PathBuf,
@@ -74,6 +93,16 @@ pub struct PackArgs {
     /// Size of a shard in MiB
     #[arg(long, value_name = "MIB", default_value_t = SHARD_MIB, value_parser = clap::value_parser!(u64).range(1..1 << 20))]
     shard_size: u64,
+    /// Leave out what breaks this rule; may be given many times
+    #[arg(long = "filter", value_name = "RULE")]
+    rules: Vec<String>,
+    /// A field whose texts the rules judge, `txt` or a key as in `json:en`; may be given many times. The default is every
+    /// text of txt and json
+    #[arg(long = "field", value_name = "MEMBER[:KEY]", value_parser = parse_field, requires = "rules")]
+    fields: Vec<CaptionField>,
+    /// Write a line of JSON for each sample and each text that a rule left out: its key, the rule and the value
+    #[arg(long, value_name = "FILE", requires = "rules")]
+    dropped: Option<PathBuf>,
     /// Print the report as one line of JSON
     #[arg(long)]
     json: bool,
@@ -81,13 +110,21 @@ pub struct PackArgs {
 
 impl PackArgs {
     fn run(self) -> Result<()> {
+        let mut filter = Filter::new(&self.rules, &CaptionFields::new(self.fields)?)?;
         output::check_writable(&self.out.join(&self.prefix))?;
+        if let Some(path) = &self.dropped {
+            output::check_writable(path)?;
+            filter = filter.log_to(path)?;
+        }
         let writer = ShardWriter::create(&self.out, &self.prefix, self.shard_size * MIB)?;
         let mut task = None;
-        let report = pack(&self.source, writer, |_, all| {
-            task.get_or_insert_with(|| Task::new("pack", all as u64, "pictures")).advance(1);
+        let report = pack(&self.source, writer, filter, cores(), |_, all| {
+            task.get_or_insert_with(|| Task::new("pack", all as u64, "samples")).advance(1);
         })?;
         task.map(Task::finish);
+        for warning in &report.warnings {
+            eprintln!("{warning}");
+        }
         for skipped in report.skipped.iter().take(NAMED) {
             eprintln!("skipped {skipped}");
         }
@@ -100,8 +137,11 @@ impl PackArgs {
         for shard in &report.shards {
             output::line(shard.display())?;
         }
+        for LeftOut { rule, samples, texts } in &report.filtered {
+            output::line(format_args!("{rule} left out {samples} samples, {texts} texts"))?;
+        }
         output::line(format_args!(
-            "{} samples in {} shards, {} of them without a text, {} pictures skipped",
+            "{} samples in {} shards, {} of them without a text, {} skipped",
             report.samples,
             report.shards.len(),
             report.without_text,

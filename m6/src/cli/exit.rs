@@ -69,6 +69,7 @@ fn is_wrong_data_setting(error: &DataError) -> bool {
         DataError::Pattern { .. }
             | DataError::CaptionField { .. }
             | DataError::Transform { .. }
+            | DataError::Filter { .. }
             | DataError::VocabSize { .. }
     )
 }
