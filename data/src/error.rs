@@ -27,6 +27,14 @@ pub enum DataError {
     /// Bytes that are not a picture we can decode.
     #[error("broken picture: {0}")]
     Picture(String),
+    /// A label, array or tensors that cannot be read.
+    #[error("broken {kind}: {reason}")]
+    Member {
+        /// `cls`, `npy` or `safetensors`.
+        kind: &'static str,
+        /// What is wrong or was expected.
+        reason: String,
+    },
     /// A picture operation asked for something outside the picture.
     #[error("picture of {width}x{height}: {reason}")]
     PictureSize {

@@ -27,6 +27,8 @@ pub enum FlawClass {
     BrokenPicture,
     /// A text that is not UTF-8, or JSON that is malformed.
     BrokenText,
+    /// A `cls`, `npy` or `safetensors` that cannot be read.
+    BrokenMember,
 }
 
 /// One defect of a set of shards.

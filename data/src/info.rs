@@ -28,7 +28,7 @@ pub struct DatasetInfo {
     pub sizes: Vec<SizeCount>,
     /// The texts, by the way a caption field would name them: `.txt`, `.json en`.
     pub captions: BTreeMap<String, CaptionCount>,
-    /// Samples without a readable picture or with malformed texts.
+    /// Samples without a readable picture or with malformed texts or other members.
     #[serde(flatten)]
     pub broken: Broken,
     /// Damage of whole shards, one line each.
@@ -89,6 +89,7 @@ impl DatasetInfo {
         for index in 0..set.len() {
             let checked = set.sample(index).and_then(|sample| {
                 info.count_members(&sample)?;
+                sample.check_members()?;
                 sample_image(&sample)
             });
             match checked {
@@ -140,14 +141,15 @@ mod tests {
         writer.write("c", &[("png", &large), ("txt", b"three\n")]).unwrap();
         writer.write("d", &[("png", b"broken")]).unwrap();
         writer.write("e", &[("png", &small), ("json", b"{")]).unwrap();
+        writer.write("f", &[("png", &small), ("cls", b"7"), ("npy", b"broken")]).unwrap();
         let shards = writer.finish().unwrap();
         let set = ShardSet::open(&[shards[0].display().to_string()]).unwrap();
 
         let mut last = (0, 0);
         let info = DatasetInfo::scan(&set, |done, all| last = (done, all));
-        assert_eq!((info.samples, info.shards, info.broken.count, last), (5, 1, 2, (5, 5)));
+        assert_eq!((info.samples, info.shards, info.broken.count, last), (6, 1, 3, (6, 6)));
         assert_eq!(info.bytes, std::fs::metadata(&shards[0]).unwrap().len());
-        assert_eq!(info.extensions["png"], 5);
+        assert_eq!((info.extensions["png"], info.extensions["cls"]), (6, 1));
         assert_eq!(info.sizes[0], SizeCount { width: 3, height: 2, count: 2 });
         assert_eq!(info.captions[".json en"], CaptionCount { count: 2, examples: vec!["one".into()] });
         assert_eq!(info.captions[".json tags"].count, 1);
@@ -155,6 +157,6 @@ mod tests {
         assert!(!info.captions.contains_key(".json n"));
         assert!(info.broken.named[0].starts_with("sample d of "), "{:?}", info.broken);
         let json = serde_json::to_value(&info).unwrap();
-        assert_eq!((&json["broken"], json["broken_named"].as_array().unwrap().len()), (&2.into(), 2));
+        assert_eq!((&json["broken"], json["broken_named"].as_array().unwrap().len()), (&3.into(), 3));
     }
 }

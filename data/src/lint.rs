@@ -10,6 +10,7 @@ use serde_json::Value;
 use crate::error::Result;
 use crate::flaw::{Flaw, FlawClass};
 use crate::loader::Loader;
+use crate::member;
 use crate::picture::Rgb8;
 use crate::shard::{PICTURE_EXTENSIONS, ShardSet};
 use crate::writer::ShardWriter;
@@ -129,8 +130,12 @@ fn check(set: &ShardSet, index: usize, usual: &[String], keep: bool) -> Checked 
             if let Err(error) = serde_json::from_slice::<Value>(bytes) {
                 flaw(FlawClass::BrokenText, format!("its .{extension} is malformed: {error}"));
             }
-        } else if last == "txt" && std::str::from_utf8(bytes).is_err() {
-            flaw(FlawClass::BrokenText, format!("its .{extension} is not UTF-8 text"));
+        } else if last == "txt" {
+            if std::str::from_utf8(bytes).is_err() {
+                flaw(FlawClass::BrokenText, format!("its .{extension} is not UTF-8 text"));
+            }
+        } else if let Err(error) = member::check(extension, bytes) {
+            flaw(FlawClass::BrokenMember, format!("its .{extension}: {error}"));
         }
     }
     let members = sample.members().filter(|_| keep && flaws.is_empty());
@@ -168,9 +173,13 @@ mod tests {
                 ("a.png", &png),
                 ("a.json", json),
                 ("a.txt", "图".as_bytes()),
+                ("a.cls", b"7"),
                 ("b.png", b"broken"),
                 ("b.json", b"{"),
                 ("c.png", &png),
+                ("c.cls", b"seven"),
+                ("c.depth.npy", b"\x93NUMPY"),
+                ("c.safetensors", b"{}"),
                 ("../d.png", &png),
                 ("../d.json", json),
                 ("e.png", &png),
@@ -203,6 +212,9 @@ mod tests {
             (BrokenPicture, "b"),
             (BrokenText, "b"),
             (MissingMember, "c"),
+            (BrokenMember, "c"),
+            (BrokenMember, "c"),
+            (BrokenMember, "c"),
             (UnsafeName, "../d"),
             (BrokenText, "e"),
             (DuplicateKey, "a"),
@@ -220,7 +232,7 @@ mod tests {
         let a = clean.sample(0).unwrap();
         assert_eq!(
             a.members().collect::<Vec<_>>(),
-            [("png", &*png), ("json", json), ("txt", "图".as_bytes())]
+            [("png", &*png), ("json", json), ("txt", "图".as_bytes()), ("cls", b"7")]
         );
         let again = lint(&[path("clean/*.tar").display().to_string()], 1, None, |_, _| ()).unwrap();
         assert_eq!((again.clean, again.flaws, again.repaired), (5, vec![], vec![]));

@@ -30,7 +30,7 @@ pub struct DatasetStats {
     pub shards: usize,
     /// Size of the shards.
     pub bytes: u64,
-    /// Samples without a readable picture or with malformed texts.
+    /// Samples without a readable picture or with malformed texts or other members.
     #[serde(flatten)]
     pub broken: Broken,
     /// The pictures, one a sample.
@@ -173,6 +173,7 @@ impl DatasetStats {
 impl Record {
     fn read(set: &ShardSet, index: usize) -> Result<Self> {
         let sample = set.sample(index)?;
+        sample.check_members()?;
         let texts = texts_by_field(&sample)?
             .into_iter()
             .flat_map(|(field, texts)| texts.into_iter().map(move |text| (field.clone(), Text::of(&text))))
@@ -347,10 +348,11 @@ mod tests {
                 ("d", &[("png", &png), ("json", r#"{"name": "❤"}"#.as_bytes()), ("txt", b"heart")]),
                 ("e", &[("png", &png), ("json", b"{"), ("txt", b"heart")]),
                 ("f", &[("png", &png), ("txt", b"\xff")]),
+                ("g", &[("png", &png), ("cls", b"?")]),
             ],
             2,
         );
-        assert_eq!((stats.broken.count, stats.pictures.short_side.count), (2, 4));
+        assert_eq!((stats.broken.count, stats.pictures.short_side.count), (3, 4));
         assert_eq!(stats.texts.keys().collect::<Vec<_>>(), [".json name", ".txt"]);
         let name = &stats.texts[".json name"];
         let characters = Spread { count: 6, min: 1, p5: 1, median: 2, p95: 11, max: 11 };
@@ -362,7 +364,7 @@ mod tests {
         assert_eq!(stats.texts[".txt"].characters.count, 1);
 
         let json = serde_json::to_value(&stats).unwrap();
-        assert_eq!(json["broken"], 2);
+        assert_eq!(json["broken"], 3);
         assert_eq!(json["texts"][".json name"]["scripts"]["latin"], 3);
         assert_eq!(json["pictures"]["below"]["64"], 4);
     }
