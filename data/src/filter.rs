@@ -87,6 +87,11 @@ impl Draft {
         Ok(Self { key, members, picture, texts })
     }
 
+    /// Whether it has a member with one of these extensions.
+    pub(crate) fn has_any(&self, extensions: &[&str]) -> bool {
+        self.members.iter().any(|(extension, _)| extensions.contains(&extension.as_str()))
+    }
+
     /// Puts what is left of the texts into the members.
     fn put_back_texts(&mut self) {
         self.members.retain_mut(|(extension, bytes)| match self.texts.member(extension) {
@@ -677,7 +682,7 @@ mod tests {
             let is_near = |hash: &u64| (hash ^ asked).count_ones() <= bits;
             match alike.find(asked) {
                 Some(key) => prop_assert!(is_near(&hashes[key.parse::<usize>().unwrap()])),
-                None => prop_assert!(!hashes.iter().any(|hash| is_near(hash))),
+                None => prop_assert!(!hashes.iter().any(is_near)),
             }
         }
     }

@@ -21,7 +21,7 @@ pub enum FlawClass {
     DuplicateKey,
     /// A key that would leave the folder into which the sample is unpacked.
     UnsafeName,
-    /// A member is absent that most samples of the set have.
+    /// A member is absent that was asked for.
     MissingMember,
     /// A picture that cannot be decoded.
     BrokenPicture,

@@ -26,6 +26,8 @@ pub struct PackReport {
     pub samples: usize,
     /// Samples among them that have neither a text nor JSON.
     pub without_text: usize,
+    /// Samples among them that have no picture.
+    pub without_picture: usize,
     /// The shards, in order.
     pub shards: Vec<PathBuf>,
     /// What is broken and was left out, one line each, naming the file or sample and the reason.
@@ -38,7 +40,7 @@ pub struct PackReport {
 
 /// Packs `source` into `writer`'s shards: a folder of pictures (sub-folders included) with `.txt` or `.json` files of the
 /// same name; or a jsonl file of `{"image": PATH, ...}` whose paths are relative to it and whose other keys become the
-/// sample's JSON; or shards, named as for [`ShardSet::open`] with `.tar` at the end, whose samples keep their members.
+/// sample's JSON, a text alone where a line has no `image`; or shards, named as for [`ShardSet::open`] with `.tar` at the end, whose samples keep their members.
 /// What `filter` leaves out is not written. Pictures are read and decoded on `workers` threads (at least one), and
 /// `progress` is called with (done, all) after each sample.
 ///
@@ -72,8 +74,8 @@ pub fn pack(
                         draft.members.iter().map(|(e, bytes)| (e.as_str(), bytes.as_slice())).collect();
                     writer.write(&draft.key, &members)?;
                     report.samples += 1;
-                    report.without_text +=
-                        usize::from(members.iter().all(|(e, _)| !TEXT_EXTENSIONS.contains(e)));
+                    report.without_text += usize::from(!draft.has_any(&TEXT_EXTENSIONS));
+                    report.without_picture += usize::from(!draft.has_any(&PICTURE_EXTENSIONS));
                     keys.insert(draft.key);
                 }
             }
@@ -102,15 +104,12 @@ enum Source {
 /// A sample to be, out of files.
 struct Candidate {
     key: String,
-    picture: PathBuf,
-    texts: TextSource,
-}
-
-enum TextSource {
-    /// Files next to the picture, by extension.
-    Files(Vec<(&'static str, PathBuf)>),
+    /// What messages call it: the file, or the line of the jsonl.
+    name: String,
+    /// The picture, if it has one, and the texts next to it.
+    files: Vec<PathBuf>,
     /// The other keys of a jsonl line.
-    Record(Map<String, Value>),
+    record: Map<String, Value>,
 }
 
 impl Source {
@@ -143,7 +142,7 @@ impl Source {
     /// What messages call a sample.
     fn name(&self, index: usize) -> String {
         match self {
-            Self::Files(candidates) => candidates[index].picture.display().to_string(),
+            Self::Files(candidates) => candidates[index].name.clone(),
             Self::Shards(set) => format!("sample {} of {}", set.key(index), set.shard(index).display()),
         }
     }
@@ -179,19 +178,14 @@ fn refuse_shards_in(out: &Path, set: &ShardSet) -> Result<()> {
 impl Candidate {
     /// Extensions and bytes; or why it has to be skipped.
     fn members(&self) -> std::result::Result<Vec<(String, Vec<u8>)>, String> {
-        let read =
-            |path: &Path| std::fs::read(path).map_err(|e| format!("cannot read {}: {e}", path.display()));
-        let mut members = vec![(extension(&self.picture), read(&self.picture)?)];
-        match &self.texts {
-            TextSource::Files(files) => {
-                for (extension, path) in files {
-                    members.push(((*extension).to_owned(), read(path)?));
-                }
-            }
-            TextSource::Record(record) if record.is_empty() => {}
-            TextSource::Record(record) => {
-                members.push(("json".to_owned(), Value::from(record.clone()).to_string().into_bytes()));
-            }
+        let read = |path: &PathBuf| match std::fs::read(path) {
+            Ok(bytes) => Ok((extension(path), bytes)),
+            Err(error) => Err(format!("cannot read {}: {error}", path.display())),
+        };
+        let mut members = self.files.iter().map(read).collect::<std::result::Result<Vec<_>, _>>()?;
+        if !self.record.is_empty() {
+            let json = Value::from(self.record.clone()).to_string();
+            members.push(("json".to_owned(), json.into_bytes()));
         }
         Ok(members)
     }
@@ -205,9 +199,10 @@ fn from_folder(root: &Path) -> Result<Vec<Candidate>> {
         let inside = picture.strip_prefix(root).unwrap_or(&picture).with_extension("");
         // A dot in a key would end it.
         let key = inside.to_string_lossy().replace('.', "_");
-        let texts = TEXT_EXTENSIONS.map(|extension| (extension, picture.with_extension(extension)));
-        let texts = TextSource::Files(texts.into_iter().filter(|(_, path)| path.exists()).collect());
-        Candidate { key, picture, texts }
+        let name = picture.display().to_string();
+        let texts = TEXT_EXTENSIONS.map(|extension| picture.with_extension(extension));
+        let files = [picture].into_iter().chain(texts.into_iter().filter(|path| path.exists())).collect();
+        Candidate { key, name, files, record: Map::new() }
     };
     Ok(pictures.into_iter().map(candidate).collect())
 }
@@ -235,21 +230,22 @@ fn from_jsonl(source: &Path, skipped: &mut Vec<String>) -> Result<Vec<Candidate>
     let folder = source.parent().unwrap_or(Path::new(""));
     let mut candidates = Vec::new();
     for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {
-        let record =
-            serde_json::from_str::<Map<String, Value>>(line).map_err(|e| format!("not a JSON object: {e}"));
+        let name = format!("{} line {number}", source.display());
+        let record = serde_json::from_str::<Map<String, Value>>(line);
+        let record = record.map_err(|e| format!("not a JSON object: {e}"));
         let parsed = record.and_then(|mut record| match record.remove(IMAGE_KEY) {
-            Some(Value::String(image)) => Ok((folder.join(image), record)),
-            _ => Err(format!("no \"{IMAGE_KEY}\" with the path of a picture")),
+            Some(Value::String(image)) => Ok((Some(folder.join(image)), record)),
+            Some(_) => Err(format!("\"{IMAGE_KEY}\" is not the path of a picture")),
+            None if record.is_empty() => Err("an empty object".to_owned()),
+            None => Ok((None, record)),
         });
         match parsed {
             Ok((picture, record)) => {
-                candidates.push(Candidate {
-                    key: format!("{number:08}"),
-                    picture,
-                    texts: TextSource::Record(record),
-                });
+                let name = picture.as_ref().map_or(name, |picture| picture.display().to_string());
+                let files = picture.into_iter().collect();
+                candidates.push(Candidate { key: format!("{number:08}"), name, files, record });
             }
-            Err(reason) => skipped.push(format!("{} line {number}: {reason}", source.display())),
+            Err(reason) => skipped.push(format!("{name}: {reason}")),
         }
     }
     Ok(candidates)
@@ -316,15 +312,22 @@ mod tests {
         let (source, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         picture_file(&source.path().join("images/a.png"));
         let jsonl = source.path().join("list.jsonl");
-        fs::write(&jsonl, "{\"image\": \"images/a.png\", \"en\": \"a\"}\n\nnot json\n{\"en\": \"b\"}\n{\"image\": \"absent.png\"}\n").unwrap();
+        fs::write(&jsonl, "{\"image\": \"images/a.png\", \"en\": \"a\"}\n\nnot json\n{\"en\": \"b\"}\n{\"image\": \"absent.png\"}\n{\"image\": 1}\n{}\n").unwrap();
         let (report, set) = run(&jsonl, out.path()).unwrap();
-        assert_eq!(report.samples, 1);
+        assert_eq!((report.samples, report.without_picture), (2, 1));
         let skipped = report.skipped.join("\n");
-        for expected in ["line 3: not a JSON object", "line 4: no \"image\"", "absent.png"] {
+        for expected in [
+            "line 3: not a JSON object",
+            "absent.png: cannot read",
+            "line 6: \"image\" is",
+            "line 7: an empty",
+        ] {
             assert!(skipped.contains(expected), "{skipped}");
         }
         let sample = set.sample(0).unwrap();
         assert_eq!((sample.key, sample.member("json")), ("00000001", Some(b"{\"en\":\"a\"}".as_slice())));
+        let text = set.sample(1).unwrap();
+        assert_eq!((text.key, text.members().count(), text.picture()), ("00000004", 1, None));
     }
 
     #[test]
@@ -348,7 +351,7 @@ mod tests {
         let writer = |dir: &Path| ShardWriter::create(dir, "p", 1 << 20).unwrap();
         let pattern = source.path().join("*.tar");
         let report = pack(&pattern, writer(out.path()), filter(), 2, |_, _| {}).unwrap();
-        assert_eq!((report.samples, report.without_text), (3, 1));
+        assert_eq!((report.samples, report.without_text, report.without_picture), (3, 1, 1));
         assert_eq!(report.filtered, [LeftOut { rule: "text_length:2..".into(), samples: 1, texts: 1 }]);
         let of = path.display();
         let skipped =

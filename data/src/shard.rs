@@ -289,6 +289,11 @@ impl Sample<'_> {
         self.members.iter().map(|m| (m.extension.as_str(), self.slice(m)))
     }
 
+    /// Bytes of the picture: the first member among [`PICTURE_EXTENSIONS`]. A sample may have none.
+    pub fn picture(&self) -> Option<&[u8]> {
+        PICTURE_EXTENSIONS.iter().find_map(|extension| self.member(extension))
+    }
+
     /// An error that names this sample and its shard.
     pub fn error(&self, reason: impl Into<String>) -> DataError {
         DataError::Sample { key: self.key.to_owned(), shard: self.shard.to_owned(), reason: reason.into() }
@@ -300,7 +305,7 @@ impl Sample<'_> {
     }
 }
 
-/// Decodes the picture of a sample: its first member among [`PICTURE_EXTENSIONS`].
+/// Decodes the [picture](Sample::picture) of a sample.
 ///
 /// # Errors
 /// Names the sample when it has no picture or a broken one.
@@ -310,17 +315,10 @@ pub fn sample_image(sample: &Sample) -> Result<Rgb8> {
 
 /// As [`sample_image`], by [`Rgb8::decode_for`].
 pub(crate) fn sample_image_for(sample: &Sample, short_side: Option<u32>) -> Result<Rgb8> {
-    Rgb8::decode_for(picture_bytes(sample)?, short_side).map_err(|e| sample.error(e.to_string()))
-}
-
-/// The bytes that [`sample_image`] decodes.
-///
-/// # Errors
-/// Names the sample when it has no picture.
-pub(crate) fn picture_bytes<'a>(sample: &'a Sample) -> Result<&'a [u8]> {
-    PICTURE_EXTENSIONS.iter().find_map(|extension| sample.member(extension)).ok_or_else(|| {
+    let picture = sample.picture().ok_or_else(|| {
         sample.error(format!("no picture (expected one of {})", PICTURE_EXTENSIONS.join(", ")))
-    })
+    })?;
+    Rgb8::decode_for(picture, short_side).map_err(|e| sample.error(e.to_string()))
 }
 
 /// webdataset's rule: the key is the path up to the first dot of its file name, the rest is the extension. Hidden files,

@@ -12,7 +12,7 @@ use crate::info::Broken;
 use crate::loader::Loader;
 use crate::picture::Measured;
 use crate::script::Script;
-use crate::shard::{ShardSet, picture_bytes};
+use crate::shard::ShardSet;
 
 /// Samples that each worker reads ahead.
 const AHEAD: usize = 16;
@@ -30,10 +30,10 @@ pub struct DatasetStats {
     pub shards: usize,
     /// Size of the shards.
     pub bytes: u64,
-    /// Samples without a readable picture or with malformed texts or other members.
+    /// Samples with a broken picture, text or other member.
     #[serde(flatten)]
     pub broken: Broken,
-    /// The pictures, one a sample.
+    /// The pictures, at most one a sample.
     pub pictures: PictureStats,
     /// The texts, by the way a caption field would name them: `.txt`, `.json en`.
     pub texts: BTreeMap<String, TextStats>,
@@ -116,7 +116,7 @@ type Digest = [u8; blake3::OUT_LEN];
 
 /// What is kept of a sample.
 struct Record {
-    picture: Measured,
+    picture: Option<Measured>,
     texts: Vec<(String, Text)>,
 }
 
@@ -147,7 +147,7 @@ impl DatasetStats {
         for (index, made) in (0..set.len()).zip(Loader::start(0, workers, AHEAD * workers, read)?) {
             match made? {
                 (_, Some(Ok(record))) => {
-                    pictures.push((index, record.picture));
+                    pictures.extend(record.picture.map(|picture| (index, picture)));
                     for (field, text) in record.texts {
                         texts.entry(field).or_default().push((index, text));
                     }
@@ -178,7 +178,8 @@ impl Record {
             .into_iter()
             .flat_map(|(field, texts)| texts.into_iter().map(move |text| (field.clone(), Text::of(&text))))
             .collect();
-        let picture = Measured::of(picture_bytes(&sample)?).map_err(|e| sample.error(e.to_string()))?;
+        let picture = sample.picture().map(Measured::of).transpose();
+        let picture = picture.map_err(|e| sample.error(e.to_string()))?;
         Ok(Self { picture, texts })
     }
 }
@@ -306,19 +307,20 @@ mod tests {
         let jpeg = encode(&stripes(90, 60), image::ImageFormat::Jpeg);
         let large = encode(&stripes(180, 360), image::ImageFormat::Png);
         let plain = Rgb8::filled(64, 64, [1, 2, 3]).encode_png().unwrap();
-        let samples: [(&str, Members); 7] = [
+        let samples: [(&str, Members); 8] = [
             ("plain", &[("png", &plain)]),
-            ("broken", &[("png", b"broken")]),
+            ("broken", &[("png", b"broken"), ("txt", b"left out")]),
             ("small", &[("png", &small)]),
             ("large", &[("png", &large)]),
             ("again", &[("png", &small)]),
             ("jpeg", &[("jpg", &jpeg)]),
-            ("none", &[("txt", b"no picture")]),
+            ("text", &[("txt", b"no picture")]),
+            ("neither", &[("cls", b"1")]),
         ];
         let (stats, calls) = scan(&samples, 1);
-        assert_eq!((stats.samples, stats.shards, stats.broken.count, calls), (7, 1, 2, 7));
+        assert_eq!((stats.samples, stats.shards, stats.broken.count, calls), (8, 1, 1, 8));
         assert!(stats.broken.named[0].starts_with("sample broken of "), "{:?}", stats.broken);
-        assert!(stats.texts.is_empty(), "texts of broken samples are left out");
+        assert_eq!(stats.texts[".txt"].characters.count, 1, "texts of broken samples are left out");
 
         let PictureStats { short_side, aspect, bytes, below, same_bytes, alike } = &stats.pictures;
         let sides = Spread { count: 5, min: 60, p5: 60, median: 60, p95: 180, max: 180 };
@@ -333,7 +335,7 @@ mod tests {
 
         for workers in [0, 3] {
             let (again, calls) = scan(&samples, workers);
-            assert_eq!((again.pictures, again.broken.count, calls), (stats.pictures.clone(), 2, 7));
+            assert_eq!((again.pictures, again.broken.count, calls), (stats.pictures.clone(), 1, 8));
         }
     }
 

@@ -9,8 +9,8 @@ use m6::{Error, Result};
 use m6_data::stats::{Duplicates, Group, PictureStats, Spread, TextStats};
 use m6_data::{
     BenchReport, Broken, CaptionField, CaptionFields, DatasetInfo, DatasetStats, Filter, LeftOut, LintReport,
-    SampleOrder, Script, ShardSet, ShardWriter, Transform, bench, contact_sheet, lint, pack, sample_image,
-    write_indexes,
+    PackReport, Rgb8, SampleOrder, Script, ShardSet, ShardWriter, Transform, bench, contact_sheet, lint,
+    pack, sample_image, write_indexes,
 };
 use m6_run::Task;
 
@@ -24,6 +24,8 @@ const NAMED: usize = 10;
 const SHARD_MIB: u64 = 256;
 const SHEET_COLUMNS: u32 = 6;
 const SHEET_TILE: u32 = 128;
+/// In place of a picture that a sample does not have.
+const WHITE: [u8; 3] = [255; 3];
 /// Columns of [`print_spread`].
 const SPREAD_COLUMNS: [&str; 6] = ["count", "min", "5 %", "median", "95 %", "max"];
 
@@ -65,7 +67,7 @@ impl Command {
     m6 data pack 'shards/*.tar' clean/ --filter min_side:64 --filter distinct:alike --field json:en \\\n    \
     --filter text_length:5..200 --dropped dropped.jsonl\n\n\
     In a folder, `cat.txt` and `cat.json` belong to `cat.png`. A line of a jsonl is {\"image\": PATH, ...}; its other \
-    keys become the sample's JSON. Samples of shards keep all their members.\n\n\
+    keys become the sample's JSON, a text alone where it has no image. Samples of shards keep all their members.\n\n\
     Rules for --filter, asked in their order; a limit of MIN..MAX may be left out:\n  \
       min_side:N, max_side:N     pixels of the short and of the long side of the picture\n  \
       aspect:MIN..MAX            width / height\n  \
@@ -140,12 +142,12 @@ impl PackArgs {
         for LeftOut { rule, samples, texts } in &report.filtered {
             output::line(format_args!("{rule} left out {samples} samples, {texts} texts"))?;
         }
+        let PackReport { samples, shards, without_text, without_picture, skipped, .. } = &report;
         output::line(format_args!(
-            "{} samples in {} shards, {} of them without a text, {} skipped",
-            report.samples,
-            report.shards.len(),
-            report.without_text,
-            report.skipped.len()
+            "{samples} samples in {} shards, {without_text} of them without a text, {without_picture} without a picture, \
+             {} skipped",
+            shards.len(),
+            skipped.len()
         ))
     }
 }
@@ -174,6 +176,11 @@ impl InfoArgs {
         output::line(format_args!("{} samples in {} shards, {mib:.1} MiB", info.samples, info.shards))?;
         for (extension, count) in &info.extensions {
             output::line(format_args!("  .{extension}: {count} samples"))?;
+        }
+        for (what, count) in [("picture", info.without_picture), ("text", info.without_text)] {
+            if count > 0 {
+                output::line(format_args!("  without a {what}: {count} samples"))?;
+            }
         }
         for size in info.sizes.iter().take(NAMED) {
             output::line(format_args!("  {} x {}: {} pictures", size.width, size.height, size.count))?;
@@ -333,7 +340,11 @@ impl ShowArgs {
             if labels.is_empty() {
                 labels.push(sample.key.to_owned());
             }
-            Ok::<_, Error>((sample_image(&sample)?, labels))
+            let picture = match sample.picture() {
+                Some(_) => sample_image(&sample)?,
+                None => Rgb8::filled(SHEET_TILE, SHEET_TILE, WHITE),
+            };
+            Ok::<_, Error>((picture, labels))
         });
         let items = items.collect::<Result<Vec<_>>>()?;
         contact_sheet(&items, SHEET_COLUMNS, SHEET_TILE)?.save_png(&self.out)?;
@@ -343,12 +354,15 @@ impl ShowArgs {
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  m6 data lint 'shards/train-*.tar' --repair clean\n\n\
-    Every picture is decoded. A member that more than half of the samples have is missing where one lacks it. Exit code \
-    1 where something was found.")]
+    Every picture is decoded, and every cls, npy and safetensors is read. Samples may lack a picture or a text, unless \
+    --require asks for it. Exit code 1 where something was found.")]
 pub struct LintArgs {
     /// Shards: files, globs or lists such as `train-{000..017}.tar`
     #[arg(required = true)]
     shards: Vec<String>,
+    /// Report the samples that lack this: `picture`, or an extension such as `json`; may be given many times
+    #[arg(long = "require", value_name = "MEMBER")]
+    required: Vec<String>,
     /// Write the samples that are whole into this folder, as shards `clean-000000.tar` and so on
     #[arg(long, value_name = "DIR")]
     repair: Option<PathBuf>,
@@ -374,7 +388,7 @@ impl LintArgs {
             None => None,
         };
         let mut task = None;
-        let report = lint(&self.shards, cores(), writer, |_, all| {
+        let report = lint(&self.shards, &self.required, cores(), writer, |_, all| {
             task.get_or_insert_with(|| Task::new("check", all as u64, "samples")).advance(1);
         })?;
         task.map(Task::finish);
