@@ -98,7 +98,7 @@ impl DatasetInfo {
             });
             match checked {
                 Ok(Some(picture)) => *sizes.entry((picture.width, picture.height)).or_insert(0) += 1,
-                Ok(None) => info.without_picture += 1,
+                Ok(None) => {}
                 Err(error) => info.broken.add(&error),
             }
             progress(index + 1, set.len());
@@ -113,6 +113,7 @@ impl DatasetInfo {
         for (extension, _) in sample.members() {
             *self.extensions.entry(extension.to_owned()).or_default() += 1;
         }
+        self.without_picture += usize::from(sample.picture().is_none());
         let texts = texts_by_field(sample)?;
         self.without_text += usize::from(texts.is_empty());
         for (field, texts) in texts {
@@ -150,7 +151,7 @@ mod tests {
         writer.write("e", &[("png", &small), ("json", b"{")]).unwrap();
         writer.write("f", &[("png", &small), ("cls", b"7"), ("npy", b"broken")]).unwrap();
         writer.write("g", &[("txt", b"four")]).unwrap();
-        writer.write("h", &[("png", &small)]).unwrap();
+        writer.write("h", &[("png", &large)]).unwrap();
         let shards = writer.finish().unwrap();
         let set = ShardSet::open(&[shards[0].display().to_string()]).unwrap();
 
@@ -160,7 +161,7 @@ mod tests {
         assert_eq!((info.without_picture, info.without_text), (1, 3));
         assert_eq!(info.bytes, std::fs::metadata(&shards[0]).unwrap().len());
         assert_eq!((info.extensions["png"], info.extensions["cls"]), (7, 1));
-        assert_eq!(info.sizes[0], SizeCount { width: 3, height: 2, count: 2 });
+        assert_eq!(info.sizes[0], SizeCount { width: 3, height: 2, count: 3 });
         assert_eq!(info.captions[".json en"], CaptionCount { count: 2, examples: vec!["one".into()] });
         assert_eq!(info.captions[".json tags"].count, 1);
         assert_eq!(info.captions[".txt"].examples, ["three", "four"]);
