@@ -142,7 +142,7 @@ fn flags() {
     let caption = "caption pictures/red-bar.png --model run/model --device cpu";
     let score = "eval pictures shards/*.tar --model run/model --device cpu";
     let long = "word".repeat(100);
-    let cases: [(String, i32, &[&str]); 23] = [
+    let cases: [(String, i32, &[&str]); 26] = [
         (format!("{draw} --temperature -1"), WRONG_USE, &["--temperature -1"]),
         (format!("{draw} --temperature nan"), WRONG_USE, &["--temperature NaN"]),
         (format!("{draw} --top-p 2"), WRONG_USE, &["--top-p 2"]),
@@ -162,6 +162,9 @@ fn flags() {
         ("data show shards/*.tar -n 0".into(), WRONG_USE, &["0", "1..=10000"]),
         ("data info shards".into(), WRONG_USE, &["shards is a folder"]),
         ("data pack none shards".into(), FAILURE, &["none", "No such file"]),
+        ("data pack pictures new --filter min_side:big".into(), WRONG_USE, &["min_side:big", "pixels"]),
+        ("data pack pictures new --filter words_absent:none".into(), FAILURE, &["none", "No such file"]),
+        ("data pack pictures new --dropped log".into(), WRONG_USE, &["required"]),
         ("tokenizer train shards/*.tar --field json:en --vocab-size 9".into(), WRONG_USE, &["9", "256"]),
         ("eval captions shards/*.tar --model run/model --device cpu --limit 0".into(), WRONG_USE, &["0"]),
         (format!("{score} --prompt {{en}}"), WRONG_USE, &["candidates 100", "12"]),

@@ -150,6 +150,41 @@ fn lint_finds_what_is_broken_and_repair_leaves_it_out() {
 }
 
 #[test]
+fn filters_leave_out_what_breaks_a_rule_and_say_so() {
+    let scene = Scene::new();
+    let [square, bar] = [&samples()[0], &samples()[1]].map(|sample| sample.members[0].1.clone());
+    scene.write_shard(
+        "shards",
+        [
+            Sample::new(
+                "square",
+                &[("png", &square), ("json", r#"{"en": "a square", "zh": "方"}"#.as_bytes())],
+            ),
+            Sample::new("again", &[("png", &square), ("txt", b"a square")]),
+            Sample::new("bar", &[("png", &bar), ("txt", b"a bar")]),
+            Sample::new("text", &[("txt", b"?")]),
+        ],
+    );
+    let rules = ["--filter", "distinct:pictures", "--filter", "text_length:2.."];
+    let pack = ["data", "pack", "shards/*.tar", "clean", "--dropped", "dropped.jsonl"];
+    let printed = scene.succeed(&[&pack[..], &rules].concat());
+    let expected = "clean/data-000000.tar\n\
+        distinct:pictures left out 1 samples, 0 texts\n\
+        text_length:2.. left out 1 samples, 2 texts\n\
+        2 samples in 1 shards, 0 of them without a text, 0 without a picture, 0 skipped\n";
+    assert_eq!(printed, expected);
+    let dropped = fs::read_to_string(scene.path("dropped.jsonl")).unwrap();
+    let dropped: Vec<Value> = dropped.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let keys: Vec<_> = dropped.iter().map(|line| (&line["key"], &line["field"])).collect();
+    let expected = json!([["square", ".json zh"], ["again", null], ["text", ".txt"], ["text", null]]);
+    assert_eq!(json!(keys), expected);
+    let info = one(scene.json(&["data", "info", "clean/*.tar", "--json"]));
+    assert_eq!(info["extensions"], json!({ "json": 1, "png": 2, "txt": 1 }));
+    let again = one(scene.json(&[&["data", "pack", "clean/*.tar", "twice", "--json"], &rules[..]].concat()));
+    assert_eq!(again["filtered"][1], json!({ "rule": "text_length:2..", "samples": 0, "texts": 0 }));
+}
+
+#[test]
 fn bench_prints_its_figures() {
     let scene = Scene::with_shard();
     let bench =

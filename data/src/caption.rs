@@ -4,12 +4,14 @@ use std::collections::BTreeMap;
 use std::fmt;
 
 use rand::Rng;
-use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::error::{DataError, Result};
 use crate::shard::Sample;
+
+/// Extensions of the members whose texts can be listed without a config.
+pub(crate) const TEXT_EXTENSIONS: [&str; 2] = ["txt", "json"];
 
 /// One place where captions are found in a sample.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -138,16 +140,80 @@ pub fn text(sample: &Sample, field: &CaptionField) -> Result<Option<String>> {
 /// # Errors
 /// As [`text`], or the JSON is not an object.
 pub(crate) fn texts_by_field(sample: &Sample) -> Result<BTreeMap<String, Vec<String>>> {
-    let mut found = BTreeMap::new();
-    if let Some(text) = member_text(sample, "txt")? {
-        found.insert(".txt".to_owned(), non_empty(text).into_iter().collect());
+    let texts = Texts::read(|extension| sample.member(extension)).map_err(|reason| sample.error(reason))?;
+    let mut found: BTreeMap<_, Vec<_>> = BTreeMap::new();
+    for (field, text) in texts.all() {
+        found.entry(field).or_default().push(text);
     }
-    if let Some(text) = member_text(sample, "json")? {
-        let json: BTreeMap<String, Value> = parse(sample, "json", text)?;
-        found.extend(json.iter().map(|(key, value)| (format!(".json {key}"), strings(value))));
-    }
-    found.retain(|_, texts: &mut Vec<String>| !texts.is_empty());
     Ok(found)
+}
+
+/// The `.txt` and the `.json` of a sample, in which caption fields find its texts.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Texts {
+    txt: Option<String>,
+    json: Option<Map<String, Value>>,
+}
+
+impl Texts {
+    /// Reads the members that `member` gives by extension.
+    ///
+    /// # Errors
+    /// Why one of them cannot be used: it is not UTF-8, or not a JSON object.
+    pub(crate) fn read<'a>(member: impl Fn(&str) -> Option<&'a [u8]>) -> std::result::Result<Self, String> {
+        let utf8 = |extension| {
+            let text = member(extension).map(std::str::from_utf8).transpose();
+            text.map_err(|_| format!("its .{extension} is not UTF-8 text"))
+        };
+        let json = utf8("json")?.map(serde_json::from_str).transpose();
+        let json = json.map_err(|e| format!("its .json is malformed: {e}"))?;
+        Ok(Self { txt: utf8("txt")?.map(str::to_owned), json })
+    }
+
+    /// Every text, without surrounding white space and never empty, with the name of its caption field: `.txt` or
+    /// `.json KEY`.
+    pub(crate) fn all(&self) -> Vec<(String, String)> {
+        let txt = self.txt.as_deref().and_then(non_empty).map(|text| (TXT.to_owned(), text));
+        let json = self.json.iter().flatten();
+        let json =
+            json.flat_map(|(key, value)| strings(value).into_iter().map(move |text| (json_field(key), text)));
+        txt.into_iter().chain(json).collect()
+    }
+
+    /// Removes the texts that are not to be kept, with the `.txt` or the key or place in an array where they stand, and
+    /// an array or object that this leaves empty.
+    pub(crate) fn retain(&mut self, mut keep: impl FnMut(&str, &str) -> bool) {
+        let mut keep = |field: &str, text: &str| non_empty(text).is_none_or(|text| keep(field, &text));
+        self.txt.take_if(|text| !keep(TXT, text));
+        let Some(json) = &mut self.json else { return };
+        let keys = json.len();
+        json.retain(|key, value| match value {
+            Value::String(text) => keep(&json_field(key), text),
+            Value::Array(values) => {
+                let all = values.len();
+                values.retain(|value| value.as_str().is_none_or(|text| keep(&json_field(key), text)));
+                values.len() == all || !values.is_empty()
+            }
+            _ => true,
+        });
+        self.json.take_if(|json| json.len() < keys && json.is_empty());
+    }
+
+    /// The bytes of a member, if there is such a one.
+    pub(crate) fn member(&self, extension: &str) -> Option<Vec<u8>> {
+        match extension {
+            "txt" => self.txt.as_ref().map(|text| text.clone().into_bytes()),
+            "json" => self.json.as_ref().map(|json| Value::from(json.clone()).to_string().into_bytes()),
+            _ => None,
+        }
+    }
+}
+
+/// Field of the text of a `.txt`.
+const TXT: &str = ".txt";
+
+fn json_field(key: &str) -> String {
+    format!(".json {key}")
 }
 
 fn member_text<'a>(sample: &'a Sample, member: &str) -> Result<Option<&'a str>> {
@@ -157,7 +223,7 @@ fn member_text<'a>(sample: &'a Sample, member: &str) -> Result<Option<&'a str>> 
     sample.member(member).map(utf8).transpose()
 }
 
-fn parse<T: DeserializeOwned>(sample: &Sample, member: &str, text: &str) -> Result<T> {
+fn parse(sample: &Sample, member: &str, text: &str) -> Result<Value> {
     serde_json::from_str(text).map_err(|e| sample.error(format!("its .{member} is malformed: {e}")))
 }
 
@@ -187,7 +253,7 @@ impl CaptionField {
     }
 
     /// How messages name the field: `.txt`, `.json en`.
-    fn name(&self) -> String {
+    pub(crate) fn name(&self) -> String {
         let what = self.key.as_ref().or(self.template.as_ref());
         what.map_or_else(|| format!(".{}", self.member), |what| format!(".{} {what}", self.member))
     }
@@ -198,7 +264,7 @@ impl CaptionField {
         if !self.is_json() {
             return Ok(Some(non_empty(text).into_iter().collect()));
         }
-        let json: Value = parse(sample, &self.member, text)?;
+        let json = parse(sample, &self.member, text)?;
         match (&self.key, &self.template) {
             (Some(key), _) => Ok(json.get(key).map(strings)),
             (None, Some(template)) => Ok(fill(template, &json)),
@@ -356,6 +422,29 @@ mod tests {
                 .unwrap(),
             None
         );
+    }
+
+    #[test]
+    fn texts_are_removed_with_what_holds_nothing_else() {
+        let members = |txt: &'static str, json: &'static str| {
+            move |extension: &str| match extension {
+                "txt" => Some(txt.as_bytes()),
+                _ => Some(json.as_bytes()),
+            }
+        };
+        let without_a = |txt, json| {
+            let mut texts = Texts::read(members(txt, json)).unwrap();
+            texts.retain(|_, text| text != "a");
+            let member = |extension| texts.member(extension).map(|bytes| String::from_utf8(bytes).unwrap());
+            (member("txt"), member("json"))
+        };
+        let some = |text: &str| Some(text.to_owned());
+        assert_eq!(without_a(" a ", r#"{"x": "a", "y": ["a"]}"#), (None, None));
+        assert_eq!(without_a(" b ", r#"{"x": ["b", "a", 1]}"#), (some(" b "), some(r#"{"x":["b",1]}"#)));
+        assert_eq!(without_a(" ", r#"{"x": [], "y": " "}"#), (some(" "), some(r#"{"x":[],"y":" "}"#)));
+        assert_eq!(without_a("", "{}"), (some(""), some("{}")));
+        let error = Texts::read(members("", "[]")).unwrap_err();
+        assert!(error.starts_with("its .json is malformed"), "{error}");
     }
 
     #[test]

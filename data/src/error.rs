@@ -38,6 +38,14 @@ pub enum DataError {
     /// Bytes that are not a picture we can decode.
     #[error("broken picture: {0}")]
     Picture(String),
+    /// A label, array or tensors that cannot be read.
+    #[error("broken {kind}: {reason}")]
+    Member {
+        /// `cls`, `npy` or `safetensors`.
+        kind: &'static str,
+        /// What is wrong or was expected.
+        reason: String,
+    },
     /// A picture operation asked for something outside the picture.
     #[error("picture of {width}x{height}: {reason}")]
     PictureSize {
@@ -82,6 +90,14 @@ pub enum DataError {
         /// What is wrong and what was expected.
         reason: String,
     },
+    /// A rule of a filter that does not parse.
+    #[error("filter \"{rule}\": {reason}")]
+    Filter {
+        /// The rule as given.
+        rule: String,
+        /// What was expected.
+        reason: String,
+    },
     /// A tokenizer file that cannot be used.
     #[error("tokenizer {}: {reason}", path.display())]
     TokenizerFile {
@@ -118,7 +134,7 @@ pub enum DataError {
     /// A source for packing that is malformed.
     #[error("cannot pack {}: {reason}", path.display())]
     Pack {
-        /// The folder, jsonl file or line.
+        /// The folder, jsonl file or shard.
         path: PathBuf,
         /// What is wrong and what was expected.
         reason: String,

@@ -21,12 +21,14 @@ pub enum FlawClass {
     DuplicateKey,
     /// A key that would leave the folder into which the sample is unpacked.
     UnsafeName,
-    /// A member is absent that most samples of the set have.
+    /// A member is absent that was asked for.
     MissingMember,
     /// A picture that cannot be decoded.
     BrokenPicture,
     /// A text that is not UTF-8, or JSON that is malformed.
     BrokenText,
+    /// A `cls`, `npy` or `safetensors` that cannot be read.
+    BrokenMember,
 }
 
 /// One defect of a set of shards.

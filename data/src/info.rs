@@ -26,9 +26,13 @@ pub struct DatasetInfo {
     pub extensions: BTreeMap<String, usize>,
     /// How many pictures have each size, most frequent first.
     pub sizes: Vec<SizeCount>,
+    /// Samples without a picture.
+    pub without_picture: usize,
+    /// Samples without a text.
+    pub without_text: usize,
     /// The texts, by the way a caption field would name them: `.txt`, `.json en`.
     pub captions: BTreeMap<String, CaptionCount>,
-    /// Samples without a readable picture or with malformed texts.
+    /// Samples with a broken picture, text or other member.
     #[serde(flatten)]
     pub broken: Broken,
     /// Damage of whole shards, one line each.
@@ -89,10 +93,12 @@ impl DatasetInfo {
         for index in 0..set.len() {
             let checked = set.sample(index).and_then(|sample| {
                 info.count_members(&sample)?;
-                sample_image(&sample)
+                sample.check_members()?;
+                sample.picture().map(|_| sample_image(&sample)).transpose()
             });
             match checked {
-                Ok(picture) => *sizes.entry((picture.width, picture.height)).or_insert(0) += 1,
+                Ok(Some(picture)) => *sizes.entry((picture.width, picture.height)).or_insert(0) += 1,
+                Ok(None) => {}
                 Err(error) => info.broken.add(&error),
             }
             progress(index + 1, set.len());
@@ -107,7 +113,10 @@ impl DatasetInfo {
         for (extension, _) in sample.members() {
             *self.extensions.entry(extension.to_owned()).or_default() += 1;
         }
-        for (field, texts) in texts_by_field(sample)? {
+        self.without_picture += usize::from(sample.picture().is_none());
+        let texts = texts_by_field(sample)?;
+        self.without_text += usize::from(texts.is_empty());
+        for (field, texts) in texts {
             let caption = self.captions.entry(field).or_default();
             caption.count += 1;
             if let Some(text) = texts.into_iter().next()
@@ -140,21 +149,25 @@ mod tests {
         writer.write("c", &[("png", &large), ("txt", b"three\n")]).unwrap();
         writer.write("d", &[("png", b"broken")]).unwrap();
         writer.write("e", &[("png", &small), ("json", b"{")]).unwrap();
+        writer.write("f", &[("png", &small), ("cls", b"7"), ("npy", b"broken")]).unwrap();
+        writer.write("g", &[("txt", b"four")]).unwrap();
+        writer.write("h", &[("png", &large)]).unwrap();
         let shards = writer.finish().unwrap();
         let set = ShardSet::open(&[shards[0].display().to_string()]).unwrap();
 
         let mut last = (0, 0);
         let info = DatasetInfo::scan(&set, |done, all| last = (done, all));
-        assert_eq!((info.samples, info.shards, info.broken.count, last), (5, 1, 2, (5, 5)));
+        assert_eq!((info.samples, info.shards, info.broken.count, last), (8, 1, 3, (8, 8)));
+        assert_eq!((info.without_picture, info.without_text), (1, 3));
         assert_eq!(info.bytes, std::fs::metadata(&shards[0]).unwrap().len());
-        assert_eq!(info.extensions["png"], 5);
-        assert_eq!(info.sizes[0], SizeCount { width: 3, height: 2, count: 2 });
+        assert_eq!((info.extensions["png"], info.extensions["cls"]), (7, 1));
+        assert_eq!(info.sizes[0], SizeCount { width: 3, height: 2, count: 3 });
         assert_eq!(info.captions[".json en"], CaptionCount { count: 2, examples: vec!["one".into()] });
         assert_eq!(info.captions[".json tags"].count, 1);
-        assert_eq!(info.captions[".txt"].examples, ["three"]);
+        assert_eq!(info.captions[".txt"].examples, ["three", "four"]);
         assert!(!info.captions.contains_key(".json n"));
         assert!(info.broken.named[0].starts_with("sample d of "), "{:?}", info.broken);
         let json = serde_json::to_value(&info).unwrap();
-        assert_eq!((&json["broken"], json["broken_named"].as_array().unwrap().len()), (&2.into(), 2));
+        assert_eq!((&json["broken"], json["broken_named"].as_array().unwrap().len()), (&3.into(), 3));
     }
 }

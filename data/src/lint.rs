@@ -10,12 +10,15 @@ use serde_json::Value;
 use crate::error::Result;
 use crate::flaw::{Flaw, FlawClass};
 use crate::loader::Loader;
+use crate::member;
 use crate::picture::Rgb8;
 use crate::shard::{PICTURE_EXTENSIONS, ShardSet};
 use crate::writer::ShardWriter;
 
 /// Samples that each worker checks ahead.
 const AHEAD: usize = 16;
+/// What stands for any picture among the members that are required.
+const PICTURE: &str = "picture";
 
 /// What [`lint`] found.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -41,6 +44,7 @@ type Members = Vec<(String, Vec<u8>)>;
 type Checked = (Vec<Flaw>, Members);
 
 /// Checks every sample of the shards that `patterns` name: its names, members, texts and, decoded in full, its pictures.
+/// A sample may lack any member but those `required`, each an extension or `picture` for one of any format.
 /// Where there is a `writer`, the samples that are whole are written to its shards, byte for byte and in order.
 /// `progress` is called with (done, all) after each sample.
 ///
@@ -48,6 +52,7 @@ type Checked = (Vec<Flaw>, Members);
 /// No pattern, a pattern without a match, or a clean shard that cannot be written.
 pub fn lint(
     patterns: &[String],
+    required: &[String],
     workers: usize,
     mut writer: Option<ShardWriter>,
     mut progress: impl FnMut(usize, usize),
@@ -56,13 +61,15 @@ pub fn lint(
     let mut report = LintReport { shards: set.shards().len(), samples: set.len(), ..LintReport::default() };
     report.flaws.extend_from_slice(set.flaws());
 
-    let usual = usual_extensions(&set);
+    let required = required.to_vec();
     let keep = writer.is_some();
     let workers = workers.max(1);
     let check = {
         let set = Arc::clone(&set);
         // The loader runs ahead of the last sample.
-        move |ordinal: u64| (ordinal < set.len() as u64).then(|| check(&set, ordinal as usize, &usual, keep))
+        move |ordinal: u64| {
+            (ordinal < set.len() as u64).then(|| check(&set, ordinal as usize, &required, keep))
+        }
     };
     let mut keys = HashSet::new();
     for (index, made) in (0..set.len()).zip(Loader::start(0, workers, AHEAD * workers, check)?) {
@@ -92,25 +99,22 @@ pub fn lint(
     Ok(report)
 }
 
-/// Extensions that more than half of the samples have.
-fn usual_extensions(set: &ShardSet) -> Vec<String> {
-    let mut counts = BTreeMap::new();
-    for extension in (0..set.len()).flat_map(|index| set.extensions(index)) {
-        *counts.entry(extension).or_insert(0) += 1;
-    }
-    let usual = counts.into_iter().filter(|&(_, count)| 2 * count > set.len());
-    usual.map(|(extension, _)| extension.to_owned()).collect()
-}
-
-fn check(set: &ShardSet, index: usize, usual: &[String], keep: bool) -> Checked {
+fn check(set: &ShardSet, index: usize, required: &[String], keep: bool) -> Checked {
     let mut flaws = Vec::new();
     let mut flaw = |class, reason: String| flaws.push(set.flaw(index, class, reason));
     let is_inside = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
     if !Path::new(set.key(index)).components().all(is_inside) {
         flaw(FlawClass::UnsafeName, "its key leads out of the folder that it is unpacked into".to_owned());
     }
-    for extension in usual.iter().filter(|usual| set.extensions(index).all(|has| has != usual.as_str())) {
-        flaw(FlawClass::MissingMember, format!("no .{extension}, which most samples have"));
+    for member in required {
+        let mut extensions = set.extensions(index);
+        if member == PICTURE {
+            if !extensions.any(|extension| PICTURE_EXTENSIONS.contains(&extension)) {
+                flaw(FlawClass::MissingMember, "no picture".to_owned());
+            }
+        } else if extensions.all(|extension| extension != member) {
+            flaw(FlawClass::MissingMember, format!("no .{member}"));
+        }
     }
     let sample = match set.sample(index) {
         Ok(sample) => sample,
@@ -129,8 +133,12 @@ fn check(set: &ShardSet, index: usize, usual: &[String], keep: bool) -> Checked 
             if let Err(error) = serde_json::from_slice::<Value>(bytes) {
                 flaw(FlawClass::BrokenText, format!("its .{extension} is malformed: {error}"));
             }
-        } else if last == "txt" && std::str::from_utf8(bytes).is_err() {
-            flaw(FlawClass::BrokenText, format!("its .{extension} is not UTF-8 text"));
+        } else if last == "txt" {
+            if std::str::from_utf8(bytes).is_err() {
+                flaw(FlawClass::BrokenText, format!("its .{extension} is not UTF-8 text"));
+            }
+        } else if let Err(error) = member::check(extension, bytes) {
+            flaw(FlawClass::BrokenMember, format!("its .{extension}: {error}"));
         }
     }
     let members = sample.members().filter(|_| keep && flaws.is_empty());
@@ -168,9 +176,13 @@ mod tests {
                 ("a.png", &png),
                 ("a.json", json),
                 ("a.txt", "图".as_bytes()),
+                ("a.cls", b"7"),
                 ("b.png", b"broken"),
                 ("b.json", b"{"),
                 ("c.png", &png),
+                ("c.cls", b"seven"),
+                ("c.depth.npy", b"\x93NUMPY"),
+                ("c.safetensors", b"{}"),
                 ("../d.png", &png),
                 ("../d.json", json),
                 ("e.png", &png),
@@ -193,7 +205,8 @@ mod tests {
         let patterns = [path("*.tar").display().to_string()];
         let mut last = (0, 0);
         let writer = ShardWriter::create(&path("clean"), "clean", u64::MAX).unwrap();
-        let report = lint(&patterns, 2, Some(writer), |done, all| last = (done, all)).unwrap();
+        let report =
+            lint(&patterns, &["json".to_owned()], 2, Some(writer), |done, all| last = (done, all)).unwrap();
         let found: Vec<_> = report.flaws.iter().map(|f| (f.class, f.key.as_deref().unwrap_or("-"))).collect();
         let expected = [
             (DuplicateMember, "f"),
@@ -203,6 +216,9 @@ mod tests {
             (BrokenPicture, "b"),
             (BrokenText, "b"),
             (MissingMember, "c"),
+            (BrokenMember, "c"),
+            (BrokenMember, "c"),
+            (BrokenMember, "c"),
             (UnsafeName, "../d"),
             (BrokenText, "e"),
             (DuplicateKey, "a"),
@@ -212,7 +228,7 @@ mod tests {
         assert_eq!(report.counts[&BrokenText], 2);
         assert_eq!((report.shards, report.samples, report.clean, last), (3, 11, 5, (11, 11)));
         let c = report.flaws.iter().find(|flaw| flaw.key.as_deref() == Some("c")).unwrap();
-        assert_eq!((c.reason.as_str(), &c.shard), ("no .json, which most samples have", &path("0.tar")));
+        assert_eq!((c.reason.as_str(), &c.shard), ("no .json", &path("0.tar")));
 
         let clean = ShardSet::open(&[report.repaired[0].display().to_string()]).unwrap();
         let keys: Vec<_> = (0..clean.len()).map(|index| clean.key(index)).collect();
@@ -220,10 +236,26 @@ mod tests {
         let a = clean.sample(0).unwrap();
         assert_eq!(
             a.members().collect::<Vec<_>>(),
-            [("png", &*png), ("json", json), ("txt", "图".as_bytes())]
+            [("png", &*png), ("json", json), ("txt", "图".as_bytes()), ("cls", b"7")]
         );
-        let again = lint(&[path("clean/*.tar").display().to_string()], 1, None, |_, _| ()).unwrap();
+        let again = lint(&[path("clean/*.tar").display().to_string()], &[], 1, None, |_, _| ()).unwrap();
         assert_eq!((again.clean, again.flaws, again.repaired), (5, vec![], vec![]));
+    }
+
+    #[test]
+    fn texts_alone_and_pictures_alone_are_whole_unless_more_is_required() {
+        let dir = tempfile::tempdir().unwrap();
+        let png = Rgb8::filled(2, 2, [1, 2, 3]).encode_png().unwrap();
+        let path = dir.path().join("0.tar");
+        archive(&path, &[("both.png", &png), ("both.txt", b"a"), ("text.txt", b"b"), ("picture.png", &png)]);
+        let found = |required: &[&str]| {
+            let required: Vec<_> = required.iter().map(|&member| member.to_owned()).collect();
+            let report = lint(&[path.display().to_string()], &required, 1, None, |_, _| ()).unwrap();
+            report.flaws.into_iter().map(|f| (f.class, f.key.unwrap(), f.reason)).collect::<Vec<_>>()
+        };
+        assert_eq!(found(&[]), []);
+        assert_eq!(found(&["picture"]), [(MissingMember, "text".into(), "no picture".into())]);
+        assert_eq!(found(&["txt"]), [(MissingMember, "picture".into(), "no .txt".into())]);
     }
 
     #[test]
@@ -231,7 +263,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("x.tar"), [7; 3000]).unwrap();
         let pattern = dir.path().join("x.tar").display().to_string();
-        let report = lint(&[pattern], 2, None, |_, _| ()).unwrap();
+        let report = lint(&[pattern], &[], 2, None, |_, _| ()).unwrap();
         assert_eq!((report.shards, report.samples), (0, 0));
         assert_eq!(report.counts[&UnusableShard], 1);
     }

@@ -1,18 +1,21 @@
-//! Packs pictures with their texts, from a folder or a jsonl file, into shards.
+//! Packs pictures with their texts, from a folder, a jsonl file or other shards, into shards.
 
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
 
+use crate::caption::TEXT_EXTENSIONS;
 use crate::error::{DataError, Result};
-use crate::picture::Rgb8;
-use crate::shard::PICTURE_EXTENSIONS;
+use crate::filter::{Draft, Filter, LeftOut};
+use crate::loader::Loader;
+use crate::shard::{PICTURE_EXTENSIONS, ShardSet};
 use crate::writer::ShardWriter;
 
-/// Extensions of the files that belong to a picture of the same name.
-const TEXT_EXTENSIONS: [&str; 2] = ["txt", "json"];
+/// Samples that each worker reads ahead.
+const AHEAD: usize = 16;
 /// Key of a jsonl line that names its picture.
 const IMAGE_KEY: &str = "image";
 
@@ -23,94 +26,166 @@ pub struct PackReport {
     pub samples: usize,
     /// Samples among them that have neither a text nor JSON.
     pub without_text: usize,
+    /// Samples among them that have no picture.
+    pub without_picture: usize,
     /// The shards, in order.
     pub shards: Vec<PathBuf>,
-    /// What was left out, one line each, naming the file and the reason.
+    /// What is broken and was left out, one line each, naming the file or sample and the reason.
     pub skipped: Vec<String>,
-}
-
-/// A sample to be: where its bytes come from.
-struct Candidate {
-    key: String,
-    picture: PathBuf,
-    texts: Texts,
-}
-
-enum Texts {
-    /// Files next to the picture, by extension.
-    Files(Vec<(&'static str, PathBuf)>),
-    /// The other keys of a jsonl line.
-    Record(Map<String, Value>),
+    /// What the filter left out, by its rules in their order.
+    pub filtered: Vec<LeftOut>,
+    /// Damage of shards that were read, one line each.
+    pub warnings: Vec<String>,
 }
 
 /// Packs `source` into `writer`'s shards: a folder of pictures (sub-folders included) with `.txt` or `.json` files of the
-/// same name, or a jsonl file of `{"image": PATH, ...}` whose paths are relative to it and whose other keys become the
-/// sample's JSON. `progress` is called with (done, all) after each picture.
+/// same name; or a jsonl file of `{"image": PATH, ...}` whose paths are relative to it and whose other keys become the
+/// sample's JSON, a text alone where a line has no `image`; or shards, named as for [`ShardSet::open`] with `.tar` at the end, whose samples keep their members.
+/// What `filter` leaves out is not written. Pictures are read and decoded on `workers` threads (at least one), and
+/// `progress` is called with (done, all) after each sample.
 ///
-/// A broken picture or text is skipped and named in the report.
+/// A sample with a broken picture or text is skipped and named in the report.
 ///
 /// # Errors
-/// The source cannot be read, has no pictures, or the shards cannot be written.
+/// The source cannot be read, has no pictures, or lies where its shards would be written over; or the shards cannot be
+/// written.
 pub fn pack(
     source: &Path,
     mut writer: ShardWriter,
+    mut filter: Filter,
+    workers: usize,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<PackReport> {
     let mut report = PackReport::default();
-    let candidates =
-        if source.is_dir() { from_folder(source)? } else { from_jsonl(source, &mut report.skipped)? };
-    if candidates.is_empty() {
-        let reason = format!("no pictures (expected {})", PICTURE_EXTENSIONS.join(", "));
-        return Err(DataError::Pack { path: source.to_owned(), reason });
-    }
+    let source = Arc::new(Source::open(source, writer.dir(), &mut report)?);
+    let workers = workers.max(1);
+    let read = {
+        let source = Arc::clone(&source);
+        // Workers run ahead of the last sample.
+        move |ordinal: u64| (ordinal < source.len() as u64).then(|| source.read(ordinal as usize))
+    };
     let mut keys = HashSet::new();
-    for (done, candidate) in (1..).zip(&candidates) {
-        let read = if keys.insert(&candidate.key) {
-            candidate.read()
-        } else {
-            Err(format!("another picture has the key {} too", candidate.key))
-        };
-        match read {
-            Ok(members) => {
-                let borrowed: Vec<_> =
-                    members.iter().map(|(e, bytes)| (e.as_str(), bytes.as_slice())).collect();
-                writer.write(&candidate.key, &borrowed)?;
-                report.samples += 1;
-                report.without_text += usize::from(members.len() == 1);
+    for (index, made) in (0..source.len()).zip(Loader::start(0, workers, AHEAD * workers, read)?) {
+        let (_, Some(read)) = made? else { continue };
+        match read.and_then(|draft| with_new_key(draft, &keys)) {
+            Ok(mut draft) => {
+                if filter.keeps(&mut draft)? {
+                    let members: Vec<_> =
+                        draft.members.iter().map(|(e, bytes)| (e.as_str(), bytes.as_slice())).collect();
+                    writer.write(&draft.key, &members)?;
+                    report.samples += 1;
+                    report.without_text += usize::from(!draft.has_any(&TEXT_EXTENSIONS));
+                    report.without_picture += usize::from(!draft.has_any(&PICTURE_EXTENSIONS));
+                    keys.insert(draft.key);
+                }
             }
-            Err(reason) => report.skipped.push(format!("{}: {reason}", candidate.picture.display())),
+            Err(reason) => report.skipped.push(format!("{}: {reason}", source.name(index))),
         }
-        progress(done, candidates.len());
+        progress(index + 1, source.len());
     }
+    report.filtered = filter.finish()?;
     report.shards = writer.finish()?;
     Ok(report)
 }
 
+fn with_new_key(draft: Draft, keys: &HashSet<String>) -> std::result::Result<Draft, String> {
+    match keys.contains(&draft.key) {
+        true => Err(format!("another sample has the key {} too", draft.key)),
+        false => Ok(draft),
+    }
+}
+
+/// Where samples come from.
+enum Source {
+    Files(Vec<Candidate>),
+    Shards(ShardSet),
+}
+
+/// A sample to be, out of files.
+struct Candidate {
+    key: String,
+    /// What messages call it: the file, or the line of the jsonl.
+    name: String,
+    /// The picture, if it has one, and the texts next to it.
+    files: Vec<PathBuf>,
+    /// The other keys of a jsonl line.
+    record: Map<String, Value>,
+}
+
+impl Source {
+    /// Finds the samples of a source that is to be packed into the folder `out`.
+    fn open(path: &Path, out: &Path, report: &mut PackReport) -> Result<Self> {
+        let candidates = if path.is_dir() {
+            from_folder(path)?
+        } else if extension(path) == "tar" {
+            let set = ShardSet::open(&[path.to_string_lossy().into_owned()])?;
+            refuse_shards_in(out, &set)?;
+            report.warnings = set.flaws().iter().map(ToString::to_string).collect();
+            return Ok(Self::Shards(set));
+        } else {
+            from_jsonl(path, &mut report.skipped)?
+        };
+        if candidates.is_empty() {
+            let reason = format!("no pictures (expected {})", PICTURE_EXTENSIONS.join(", "));
+            return Err(DataError::Pack { path: path.to_owned(), reason });
+        }
+        Ok(Self::Files(candidates))
+    }
+
+    fn len(&self) -> usize {
+        match self {
+            Self::Files(candidates) => candidates.len(),
+            Self::Shards(set) => set.len(),
+        }
+    }
+
+    /// What messages call a sample.
+    fn name(&self, index: usize) -> String {
+        match self {
+            Self::Files(candidates) => candidates[index].name.clone(),
+            Self::Shards(set) => format!("sample {} of {}", set.key(index), set.shard(index).display()),
+        }
+    }
+
+    /// The sample, checked; or why it has to be skipped.
+    fn read(&self, index: usize) -> std::result::Result<Draft, String> {
+        match self {
+            Self::Files(candidates) => {
+                Draft::new(candidates[index].key.clone(), candidates[index].members()?)
+            }
+            Self::Shards(set) => {
+                let sample = set.sample(index).map_err(|e| e.to_string())?;
+                let members = sample.members().map(|(e, bytes)| (e.to_owned(), bytes.to_vec())).collect();
+                Draft::new(sample.key.to_owned(), members)
+            }
+        }
+    }
+}
+
+/// New shards must not take the place of those that are being read.
+fn refuse_shards_in(out: &Path, set: &ShardSet) -> Result<()> {
+    let absolute = |path: &Path| path.canonicalize().map_err(DataError::io("read", path));
+    let out = absolute(out)?;
+    for shard in set.files() {
+        if absolute(shard)?.parent() == Some(&out) {
+            let reason = "its folder is that of the new shards, expected another".to_owned();
+            return Err(DataError::Pack { path: shard.to_path_buf(), reason });
+        }
+    }
+    Ok(())
+}
+
 impl Candidate {
-    /// The members of the sample, checked; or why it has to be skipped.
-    fn read(&self) -> std::result::Result<Vec<(String, Vec<u8>)>, String> {
-        let read =
-            |path: &Path| std::fs::read(path).map_err(|e| format!("cannot read {}: {e}", path.display()));
-        let picture = read(&self.picture)?;
-        Rgb8::decode(&picture).map_err(|e| e.to_string())?;
-        let mut members = vec![(extension(&self.picture), picture)];
-        match &self.texts {
-            Texts::Files(files) => {
-                for (extension, path) in files {
-                    let bytes = read(path)?;
-                    let text = std::str::from_utf8(&bytes)
-                        .map_err(|_| format!("{} is not UTF-8 text", path.display()))?;
-                    if *extension == "json" {
-                        serde_json::from_str::<Map<String, Value>>(text)
-                            .map_err(|e| format!("{} is not a JSON object: {e}", path.display()))?;
-                    }
-                    members.push(((*extension).to_owned(), bytes));
-                }
-            }
-            Texts::Record(record) if record.is_empty() => {}
-            Texts::Record(record) => {
-                members.push(("json".to_owned(), Value::from(record.clone()).to_string().into_bytes()))
-            }
+    /// Extensions and bytes; or why it has to be skipped.
+    fn members(&self) -> std::result::Result<Vec<(String, Vec<u8>)>, String> {
+        let read = |path: &PathBuf| match std::fs::read(path) {
+            Ok(bytes) => Ok((extension(path), bytes)),
+            Err(error) => Err(format!("cannot read {}: {error}", path.display())),
+        };
+        let mut members = self.files.iter().map(read).collect::<std::result::Result<Vec<_>, _>>()?;
+        if !self.record.is_empty() {
+            let json = Value::from(self.record.clone()).to_string();
+            members.push(("json".to_owned(), json.into_bytes()));
         }
         Ok(members)
     }
@@ -124,9 +199,10 @@ fn from_folder(root: &Path) -> Result<Vec<Candidate>> {
         let inside = picture.strip_prefix(root).unwrap_or(&picture).with_extension("");
         // A dot in a key would end it.
         let key = inside.to_string_lossy().replace('.', "_");
-        let texts = TEXT_EXTENSIONS.map(|extension| (extension, picture.with_extension(extension)));
-        let texts = Texts::Files(texts.into_iter().filter(|(_, path)| path.exists()).collect());
-        Candidate { key, picture, texts }
+        let name = picture.display().to_string();
+        let texts = TEXT_EXTENSIONS.map(|extension| picture.with_extension(extension));
+        let files = [picture].into_iter().chain(texts.into_iter().filter(|path| path.exists())).collect();
+        Candidate { key, name, files, record: Map::new() }
     };
     Ok(pictures.into_iter().map(candidate).collect())
 }
@@ -154,21 +230,22 @@ fn from_jsonl(source: &Path, skipped: &mut Vec<String>) -> Result<Vec<Candidate>
     let folder = source.parent().unwrap_or(Path::new(""));
     let mut candidates = Vec::new();
     for (number, line) in (1..).zip(text.lines()).filter(|(_, line)| !line.trim().is_empty()) {
-        let record =
-            serde_json::from_str::<Map<String, Value>>(line).map_err(|e| format!("not a JSON object: {e}"));
+        let name = format!("{} line {number}", source.display());
+        let record = serde_json::from_str::<Map<String, Value>>(line);
+        let record = record.map_err(|e| format!("not a JSON object: {e}"));
         let parsed = record.and_then(|mut record| match record.remove(IMAGE_KEY) {
-            Some(Value::String(image)) => Ok((folder.join(image), record)),
-            _ => Err(format!("no \"{IMAGE_KEY}\" with the path of a picture")),
+            Some(Value::String(image)) => Ok((Some(folder.join(image)), record)),
+            Some(_) => Err(format!("\"{IMAGE_KEY}\" is not the path of a picture")),
+            None if record.is_empty() => Err("an empty object".to_owned()),
+            None => Ok((None, record)),
         });
         match parsed {
             Ok((picture, record)) => {
-                candidates.push(Candidate {
-                    key: format!("{number:08}"),
-                    picture,
-                    texts: Texts::Record(record),
-                });
+                let name = picture.as_ref().map_or(name, |picture| picture.display().to_string());
+                let files = picture.into_iter().collect();
+                candidates.push(Candidate { key: format!("{number:08}"), name, files, record });
             }
-            Err(reason) => skipped.push(format!("{} line {number}: {reason}", source.display())),
+            Err(reason) => skipped.push(format!("{name}: {reason}")),
         }
     }
     Ok(candidates)
@@ -181,7 +258,10 @@ fn extension(path: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::shard::{ShardSet, sample_image};
+    use crate::caption::CaptionFields;
+    use crate::picture::Rgb8;
+    use crate::shard::sample_image;
+    use crate::testing::{Members, shard};
     use std::fs;
 
     fn picture_file(path: &Path) {
@@ -190,7 +270,8 @@ mod tests {
     }
 
     fn run(source: &Path, out: &Path) -> Result<(PackReport, ShardSet)> {
-        let report = pack(source, ShardWriter::create(out, "p", 1 << 20)?, |_, _| {})?;
+        let writer = ShardWriter::create(out, "p", 1 << 20)?;
+        let report = pack(source, writer, Filter::default(), 2, |_, _| {})?;
         let set = ShardSet::open(&[report.shards[0].display().to_string()])?;
         Ok((report, set))
     }
@@ -209,12 +290,13 @@ mod tests {
 
         let mut calls = Vec::new();
         let writer = ShardWriter::create(out.path(), "p", 1 << 20).unwrap();
-        let report = pack(source.path(), writer, |done, all| calls.push((done, all))).unwrap();
+        let report =
+            pack(source.path(), writer, Filter::default(), 2, |done, all| calls.push((done, all))).unwrap();
         assert_eq!((report.samples, report.without_text), (2, 0));
         assert_eq!(calls.last(), Some(&(5, 5)));
         let skipped = report.skipped.join("\n");
         for expected in
-            ["broken.webp: broken picture", "odd.txt is not UTF-8 text", "has the key cats/tom_v2 too"]
+            ["broken.webp: broken picture", "odd.png: its .txt is not UTF-8", "has the key cats/tom_v2 too"]
         {
             assert!(skipped.contains(expected), "{skipped}");
         }
@@ -230,15 +312,61 @@ mod tests {
         let (source, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
         picture_file(&source.path().join("images/a.png"));
         let jsonl = source.path().join("list.jsonl");
-        fs::write(&jsonl, "{\"image\": \"images/a.png\", \"en\": \"a\"}\n\nnot json\n{\"en\": \"b\"}\n{\"image\": \"absent.png\"}\n").unwrap();
+        fs::write(&jsonl, "{\"image\": \"images/a.png\", \"en\": \"a\"}\n\nnot json\n{\"en\": \"b\"}\n{\"image\": \"absent.png\"}\n{\"image\": 1}\n{}\n").unwrap();
         let (report, set) = run(&jsonl, out.path()).unwrap();
-        assert_eq!(report.samples, 1);
+        assert_eq!((report.samples, report.without_picture), (2, 1));
         let skipped = report.skipped.join("\n");
-        for expected in ["line 3: not a JSON object", "line 4: no \"image\"", "absent.png"] {
+        for expected in [
+            "line 3: not a JSON object",
+            "absent.png: cannot read",
+            "line 6: \"image\" is",
+            "line 7: an empty",
+        ] {
             assert!(skipped.contains(expected), "{skipped}");
         }
         let sample = set.sample(0).unwrap();
         assert_eq!((sample.key, sample.member("json")), ("00000001", Some(b"{\"en\":\"a\"}".as_slice())));
+        let text = set.sample(1).unwrap();
+        assert_eq!((text.key, text.members().count(), text.picture()), ("00000004", 1, None));
+    }
+
+    #[test]
+    fn shards_are_filtered_and_keep_their_members() {
+        let (source, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let png = Rgb8::filled(2, 2, [9, 8, 7]).encode_png().unwrap();
+        let whole: Members =
+            &[("png", &png), ("seg.png", b"x"), ("json", b"{ \"en\": \"a heart\" }"), ("cls", b"1")];
+        let path = shard(
+            source.path(),
+            &[
+                ("a", whole),
+                ("b", &[("png", b"broken"), ("txt", b"a heart")]),
+                ("c", &[("png", &png), ("txt", b"x")]),
+                ("text", &[("txt", b"a long text")]),
+                ("a", &[("png", &png)]),
+                ("picture", &[("png", &png)]),
+            ],
+        );
+        let filter = || Filter::new(&["text_length:2..".to_owned()], &CaptionFields::default()).unwrap();
+        let writer = |dir: &Path| ShardWriter::create(dir, "p", 1 << 20).unwrap();
+        let pattern = source.path().join("*.tar");
+        let report = pack(&pattern, writer(out.path()), filter(), 2, |_, _| {}).unwrap();
+        assert_eq!((report.samples, report.without_text, report.without_picture), (3, 1, 1));
+        assert_eq!(report.filtered, [LeftOut { rule: "text_length:2..".into(), samples: 1, texts: 1 }]);
+        let of = path.display();
+        let skipped =
+            [format!("sample b of {of}: broken picture"), format!("sample a of {of}: another sample")];
+        assert!(
+            report.skipped.iter().zip(&skipped).all(|(line, start)| line.starts_with(start)),
+            "{report:?}"
+        );
+        let set = ShardSet::open(&[report.shards[0].display().to_string()]).unwrap();
+        assert_eq!((0..set.len()).map(|index| set.key(index)).collect::<Vec<_>>(), ["a", "text", "picture"]);
+        assert_eq!(set.sample(0).unwrap().members().collect::<Vec<_>>(), whole);
+
+        let error = pack(&pattern, writer(source.path()), filter(), 1, |_, _| {}).unwrap_err().to_string();
+        assert!(error.ends_with("its folder is that of the new shards, expected another"), "{error}");
+        assert!(!source.path().join("p-000000.tar").exists());
     }
 
     #[test]

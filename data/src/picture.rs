@@ -184,6 +184,43 @@ impl Rgb8 {
     }
 }
 
+/// What is measured of an encoded picture.
+#[derive(Debug)]
+pub(crate) struct Measured {
+    /// Columns, upright.
+    pub width: u32,
+    /// Rows, upright.
+    pub height: u32,
+    /// Size of the encoding.
+    pub bytes: usize,
+    /// BLAKE3 of the encoding.
+    pub digest: [u8; blake3::OUT_LEN],
+    /// By [`Rgb8::difference_hash`].
+    pub hash: u64,
+}
+
+impl Measured {
+    /// Decodes and measures.
+    ///
+    /// # Errors
+    /// As for [`Rgb8::decode`].
+    pub(crate) fn of(encoded: &[u8]) -> Result<Self> {
+        let decoded = Rgb8::decode(encoded)?;
+        Ok(Self {
+            width: decoded.width,
+            height: decoded.height,
+            bytes: encoded.len(),
+            digest: *blake3::hash(encoded).as_bytes(),
+            hash: decoded.difference_hash()?,
+        })
+    }
+
+    /// Width divided by height.
+    pub(crate) fn aspect(&self) -> f64 {
+        f64::from(self.width) / f64::from(self.height)
+    }
+}
+
 /// Brightness as ITU-R BT.601 weighs the channels.
 fn luma([red, green, blue]: &[f32; CHANNELS]) -> f32 {
     0.299 * red + 0.587 * green + 0.114 * blue

@@ -28,7 +28,7 @@ impl Script {
 }
 
 /// The unified ideographs: the basic block with extension A, and the two planes of later extensions.
-fn is_han(c: char) -> bool {
+pub(crate) fn is_han(c: char) -> bool {
     ('\u{3400}'..='\u{9fff}').contains(&c) || ('\u{20000}'..='\u{3ffff}').contains(&c)
 }
 

@@ -113,6 +113,11 @@ impl ShardSet {
         self.shards.iter().map(|shard| shard.name.as_path())
     }
 
+    /// The files with their bytes, in the same order.
+    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
+        self.shards.iter().map(|shard| shard.file.as_path())
+    }
+
     /// Size of all shard files in bytes.
     pub fn bytes(&self) -> u64 {
         self.bytes
@@ -160,6 +165,11 @@ impl ShardSet {
     /// Key of sample `index`.
     pub(crate) fn key(&self, index: usize) -> &str {
         &self.samples[index].key
+    }
+
+    /// The shard that holds sample `index`.
+    pub(crate) fn shard(&self, index: usize) -> &Path {
+        &self.shards[self.samples[index].shard].name
     }
 
     /// Reads sample `index` (below [`ShardSet::len`], in the order of the shards) into memory.
@@ -352,6 +362,11 @@ impl Sample<'_> {
         self.members.iter().map(|m| (m.extension.as_str(), self.slice(m)))
     }
 
+    /// Bytes of the picture: the first member among [`PICTURE_EXTENSIONS`]. A sample may have none.
+    pub fn picture(&self) -> Option<&[u8]> {
+        PICTURE_EXTENSIONS.iter().find_map(|extension| self.member(extension))
+    }
+
     /// An error that names this sample and its shard.
     pub fn error(&self, reason: impl Into<String>) -> DataError {
         DataError::Sample { key: self.key.to_owned(), shard: self.shard.to_owned(), reason: reason.into() }
@@ -363,7 +378,7 @@ impl Sample<'_> {
     }
 }
 
-/// Decodes the picture of a sample: its first member among [`PICTURE_EXTENSIONS`].
+/// Decodes the [picture](Sample::picture) of a sample.
 ///
 /// # Errors
 /// Names the sample when it has no picture or a broken one.
@@ -373,17 +388,10 @@ pub fn sample_image(sample: &Sample) -> Result<Rgb8> {
 
 /// As [`sample_image`], by [`Rgb8::decode_for`].
 pub(crate) fn sample_image_for(sample: &Sample, short_side: Option<u32>) -> Result<Rgb8> {
-    Rgb8::decode_for(picture_bytes(sample)?, short_side).map_err(|e| sample.error(e.to_string()))
-}
-
-/// The bytes that [`sample_image`] decodes.
-///
-/// # Errors
-/// Names the sample when it has no picture.
-pub(crate) fn picture_bytes<'a>(sample: &'a Sample) -> Result<&'a [u8]> {
-    PICTURE_EXTENSIONS.iter().find_map(|extension| sample.member(extension)).ok_or_else(|| {
+    let picture = sample.picture().ok_or_else(|| {
         sample.error(format!("no picture (expected one of {})", PICTURE_EXTENSIONS.join(", ")))
-    })
+    })?;
+    Rgb8::decode_for(picture, short_side).map_err(|e| sample.error(e.to_string()))
 }
 
 /// webdataset's rule: the key is the path up to the first dot of its file name, the rest is the extension. Hidden files,

@@ -10,8 +10,9 @@ use crate::caption::texts_by_field;
 use crate::error::Result;
 use crate::info::Broken;
 use crate::loader::Loader;
+use crate::picture::Measured;
 use crate::script::Script;
-use crate::shard::{ShardSet, picture_bytes, sample_image};
+use crate::shard::ShardSet;
 
 /// Samples that each worker reads ahead.
 const AHEAD: usize = 16;
@@ -29,10 +30,10 @@ pub struct DatasetStats {
     pub shards: usize,
     /// Size of the shards.
     pub bytes: u64,
-    /// Samples without a readable picture or with malformed texts.
+    /// Samples with a broken picture, text or other member.
     #[serde(flatten)]
     pub broken: Broken,
-    /// The pictures, one a sample.
+    /// The pictures, at most one a sample.
     pub pictures: PictureStats,
     /// The texts, by the way a caption field would name them: `.txt`, `.json en`.
     pub texts: BTreeMap<String, TextStats>,
@@ -115,16 +116,8 @@ type Digest = [u8; blake3::OUT_LEN];
 
 /// What is kept of a sample.
 struct Record {
-    picture: Picture,
+    picture: Option<Measured>,
     texts: Vec<(String, Text)>,
-}
-
-struct Picture {
-    width: u32,
-    height: u32,
-    bytes: usize,
-    digest: Digest,
-    hash: u64,
 }
 
 struct Text {
@@ -154,7 +147,7 @@ impl DatasetStats {
         for (index, made) in (0..set.len()).zip(Loader::start(0, workers, AHEAD * workers, read)?) {
             match made? {
                 (_, Some(Ok(record))) => {
-                    pictures.push((index, record.picture));
+                    pictures.extend(record.picture.map(|picture| (index, picture)));
                     for (field, text) in record.texts {
                         texts.entry(field).or_default().push((index, text));
                     }
@@ -180,19 +173,13 @@ impl DatasetStats {
 impl Record {
     fn read(set: &ShardSet, index: usize) -> Result<Self> {
         let sample = set.sample(index)?;
+        sample.check_members()?;
         let texts = texts_by_field(&sample)?
             .into_iter()
             .flat_map(|(field, texts)| texts.into_iter().map(move |text| (field.clone(), Text::of(&text))))
             .collect();
-        let bytes = picture_bytes(&sample)?;
-        let decoded = sample_image(&sample)?;
-        let picture = Picture {
-            width: decoded.width,
-            height: decoded.height,
-            bytes: bytes.len(),
-            digest: *blake3::hash(bytes).as_bytes(),
-            hash: decoded.difference_hash().map_err(|e| sample.error(e.to_string()))?,
-        };
+        let picture = sample.picture().map(Measured::of).transpose();
+        let picture = picture.map_err(|e| sample.error(e.to_string()))?;
         Ok(Self { picture, texts })
     }
 }
@@ -209,14 +196,13 @@ impl Text {
 }
 
 impl PictureStats {
-    fn of(set: &ShardSet, pictures: &[(usize, Picture)]) -> Self {
+    fn of(set: &ShardSet, pictures: &[(usize, Measured)]) -> Self {
         let all = || pictures.iter().map(|(_, picture)| picture);
         let short_sides = || all().map(|picture| picture.width.min(picture.height));
         let below = |limit| (limit, short_sides().filter(|&side| side < limit).count());
-        let aspect = |picture: &Picture| f64::from(picture.width) / f64::from(picture.height);
         Self {
             short_side: Spread::of(short_sides(), Ord::cmp),
-            aspect: Spread::of(all().map(aspect), f64::total_cmp),
+            aspect: Spread::of(all().map(Measured::aspect), f64::total_cmp),
             bytes: Spread::of(all().map(|picture| picture.bytes), Ord::cmp),
             below: SHORT_SIDES.map(below).into(),
             same_bytes: Duplicates::of(set, pictures.iter().map(|(index, p)| (p.digest, *index))),
@@ -321,19 +307,20 @@ mod tests {
         let jpeg = encode(&stripes(90, 60), image::ImageFormat::Jpeg);
         let large = encode(&stripes(180, 360), image::ImageFormat::Png);
         let plain = Rgb8::filled(64, 64, [1, 2, 3]).encode_png().unwrap();
-        let samples: [(&str, Members); 7] = [
+        let samples: [(&str, Members); 8] = [
             ("plain", &[("png", &plain)]),
-            ("broken", &[("png", b"broken")]),
+            ("broken", &[("png", b"broken"), ("txt", b"left out")]),
             ("small", &[("png", &small)]),
             ("large", &[("png", &large)]),
             ("again", &[("png", &small)]),
             ("jpeg", &[("jpg", &jpeg)]),
-            ("none", &[("txt", b"no picture")]),
+            ("text", &[("txt", b"no picture")]),
+            ("neither", &[("cls", b"1")]),
         ];
         let (stats, calls) = scan(&samples, 1);
-        assert_eq!((stats.samples, stats.shards, stats.broken.count, calls), (7, 1, 2, 7));
+        assert_eq!((stats.samples, stats.shards, stats.broken.count, calls), (8, 1, 1, 8));
         assert!(stats.broken.named[0].starts_with("sample broken of "), "{:?}", stats.broken);
-        assert!(stats.texts.is_empty(), "texts of broken samples are left out");
+        assert_eq!(stats.texts[".txt"].characters.count, 1, "texts of broken samples are left out");
 
         let PictureStats { short_side, aspect, bytes, below, same_bytes, alike } = &stats.pictures;
         let sides = Spread { count: 5, min: 60, p5: 60, median: 60, p95: 180, max: 180 };
@@ -348,7 +335,7 @@ mod tests {
 
         for workers in [0, 3] {
             let (again, calls) = scan(&samples, workers);
-            assert_eq!((again.pictures, again.broken.count, calls), (stats.pictures.clone(), 2, 7));
+            assert_eq!((again.pictures, again.broken.count, calls), (stats.pictures.clone(), 1, 8));
         }
     }
 
@@ -363,10 +350,11 @@ mod tests {
                 ("d", &[("png", &png), ("json", r#"{"name": "❤"}"#.as_bytes()), ("txt", b"heart")]),
                 ("e", &[("png", &png), ("json", b"{"), ("txt", b"heart")]),
                 ("f", &[("png", &png), ("txt", b"\xff")]),
+                ("g", &[("png", &png), ("cls", b"?")]),
             ],
             2,
         );
-        assert_eq!((stats.broken.count, stats.pictures.short_side.count), (2, 4));
+        assert_eq!((stats.broken.count, stats.pictures.short_side.count), (3, 4));
         assert_eq!(stats.texts.keys().collect::<Vec<_>>(), [".json name", ".txt"]);
         let name = &stats.texts[".json name"];
         let characters = Spread { count: 6, min: 1, p5: 1, median: 2, p95: 11, max: 11 };
@@ -378,7 +366,7 @@ mod tests {
         assert_eq!(stats.texts[".txt"].characters.count, 1);
 
         let json = serde_json::to_value(&stats).unwrap();
-        assert_eq!(json["broken"], 2);
+        assert_eq!(json["broken"], 3);
         assert_eq!(json["texts"][".json name"]["scripts"]["latin"], 3);
         assert_eq!(json["pictures"]["below"]["64"], 4);
     }

@@ -37,6 +37,11 @@ impl ShardWriter {
         Ok(Self { dir, prefix, max_bytes: max_bytes_per_shard, open: None, finished: Vec::new() })
     }
 
+    /// The folder of the shards.
+    pub(crate) fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// Appends one sample: members as (extension, bytes).
     ///
     /// # Errors

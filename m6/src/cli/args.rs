@@ -36,7 +36,8 @@ impl FieldArgs {
     }
 }
 
-fn parse_field(text: &str) -> std::result::Result<CaptionField, String> {
+/// Parses a caption field.
+pub fn parse_field(text: &str) -> std::result::Result<CaptionField, String> {
     let (member, rest) = match text.split_once(':') {
         Some((member, rest)) => (member, Some(rest.to_owned())),
         None => (text, None),

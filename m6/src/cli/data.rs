@@ -8,12 +8,13 @@ use std::path::{Path, PathBuf};
 use m6::{Error, Result};
 use m6_data::stats::{Duplicates, Group, PictureStats, Spread, TextStats};
 use m6_data::{
-    BenchReport, Broken, DatasetInfo, DatasetStats, LintReport, SampleOrder, Script, ShardSet, ShardWriter,
-    Transform, bench, contact_sheet, lint, pack, sample_image, write_indexes,
+    BenchReport, Broken, CaptionField, CaptionFields, DatasetInfo, DatasetStats, Filter, LeftOut, LintReport,
+    PackReport, Rgb8, SampleOrder, Script, ShardSet, ShardWriter, Transform, bench, contact_sheet, lint,
+    pack, sample_image, write_indexes,
 };
 use m6_run::Task;
 
-use super::args::FieldArgs;
+use super::args::{FieldArgs, parse_field};
 use super::output;
 
 const MIB: u64 = 1 << 20;
@@ -23,6 +24,8 @@ const NAMED: usize = 10;
 const SHARD_MIB: u64 = 256;
 const SHEET_COLUMNS: u32 = 6;
 const SHEET_TILE: u32 = 128;
+/// In place of a picture that a sample does not have.
+const WHITE: [u8; 3] = [255; 3];
 /// Columns of [`print_spread`].
 const SPREAD_COLUMNS: [&str; 6] = ["count", "min", "5 %", "median", "95 %", "max"];
 
@@ -37,7 +40,7 @@ const SPREAD_COLUMNS: [&str; 6] = ["count", "min", "5 %", "median", "95 %", "max
     M6_CACHE_LIMIT  what it may hold, in bytes or such as 20G; the default is 100G"
 )]
 pub enum Command {
-    /// Pack a folder of pictures, or a jsonl that names them, into shards
+    /// Pack a folder of pictures, a jsonl that names them, or other shards, into shards; filter them
     Pack(PackArgs),
     /// Count samples, pictures, captions and what is broken
     Info(InfoArgs),
@@ -68,11 +71,29 @@ impl Command {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  m6 data pack pictures/ shards/ --prefix train\n\n\
+#[command(after_help = "Example:\n  m6 data pack pictures/ shards/ --prefix train\n  \
+    m6 data pack 'shards/*.tar' clean/ --filter min_side:64 --filter distinct:alike --field json:en \\\n    \
+    --filter text_length:5..200 --dropped dropped.jsonl\n\n\
     In a folder, `cat.txt` and `cat.json` belong to `cat.png`. A line of a jsonl is {\"image\": PATH, ...}; its other \
-    keys become the sample's JSON.")]
+    keys become the sample's JSON, a text alone where it has no image. Samples of shards keep all their members.\n\n\
+    Rules for --filter, asked in their order; a limit of MIN..MAX may be left out:\n  \
+      min_side:N, max_side:N     pixels of the short and of the long side of the picture\n  \
+      aspect:MIN..MAX            width / height\n  \
+      distinct:pictures          no earlier picture of the same bytes\n  \
+      distinct:alike[,K]         no earlier picture whose 64-bit difference hash is equal, or at most K bits apart; \
+                                 plain pictures all look alike\n  \
+      distinct:texts             no earlier text that is the same, in the same field\n  \
+      text_length:MIN..MAX       Unicode characters\n  \
+      text_words:MIN..MAX        words between white space, of Latin texts; others pass\n  \
+      script:han|latin|other     one script or several\n  \
+      repetition:MAX             share of characters in the most frequent pair of words (Gopher's top 2-gram)\n  \
+      symbols:MAX                share of characters that are no letters, digits, marks or white space\n  \
+      words_absent:FILE          none of these words and phrases, one a line, in either case\n\n\
+    A picture that fails leaves its sample out. A text that fails is removed, with its key of the JSON, and the sample is \
+    left out when no text stays. Samples without a picture pass the rules for pictures, those without a text those for \
+    texts. Earlier are samples that were not left out.")]
 pub struct PackArgs {
-    /// A folder of pictures, sub-folders included, or a jsonl file
+    /// A folder of pictures, sub-folders included; a jsonl file; or shards, as a glob or list that ends in .tar
     source: PathBuf,
     /// Folder for the shards
     out: PathBuf,
@@ -82,6 +103,16 @@ pub struct PackArgs {
     /// Size of a shard in MiB
     #[arg(long, value_name = "MIB", default_value_t = SHARD_MIB, value_parser = clap::value_parser!(u64).range(1..1 << 20))]
     shard_size: u64,
+    /// Leave out what breaks this rule; may be given many times
+    #[arg(long = "filter", value_name = "RULE")]
+    rules: Vec<String>,
+    /// A field whose texts the rules judge, `txt` or a key as in `json:en`; may be given many times. The default is every
+    /// text of txt and json
+    #[arg(long = "field", value_name = "MEMBER[:KEY]", value_parser = parse_field, requires = "rules")]
+    fields: Vec<CaptionField>,
+    /// Write a line of JSON for each sample and each text that a rule left out: its key, the rule and the value
+    #[arg(long, value_name = "FILE", requires = "rules")]
+    dropped: Option<PathBuf>,
     /// Print the report as one line of JSON
     #[arg(long)]
     json: bool,
@@ -89,13 +120,21 @@ pub struct PackArgs {
 
 impl PackArgs {
     fn run(self) -> Result<()> {
+        let mut filter = Filter::new(&self.rules, &CaptionFields::new(self.fields)?)?;
         output::check_writable(&self.out.join(&self.prefix))?;
+        if let Some(path) = &self.dropped {
+            output::check_writable(path)?;
+            filter = filter.log_to(path)?;
+        }
         let writer = ShardWriter::create(&self.out, &self.prefix, self.shard_size * MIB)?;
         let mut task = None;
-        let report = pack(&self.source, writer, |_, all| {
-            task.get_or_insert_with(|| Task::new("pack", all as u64, "pictures")).advance(1);
+        let report = pack(&self.source, writer, filter, cores(), |_, all| {
+            task.get_or_insert_with(|| Task::new("pack", all as u64, "samples")).advance(1);
         })?;
         task.map(Task::finish);
+        for warning in &report.warnings {
+            eprintln!("{warning}");
+        }
         for skipped in report.skipped.iter().take(NAMED) {
             eprintln!("skipped {skipped}");
         }
@@ -108,12 +147,15 @@ impl PackArgs {
         for shard in &report.shards {
             output::line(shard.display())?;
         }
+        for LeftOut { rule, samples, texts } in &report.filtered {
+            output::line(format_args!("{rule} left out {samples} samples, {texts} texts"))?;
+        }
+        let PackReport { samples, shards, without_text, without_picture, skipped, .. } = &report;
         output::line(format_args!(
-            "{} samples in {} shards, {} of them without a text, {} pictures skipped",
-            report.samples,
-            report.shards.len(),
-            report.without_text,
-            report.skipped.len()
+            "{samples} samples in {} shards, {without_text} of them without a text, {without_picture} without a picture, \
+             {} skipped",
+            shards.len(),
+            skipped.len()
         ))
     }
 }
@@ -142,6 +184,11 @@ impl InfoArgs {
         output::line(format_args!("{} samples in {} shards, {mib:.1} MiB", info.samples, info.shards))?;
         for (extension, count) in &info.extensions {
             output::line(format_args!("  .{extension}: {count} samples"))?;
+        }
+        for (what, count) in [("picture", info.without_picture), ("text", info.without_text)] {
+            if count > 0 {
+                output::line(format_args!("  without a {what}: {count} samples"))?;
+            }
         }
         for size in info.sizes.iter().take(NAMED) {
             output::line(format_args!("  {} x {}: {} pictures", size.width, size.height, size.count))?;
@@ -301,7 +348,11 @@ impl ShowArgs {
             if labels.is_empty() {
                 labels.push(sample.key.to_owned());
             }
-            Ok::<_, Error>((sample_image(&sample)?, labels))
+            let picture = match sample.picture() {
+                Some(_) => sample_image(&sample)?,
+                None => Rgb8::filled(SHEET_TILE, SHEET_TILE, WHITE),
+            };
+            Ok::<_, Error>((picture, labels))
         });
         let items = items.collect::<Result<Vec<_>>>()?;
         contact_sheet(&items, SHEET_COLUMNS, SHEET_TILE)?.save_png(&self.out)?;
@@ -311,12 +362,15 @@ impl ShowArgs {
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  m6 data lint 'shards/train-*.tar' --repair clean\n\n\
-    Every picture is decoded. A member that more than half of the samples have is missing where one lacks it. Exit code \
-    1 where something was found.")]
+    Every picture is decoded, and every cls, npy and safetensors is read. Samples may lack a picture or a text, unless \
+    --require asks for it. Exit code 1 where something was found.")]
 pub struct LintArgs {
     /// Shards: files, globs, urls, commands or lists such as `train-{000..017}.tar`; see `m6 data --help`
     #[arg(required = true)]
     shards: Vec<String>,
+    /// Report the samples that lack this: `picture`, or an extension such as `json`; may be given many times
+    #[arg(long = "require", value_name = "MEMBER")]
+    required: Vec<String>,
     /// Write the samples that are whole into this folder, as shards `clean-000000.tar` and so on
     #[arg(long, value_name = "DIR")]
     repair: Option<PathBuf>,
@@ -342,7 +396,7 @@ impl LintArgs {
             None => None,
         };
         let mut task = None;
-        let report = lint(&self.shards, cores(), writer, |_, all| {
+        let report = lint(&self.shards, &self.required, cores(), writer, |_, all| {
             task.get_or_insert_with(|| Task::new("check", all as u64, "samples")).advance(1);
         })?;
         task.map(Task::finish);

@@ -70,6 +70,7 @@ fn is_wrong_data_setting(error: &DataError) -> bool {
             | DataError::Mixture { .. }
             | DataError::CaptionField { .. }
             | DataError::Transform { .. }
+            | DataError::Filter { .. }
             | DataError::VocabSize { .. }
     )
 }
