@@ -6,11 +6,16 @@
 #include <ATen/Context.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/GradMode.h>
+#include <climits>
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
 #include <tuple>
 #include <vector>
+
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 namespace {
 
@@ -48,6 +53,14 @@ at::Device device_of(int cuda_index) {
 extern "C" {
 
 void m6_free(char* message) { std::free(message); }
+
+void m6_keep_freed_memory() {
+#ifdef __GLIBC__
+  mallopt(M_MMAP_MAX, 0);
+  mallopt(M_TRIM_THRESHOLD, INT_MAX);
+  mallopt(M_TOP_PAD, 64 << 20);
+#endif
+}
 
 char* m6_init_normal(at::Tensor* tensor, double std, uint64_t seed) {
   return guarded([&] {

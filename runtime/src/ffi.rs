@@ -9,6 +9,7 @@ use crate::error::{Result, RuntimeError, first_line};
 
 unsafe extern "C" {
     fn m6_free(message: *mut c_char);
+    pub(crate) fn m6_keep_freed_memory();
     pub(crate) fn m6_init_normal(tensor: *const C_tensor, std: f64, seed: u64) -> *mut c_char;
     pub(crate) fn m6_init_uniform(tensor: *const C_tensor, bound: f64, seed: u64) -> *mut c_char;
     pub(crate) fn m6_fused_adamw(

@@ -64,6 +64,7 @@ enum Command {
 
 /// Parses the command line and runs its command.
 pub fn main() -> ExitCode {
+    m6_runtime::device::keep_freed_memory();
     let command = Cli::parse().command;
     exit::run(move || command.run())
 }
