@@ -32,8 +32,8 @@ pub fn device(name: &str) -> Result<Device> {
 }
 
 /// Has glibc keep the memory of freed tensors for the next ones. By itself it returns every large block to the system,
-/// which hands it back page by page, all zeroed: two fifths of the
-/// time of encoding pictures on the CPU. To be called before any work.
+/// which hands it back page by page, all zeroed: two fifths of the time of encoding pictures on the CPU. To be called
+/// before any work.
 pub fn keep_freed_memory() {
     // SAFETY: sets three numbers of the allocator.
     unsafe { ffi::m6_keep_freed_memory() }
