@@ -58,9 +58,10 @@ fn resolve_one(pattern: &str) -> Result<Vec<Source>> {
 
 /// Expands `{a,b}` and `{000..017}` (zero-padded like its bounds), also several in one pattern.
 fn expand_braces(pattern: &str, out: &mut Vec<String>) -> std::result::Result<(), String> {
+    let too_many = || format!("names more than {MAX_EXPANSION} shards");
     let Some(open) = pattern.find('{') else {
         if out.len() == MAX_EXPANSION {
-            return Err(format!("names more than {MAX_EXPANSION} shards"));
+            return Err(too_many());
         }
         out.push(pattern.to_owned());
         return Ok(());
@@ -76,10 +77,18 @@ fn expand_braces(pattern: &str, out: &mut Vec<String>) -> std::result::Result<()
         for n in low..=high {
             expand_braces(&format!("{head}{n:0width$}{tail}", width = first.len()), out)?;
         }
-    } else {
+    } else if body.contains(',') {
         for choice in body.split(',') {
             expand_braces(&format!("{head}{choice}{tail}"), out)?;
         }
+    } else {
+        // As in shells, braces around one thing are no list: a command may have its own.
+        let mut tails = Vec::new();
+        expand_braces(tail, &mut tails)?;
+        if out.len() + tails.len() > MAX_EXPANSION {
+            return Err(too_many());
+        }
+        out.extend(tails.iter().map(|tail| format!("{head}{{{body}}}{tail}")));
     }
     Ok(())
 }
@@ -110,6 +119,9 @@ mod tests {
         assert!(error("train-{a..b}.tar").contains("not a range"));
         assert!(error("train-{008.tar").contains("without its }"));
         assert!(error("").contains("is a folder"));
+        let mut commands = Vec::new();
+        expand_braces("pipe:awk '{print}' {1,2}.tar", &mut commands).unwrap();
+        assert_eq!(commands, ["pipe:awk '{print}' 1.tar", "pipe:awk '{print}' 2.tar"]);
         assert!(resolve(&[]).unwrap_err().to_string().contains("expected at least one"));
     }
 
