@@ -145,7 +145,7 @@ impl ShardSet {
     }
 
     /// Extensions of the members of sample `index`, without reading them.
-    pub(crate) fn extensions(&self, index: usize) -> impl Iterator<Item = &str> {
+    pub fn extensions(&self, index: usize) -> impl Iterator<Item = &str> {
         self.samples[index].members.iter().map(|member| member.extension.as_str())
     }
 
@@ -162,6 +162,21 @@ impl ShardSet {
         }
     }
 
+    /// Whether sample `index` has a member with this (lower-case) extension, without reading it.
+    pub fn has(&self, index: usize, extension: &str) -> bool {
+        self.extensions(index).any(|has| has == extension)
+    }
+
+    /// Whether sample `index` has a picture, without reading it.
+    pub fn has_picture(&self, index: usize) -> bool {
+        self.extensions(index).any(|has| PICTURE_EXTENSIONS.contains(&has))
+    }
+
+    /// The samples that have a picture, without reading them.
+    pub fn with_picture(&self) -> Vec<usize> {
+        (0..self.len()).filter(|&index| self.has_picture(index)).collect()
+    }
+
     /// Key of sample `index`.
     pub(crate) fn key(&self, index: usize) -> &str {
         &self.samples[index].key
@@ -175,7 +190,7 @@ impl ShardSet {
     /// Reads sample `index` (below [`ShardSet::len`], in the order of the shards) into memory.
     ///
     /// # Errors
-    /// The shard cannot be read any more.
+    /// Names the sample when its shard cannot be read any more.
     ///
     /// # Panics
     /// `index` is not below [`ShardSet::len`].
@@ -188,9 +203,10 @@ impl ShardSet {
         // a set may have more shards than a process may hold files, and unlike a memory map a failing read is an error
         // and not a signal.
         let mut bytes = vec![0; (end - start) as usize];
-        File::open(&shard.file)
-            .and_then(|file| file.read_exact_at(&mut bytes, start))
-            .map_err(DataError::io("read", &shard.name))?;
+        let read = File::open(&shard.file).and_then(|file| file.read_exact_at(&mut bytes, start));
+        read.map_err(|e| {
+            DataError::Sample(self.flaw(index, FlawClass::UnusableShard, format!("cannot be read: {e}")))
+        })?;
         Ok(Sample { key: &entry.key, shard: &shard.name, members: &entry.members, start, bytes })
     }
 
@@ -260,6 +276,15 @@ impl ShardSet {
             reason: "its last sample is not whole and is left out".to_owned(),
         })
     }
+}
+
+/// The shards that `patterns` name, in their order; each may be opened alone by its name.
+///
+/// # Errors
+/// No pattern, or one that is malformed or names nothing.
+pub fn shard_names(patterns: &[String]) -> Result<Vec<String>> {
+    let sources = resolve(patterns)?;
+    Ok(sources.iter().map(|source| source.name().to_string_lossy().into_owned()).collect())
 }
 
 /// What a shard holds, before it is part of a set.
@@ -367,9 +392,15 @@ impl Sample<'_> {
         PICTURE_EXTENSIONS.iter().find_map(|extension| self.member(extension))
     }
 
-    /// An error that names this sample and its shard.
-    pub fn error(&self, reason: impl Into<String>) -> DataError {
-        DataError::Sample { key: self.key.to_owned(), shard: self.shard.to_owned(), reason: reason.into() }
+    /// An error that names this sample, its shard and where it begins there.
+    pub fn error(&self, class: FlawClass, reason: impl Into<String>) -> DataError {
+        DataError::Sample(Flaw {
+            class,
+            shard: self.shard.to_owned(),
+            offset: Some(self.start),
+            key: Some(self.key.to_owned()),
+            reason: reason.into(),
+        })
     }
 
     fn slice(&self, member: &MemberEntry) -> &[u8] {
@@ -389,9 +420,10 @@ pub fn sample_image(sample: &Sample) -> Result<Rgb8> {
 /// As [`sample_image`], by [`Rgb8::decode_for`].
 pub(crate) fn sample_image_for(sample: &Sample, short_side: Option<u32>) -> Result<Rgb8> {
     let picture = sample.picture().ok_or_else(|| {
-        sample.error(format!("no picture (expected one of {})", PICTURE_EXTENSIONS.join(", ")))
+        let reason = format!("no picture (expected one of {})", PICTURE_EXTENSIONS.join(", "));
+        sample.error(FlawClass::MissingMember, reason)
     })?;
-    Rgb8::decode_for(picture, short_side).map_err(|e| sample.error(e.to_string()))
+    Rgb8::decode_for(picture, short_side).map_err(|e| sample.error(FlawClass::BrokenPicture, e.to_string()))
 }
 
 /// webdataset's rule: the key is the path up to the first dot of its file name, the rest is the extension. Hidden files,
@@ -432,7 +464,7 @@ mod tests {
         assert_eq!(cat.member("json"), None);
         assert_eq!(set.sample(1).unwrap().member("txt"), Some(b"".as_slice()));
         let error = sample_image(&set.sample(1).unwrap()).unwrap_err().to_string();
-        assert!(error.starts_with("sample animals/dog of ") && error.contains("no picture"), "{error}");
+        assert!(error.contains(", sample animals/dog: ") && error.contains("no picture"), "{error}");
     }
 
     #[test]
@@ -482,7 +514,7 @@ mod tests {
         assert_eq!((contents(&piped), piped.identity()), (contents(&local), local.identity()));
         assert_eq!(piped.shards().collect::<Vec<_>>(), [Path::new(&cat(&path))]);
         let error = sample_image(&piped.sample(1).unwrap()).unwrap_err().to_string();
-        assert!(error.starts_with(&format!("sample b of {}: ", cat(&path))), "{error}");
+        assert!(error.starts_with(&cat(&path)) && error.contains(", sample b: "), "{error}");
 
         let cut = format!("pipe:head -c 3000 '{}'", path.display());
         let cut_flaw = format!("{cut}, byte 3000: no end-of-archive mark, so the archive may have been cut");
