@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use crate::atomic_file::world_readable;
 use crate::error::{DataError, Result};
 use crate::source::Far;
-use crate::writer::world_readable;
 
 /// Names the folder.
 const FOLDER_VARIABLE: &str = "M6_CACHE";

@@ -23,6 +23,7 @@
 //! # Ok::<_, Box<dyn std::error::Error>>(())
 //! ```
 
+mod atomic_file;
 pub mod bench;
 mod cache;
 pub mod caption;
@@ -31,6 +32,7 @@ pub mod filter;
 pub mod flaw;
 pub mod index_file;
 pub mod info;
+mod key;
 pub mod lint;
 pub mod loader;
 pub mod member;
@@ -42,6 +44,7 @@ mod pattern;
 pub mod picture;
 #[cfg(feature = "remote")]
 mod remote;
+mod scan;
 pub mod script;
 pub mod shard;
 pub mod sheet;

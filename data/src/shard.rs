@@ -3,22 +3,18 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::cache::Cache;
 use crate::error::{DataError, Result};
 use crate::flaw::{Flaw, FlawClass};
-use crate::index_file;
+use crate::key::split_key;
 use crate::pattern::resolve;
 use crate::picture::Rgb8;
-use crate::source::Source;
-use crate::tar_index::{Defect, TarIndex};
+use crate::scan::{Care, Scanned, scan_all};
+use crate::tar_index::Defect;
 
 /// Extensions that hold a sample's picture, in the order in which they are looked for.
 pub const PICTURE_EXTENSIONS: [&str; 5] = ["webp", "png", "jpg", "jpeg", "bmp"];
-
-/// Threads that fetch shards and read their headers.
-const SCANNERS: usize = 16;
 
 /// An indexed set of shards. The index lives in memory, the samples' bytes stay on disk.
 #[derive(Debug, Default)]
@@ -194,7 +190,7 @@ impl ShardSet {
         Ok(Sample { key: &entry.key, shard: &shard.name, members: &entry.members, start, bytes })
     }
 
-    /// Adds a shard by what [`scan`] found in it.
+    /// Adds a shard by what was found in it.
     fn add(&mut self, name: PathBuf, scanned: Scanned) -> Result<()> {
         let Scanned { file, bytes, index, unused_index } = scanned;
         let damage = |defect: &Defect| {
@@ -262,83 +258,6 @@ impl ShardSet {
     }
 }
 
-/// What a shard holds, before it is part of a set.
-struct Scanned {
-    file: PathBuf,
-    bytes: u64,
-    index: TarIndex,
-    /// Why the index beside it was not used, where there is one.
-    unused_index: Option<String>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Care {
-    /// Indexes are used, and the first shard that cannot be used is the last that is tried.
-    Usual,
-    /// Every shard is tried and all of its headers are read.
-    Thorough,
-}
-
-/// Scans shards on several threads, since each waits for the disk or the network. Names and results in the order of the
-/// shards; with [`Care::Usual`] some behind a failure may be absent.
-///
-/// # Errors
-/// Those of `cache`.
-fn scan_all<'a>(
-    sources: &[Source],
-    cache: &(impl Fn() -> Result<&'a Cache> + Sync),
-    care: Care,
-) -> Result<Vec<(PathBuf, Result<Scanned>)>> {
-    // Before any is fetched, or one that is there could have to make room for another.
-    for source in sources {
-        if let Source::Far(far) = source {
-            cache()?.keep(far);
-        }
-    }
-    let next = AtomicUsize::new(0);
-    let scan_some = || {
-        let mut scanned = Vec::new();
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(source) = sources.get(index) else { return scanned };
-            let result = scan(source, cache, care);
-            if result.is_err() && care == Care::Usual {
-                next.store(sources.len(), Ordering::Relaxed);
-            }
-            scanned.push((index, source.name(), result));
-        }
-    };
-    let mut scanned = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..SCANNERS.min(sources.len())).map(|_| scope.spawn(scan_some)).collect();
-        let joined = threads.into_iter().map(|thread| thread.join());
-        joined
-            .flat_map(|some| some.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect::<Vec<_>>()
-    });
-    scanned.sort_by_key(|&(index, ..)| index);
-    Ok(scanned.into_iter().map(|(_, name, result)| (name, result)).collect())
-}
-
-fn scan<'a>(source: &Source, cache: impl Fn() -> Result<&'a Cache>, care: Care) -> Result<Scanned> {
-    let (path, may_have_index) = match source {
-        Source::File(path) => (path.clone(), care == Care::Usual),
-        Source::Far(far) => (cache()?.fetch(far)?, false),
-    };
-    let name = source.name();
-    let file = File::open(&path).map_err(DataError::io("open", &name))?;
-    let bytes = file.metadata().map_err(DataError::io("read", &name))?.len();
-    let indexed = if may_have_index { index_file::read(&path, &file) } else { Ok(None) };
-    let (members, unused_index) = match indexed {
-        Ok(members) => (members, None),
-        Err(reason) => (None, Some(reason)),
-    };
-    let index = match members {
-        Some(members) => TarIndex { members, defects: Vec::new() },
-        None => TarIndex::read(file).map_err(DataError::io("read", &name))?,
-    };
-    Ok(Scanned { file: path, bytes, index, unused_index })
-}
-
 /// One sample in memory: the members of a shard that share a key.
 #[derive(Debug)]
 pub struct Sample<'a> {
@@ -394,16 +313,6 @@ pub(crate) fn sample_image_for(sample: &Sample, short_side: Option<u32>) -> Resu
     Rgb8::decode_for(picture, short_side).map_err(|e| sample.error(e.to_string()))
 }
 
-/// webdataset's rule: the key is the path up to the first dot of its file name, the rest is the extension. Hidden files,
-/// files without a dot and `__meta__` files belong to no sample.
-pub(crate) fn split_key(path: &str) -> Option<(&str, String)> {
-    let name_at = path.rfind('/').map_or(0, |slash| slash + 1);
-    let dot = name_at + path[name_at..].find('.')?;
-    let name = &path[name_at..dot];
-    let meta = name.starts_with("__") && name.ends_with("__");
-    (!name.is_empty() && !meta).then(|| (&path[..dot], path[dot + 1..].to_lowercase()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -455,15 +364,6 @@ mod tests {
 
         std::fs::write(&path, &bytes[..300]).unwrap();
         assert!(open(&path).unwrap_err().to_string().contains("holds no whole sample"));
-    }
-
-    #[test]
-    fn keys_follow_webdataset() {
-        let split = |path| split_key(path).map(|(key, ext)| (key.to_owned(), ext));
-        assert_eq!(split("a/b.c/d.seg.PNG"), Some(("a/b.c/d".into(), "seg.png".into())));
-        assert_eq!(split("no_extension"), None);
-        assert_eq!(split("a/.hidden"), None);
-        assert_eq!(split("__index__.json"), None);
     }
 
     fn contents(set: &ShardSet) -> Vec<(String, Vec<Vec<u8>>)> {
