@@ -44,6 +44,7 @@ mod pattern;
 pub mod picture;
 #[cfg(feature = "remote")]
 mod remote;
+mod rule;
 mod scan;
 pub mod script;
 pub mod shard;
