@@ -10,7 +10,7 @@ use crate::flaw::{Flaw, FlawClass};
 use crate::key::split_key;
 use crate::pattern::resolve;
 use crate::picture::Rgb8;
-use crate::scan::{Care, Scanned, scan_all};
+use crate::scan::{Care, Progress, Scanned, scan_all};
 use crate::tar_index::Defect;
 
 /// Extensions that hold a sample's picture, in the order in which they are looked for.
@@ -59,33 +59,50 @@ impl ShardSet {
     /// No pattern, a pattern without a match, a shard that cannot be fetched or read, or one that holds no sample. Damage
     /// that leaves some samples whole is reported by [`ShardSet::flaws`] instead.
     pub fn open(patterns: &[String]) -> Result<Self> {
-        Self::open_in(Cache::of_process, patterns)
+        Self::open_with(patterns, |_, _, _| ())
     }
 
-    /// As [`ShardSet::open`], with a cache that is asked for if one is needed.
-    fn open_in<'a>(cache: impl Fn() -> Result<&'a Cache> + Sync, patterns: &[String]) -> Result<Self> {
+    /// As [`ShardSet::open`]. Where shards have to be fetched, `progress` is called with (done, all, bytes) as they come:
+    /// the shards that are there, all that have to be fetched, and the bytes that came so far.
+    ///
+    /// # Errors
+    /// Those of [`ShardSet::open`].
+    pub fn open_with(
+        patterns: &[String],
+        mut progress: impl FnMut(usize, usize, u64) + Send,
+    ) -> Result<Self> {
+        Self::open_in(Cache::of_process, patterns, &mut progress)
+    }
+
+    /// As [`ShardSet::open_with`], with a cache that is asked for if one is needed.
+    fn open_in<'a>(
+        cache: impl Fn() -> Result<&'a Cache> + Sync,
+        patterns: &[String],
+        progress: Progress,
+    ) -> Result<Self> {
         let mut set = Self::default();
-        for (name, scanned) in scan_all(&resolve(patterns)?, &cache, Care::Usual)? {
+        for (name, scanned) in scan_all(&resolve(patterns)?, &cache, Care::Usual, progress)? {
             set.add(name, scanned?)?;
         }
         Ok(set)
     }
 
-    /// As [`ShardSet::open`], but a shard that cannot be used is a flaw like others and may leave the set empty, and every
+    /// As [`ShardSet::open_with`], but a shard that cannot be used is a flaw like others and may leave the set empty, and every
     /// header is read, whatever an index says.
     ///
     /// # Errors
     /// No pattern, a pattern without a match, or no cache where one is needed.
-    pub(crate) fn open_what_can_be_read(patterns: &[String]) -> Result<Self> {
-        Self::open_what_can_be_read_in(Cache::of_process, patterns)
+    pub(crate) fn open_what_can_be_read(patterns: &[String], progress: Progress) -> Result<Self> {
+        Self::open_what_can_be_read_in(Cache::of_process, patterns, progress)
     }
 
     fn open_what_can_be_read_in<'a>(
         cache: impl Fn() -> Result<&'a Cache> + Sync,
         patterns: &[String],
+        progress: Progress,
     ) -> Result<Self> {
         let mut set = Self::default();
-        for (name, scanned) in scan_all(&resolve(patterns)?, &cache, Care::Thorough)? {
+        for (name, scanned) in scan_all(&resolve(patterns)?, &cache, Care::Thorough, progress)? {
             let tried = scanned.and_then(|scanned| set.add(name.clone(), scanned));
             if let Err(error) = tried {
                 set.flaws.push(Flaw::of_shard(FlawClass::UnusableShard, name, None, error.to_string()));
@@ -375,7 +392,7 @@ mod tests {
     fn a_command_is_a_shard_under_its_own_name() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
-        let open = |pattern: &str| ShardSet::open_in(|| Ok(&cache), &[pattern.to_owned()]);
+        let open = |pattern: &str| ShardSet::open_in(|| Ok(&cache), &[pattern.to_owned()], &mut |_, _, _| ());
         let members: Members = &[("txt", b"text"), ("png", b"broken")];
         let path = shard(dir.path(), &[("a", members), ("b", members)]);
         let (local, piped) = (self::open(&path).unwrap(), open(&cat(&path)).unwrap());
@@ -394,11 +411,38 @@ mod tests {
         assert!(error("pipe:exit {3,4}").starts_with("cannot fetch pipe:exit 3: the command ended with "));
 
         let patterns = ["pipe:exit {3,4}".to_owned(), cat(&path)];
-        let set = ShardSet::open_what_can_be_read_in(|| Ok(&cache), &patterns).unwrap();
+        let set = ShardSet::open_what_can_be_read_in(|| Ok(&cache), &patterns, &mut |_, _, _| ()).unwrap();
         let unusable: Vec<_> =
             set.flaws().iter().map(|flaw| (flaw.class, flaw.shard.to_str().unwrap())).collect();
         assert_eq!(unusable, ["pipe:exit 3", "pipe:exit 4"].map(|name| (FlawClass::UnusableShard, name)));
         assert_eq!((set.len(), set.shards().len()), (2, 1));
+    }
+
+    #[test]
+    fn what_has_to_be_fetched_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
+        let names = ["a", "b", "c"];
+        let files = names.map(|name| shard(&dir.path().join(name), &[(name, &[("bin", &[7; 100_000])])]));
+        let bytes = std::fs::metadata(&files[0]).unwrap().len();
+        let told = |files: &[&PathBuf]| {
+            let patterns: Vec<_> = files.iter().map(|file| cat(file)).collect();
+            let mut told = Vec::new();
+            ShardSet::open_in(|| Ok(&cache), &patterns, &mut |done, all, bytes| {
+                told.push((done, all, bytes))
+            })
+            .unwrap();
+            told
+        };
+        let [a, b, c] = &files;
+        let first = told(&[a]);
+        assert_eq!((first[0], first[first.len() - 1]), ((0, 1, 0), (1, 1, bytes)));
+        assert!(first.len() > 3 && first.is_sorted(), "{first:?}");
+        let rest = told(&[a, b, c]);
+        assert_eq!((rest[0], rest[rest.len() - 1]), ((0, 2, 0), (2, 2, 2 * bytes)));
+        assert!(rest.is_sorted(), "{rest:?}");
+        assert_eq!(told(&[a, b, c]), []);
+        assert_eq!(ShardSet::open_with(&[a.display().to_string()], |_, _, _| panic!()).unwrap().len(), 1);
     }
 
     #[test]
@@ -420,7 +464,7 @@ mod tests {
         for requests in [names.len(), 0] {
             let before = server.requests().len();
             let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
-            let set = ShardSet::open_in(|| Ok(&cache), &[server.url(pattern)]).unwrap();
+            let set = ShardSet::open_in(|| Ok(&cache), &[server.url(pattern)], &mut |_, _, _| ()).unwrap();
             assert_eq!((contents(&set), set.identity()), (contents(&local), local.identity()));
             assert_eq!(set.shards().next(), Some(Path::new(&server.url(&names[0]))));
             assert_eq!(server.requests().len() - before, requests);
@@ -428,7 +472,7 @@ mod tests {
 
         let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
         let absent = server.url("/absent-{0000..9999}.tar");
-        let error = ShardSet::open_in(|| Ok(&cache), &[absent]).unwrap_err().to_string();
+        let error = ShardSet::open_in(|| Ok(&cache), &[absent], &mut |_, _, _| ()).unwrap_err().to_string();
         assert!(error.starts_with(&format!("cannot fetch {}: ", server.url("/absent-0000.tar"))), "{error}");
         assert!(server.requests().len() < names.len() + 1000, "it ends with the first that is not there");
     }

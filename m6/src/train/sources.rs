@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use m6_data::ShardSet;
+use m6_run::fetching;
 use m6_vqgan::Vqgan;
 use tch::Device;
 
@@ -30,7 +31,7 @@ impl Opening<'_> {
         tasks: TasksConfig,
         vqgan: &Vqgan,
     ) -> Result<OpenSource> {
-        let shards = ShardSet::open(&config.shards)?;
+        let shards = ShardSet::open_with(&config.shards, fetching())?;
         for flaw in shards.flaws() {
             eprintln!("m6: {flaw}");
         }
