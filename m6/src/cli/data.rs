@@ -128,7 +128,7 @@ impl PackArgs {
         }
         let writer = ShardWriter::create(&self.out, &self.prefix, self.shard_size * MIB)?;
         let mut task = None;
-        let report = pack(&self.source, writer, filter, cores(), |_, all| {
+        let report = pack(&self.source, writer, filter, cores(), fetching(), |_, all| {
             task.get_or_insert_with(|| Task::new("pack", all as u64, "samples")).advance(1);
         })?;
         task.map(Task::finish);
