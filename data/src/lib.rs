@@ -42,6 +42,7 @@ pub mod pack;
 pub mod packing;
 mod pattern;
 pub mod picture;
+mod pipe;
 #[cfg(feature = "remote")]
 mod remote;
 mod rule;
@@ -49,6 +50,7 @@ mod scan;
 pub mod script;
 pub mod shard;
 pub mod sheet;
+mod sink;
 mod source;
 pub mod stats;
 pub mod tar_index;
