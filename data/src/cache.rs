@@ -14,9 +14,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
+use crate::atomic_file::world_readable;
 use crate::error::{DataError, Result};
 use crate::source::Far;
-use crate::writer::world_readable;
 
 /// Names the folder.
 const FOLDER_VARIABLE: &str = "M6_CACHE";
@@ -82,17 +82,20 @@ impl Cache {
         Ok(Self { dir: dir.to_owned(), limit, state: Mutex::new(state) })
     }
 
-    /// Marks the file of `shard` as used, whether it is there yet or not.
-    pub(crate) fn keep(&self, shard: &Far) {
+    /// Marks the file of `shard` as used, and says whether it is there yet.
+    pub(crate) fn keep(&self, shard: &Far) -> bool {
         let path = self.path_of(shard);
+        let is_there = path.exists();
         self.state().used.insert(path);
+        is_there
     }
 
-    /// The file with the bytes of `shard`, fetched unless it is there.
+    /// The file with the bytes of `shard`, fetched unless it is there; `progress` is called with the number of bytes
+    /// whenever some have come.
     ///
     /// # Errors
     /// The shard does not come whole, or the folder cannot take them.
-    pub(crate) fn fetch(&self, shard: &Far) -> Result<PathBuf> {
+    pub(crate) fn fetch(&self, shard: &Far, progress: impl Fn(usize)) -> Result<PathBuf> {
         let path = self.path_of(shard);
         self.keep(shard);
         match File::open(&path) {
@@ -112,7 +115,9 @@ impl Cache {
         let mut claim = Claim { cache: self, bytes: 0 };
         shard.stream(&mut |bytes| {
             claim.grow(bytes.len() as u64, shard)?;
-            part.write_all(bytes).map_err(|error| self.failed(error))
+            part.write_all(bytes).map_err(|error| self.failed(error))?;
+            progress(bytes.len());
+            Ok(())
         })?;
         if claim.bytes == 0 {
             return Err(DataError::fetch(shard.name(), "it gave no bytes"));
@@ -307,10 +312,10 @@ mod tests {
     fn what_is_there_is_not_fetched_again() {
         let dir = tempfile::tempdir().unwrap();
         let [(file, shard)] = shards(dir.path());
-        let path = cache(dir.path(), 1).fetch(&shard).unwrap();
+        let path = cache(dir.path(), 1).fetch(&shard, |_| ()).unwrap();
         fs::remove_file(&file).unwrap();
         let cache = cache(dir.path(), 1);
-        assert_eq!(cache.fetch(&shard).unwrap(), path);
+        assert_eq!(cache.fetch(&shard, |_| ()).unwrap(), path);
         assert_eq!(fs::read(&path).unwrap(), [0; SIZE]);
         let name = path.file_name().unwrap().to_str().unwrap();
         assert!(name.ends_with("-0.tar_"), "{name}");
@@ -322,8 +327,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let [(_, a), (_, b), (_, c)] = shards(dir.path());
         let (first, others) = (cache(dir.path(), 2), ["notes.txt", ".part-1"]);
-        let [of_a, of_b] = [&a, &b].map(|shard| first.fetch(shard).unwrap());
-        let error = first.fetch(&c).unwrap_err().to_string();
+        let [of_a, of_b] = [&a, &b].map(|shard| first.fetch(shard, |_| ()).unwrap());
+        let error = first.fetch(&c, |_| ()).unwrap_err().to_string();
         let expected = format!(
             "would pass its limit of 2000 bytes with {}, and the rest is in use; M6_CACHE_LIMIT sets",
             c.name()
@@ -339,13 +344,13 @@ mod tests {
             File::open(path).unwrap().set_modified(old - Duration::from_secs(age)).unwrap();
         }
         let second = cache(dir.path(), 2);
-        second.fetch(&a).unwrap();
-        let error = second.fetch(&c).unwrap_err().to_string();
+        second.fetch(&a, |_| ()).unwrap();
+        let error = second.fetch(&c, |_| ()).unwrap_err().to_string();
         assert!(error.contains(", and another process uses it; "), "{error}");
         drop((first, second));
 
         let third = cache(dir.path(), 2);
-        let of_c = third.fetch(&c).unwrap();
+        let of_c = third.fetch(&c, |_| ()).unwrap();
         assert!(of_a.exists() && !of_b.exists() && of_c.exists(), "b is the least recently used");
         let there = others.map(|other| third.dir.join(other).exists());
         assert_eq!(there, [true, false], "of the others only what was left half fetched goes");
@@ -355,10 +360,10 @@ mod tests {
     fn what_a_set_will_need_does_not_make_room() {
         let dir = tempfile::tempdir().unwrap();
         let [(_, a), (_, b)] = shards(dir.path());
-        let of_b = cache(dir.path(), 1).fetch(&b).unwrap();
+        let of_b = cache(dir.path(), 1).fetch(&b, |_| ()).unwrap();
         let cache = cache(dir.path(), 1);
         cache.keep(&b);
-        assert!(cache.fetch(&a).unwrap_err().to_string().contains("the rest is in use"));
+        assert!(cache.fetch(&a, |_| ()).unwrap_err().to_string().contains("the rest is in use"));
         assert!(of_b.exists());
     }
 
@@ -370,7 +375,7 @@ mod tests {
         let paths = std::thread::scope(|scope| {
             caches
                 .each_ref()
-                .map(|cache| scope.spawn(|| cache.fetch(&shard).unwrap()))
+                .map(|cache| scope.spawn(|| cache.fetch(&shard, |_| ()).unwrap()))
                 .map(|t| t.join().unwrap())
         });
         assert_eq!(paths[0], paths[1]);
@@ -382,7 +387,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let [(file, _)] = shards(dir.path());
         let cache = cache(dir.path(), 2);
-        let error = |command: String| cache.fetch(&Far::Pipe(command)).unwrap_err().to_string();
+        let error = |command: String| cache.fetch(&Far::Pipe(command), |_| ()).unwrap_err().to_string();
         assert_eq!(error("pipe:true".to_owned()), "cannot fetch pipe:true: it gave no bytes");
         let half = format!("pipe:head -c 500 '{}'; exit 3", file.display());
         assert!(error(half).ends_with("ended with exit status: 3; it said nothing"));

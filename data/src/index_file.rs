@@ -14,12 +14,12 @@ use std::path::{Path, PathBuf};
 
 use serde::Serialize;
 
+use crate::atomic_file::write_atomic;
 use crate::error::{DataError, Result};
+use crate::key::split_key;
 use crate::pattern::resolve;
-use crate::shard::split_key;
 use crate::source::Source;
 use crate::tar_index::{BLOCK, Member, TarIndex, is_header_of_file};
-use crate::writer::write_atomic;
 
 const EXTENSION: &str = "idx";
 const VERSION: &str = "v1.2";

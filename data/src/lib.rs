@@ -23,6 +23,7 @@
 //! # Ok::<_, Box<dyn std::error::Error>>(())
 //! ```
 
+mod atomic_file;
 pub mod bench;
 mod cache;
 pub mod caption;
@@ -31,6 +32,7 @@ pub mod filter;
 pub mod flaw;
 pub mod index_file;
 pub mod info;
+mod key;
 pub mod lint;
 pub mod loader;
 pub mod member;
@@ -41,11 +43,15 @@ pub mod pack;
 pub mod packing;
 mod pattern;
 pub mod picture;
+mod pipe;
 #[cfg(feature = "remote")]
 mod remote;
+mod rule;
+mod scan;
 pub mod script;
 pub mod shard;
 pub mod sheet;
+mod sink;
 pub mod skipped;
 mod source;
 pub mod stats;

@@ -46,7 +46,7 @@ type Checked = (Vec<Flaw>, Members);
 /// Checks every sample of the shards that `patterns` name: its names, members, texts and, decoded in full, its pictures.
 /// A sample may lack any member but those `required`, each an extension or `picture` for one of any format.
 /// Where there is a `writer`, the samples that are whole are written to its shards, byte for byte and in order.
-/// `progress` is called with (done, all) after each sample.
+/// `fetching` is called as by [`ShardSet::open_with`], `progress` with (done, all) after each sample.
 ///
 /// # Errors
 /// No pattern, a pattern without a match, or a clean shard that cannot be written.
@@ -55,9 +55,10 @@ pub fn lint(
     required: &[String],
     workers: usize,
     mut writer: Option<ShardWriter>,
+    mut fetching: impl FnMut(usize, usize, u64) + Send,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<LintReport> {
-    let set = Arc::new(ShardSet::open_what_can_be_read(patterns)?);
+    let set = Arc::new(ShardSet::open_what_can_be_read(patterns, &mut fetching)?);
     let mut report = LintReport { shards: set.shards().len(), samples: set.len(), ..LintReport::default() };
     report.flaws.extend_from_slice(set.flaws());
 
@@ -205,8 +206,15 @@ mod tests {
         let patterns = [path("*.tar").display().to_string()];
         let mut last = (0, 0);
         let writer = ShardWriter::create(&path("clean"), "clean", u64::MAX).unwrap();
-        let report =
-            lint(&patterns, &["json".to_owned()], 2, Some(writer), |done, all| last = (done, all)).unwrap();
+        let report = lint(
+            &patterns,
+            &["json".to_owned()],
+            2,
+            Some(writer),
+            |_, _, _| (),
+            |done, all| last = (done, all),
+        )
+        .unwrap();
         let found: Vec<_> = report.flaws.iter().map(|f| (f.class, f.key.as_deref().unwrap_or("-"))).collect();
         let expected = [
             (DuplicateMember, "f"),
@@ -238,7 +246,8 @@ mod tests {
             a.members().collect::<Vec<_>>(),
             [("png", &*png), ("json", json), ("txt", "图".as_bytes()), ("cls", b"7")]
         );
-        let again = lint(&[path("clean/*.tar").display().to_string()], &[], 1, None, |_, _| ()).unwrap();
+        let again = lint(&[path("clean/*.tar").display().to_string()], &[], 1, None, |_, _, _| (), |_, _| ())
+            .unwrap();
         assert_eq!((again.clean, again.flaws, again.repaired), (5, vec![], vec![]));
     }
 
@@ -250,7 +259,8 @@ mod tests {
         archive(&path, &[("both.png", &png), ("both.txt", b"a"), ("text.txt", b"b"), ("picture.png", &png)]);
         let found = |required: &[&str]| {
             let required: Vec<_> = required.iter().map(|&member| member.to_owned()).collect();
-            let report = lint(&[path.display().to_string()], &required, 1, None, |_, _| ()).unwrap();
+            let report =
+                lint(&[path.display().to_string()], &required, 1, None, |_, _, _| (), |_, _| ()).unwrap();
             report.flaws.into_iter().map(|f| (f.class, f.key.unwrap(), f.reason)).collect::<Vec<_>>()
         };
         assert_eq!(found(&[]), []);
@@ -263,7 +273,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::write(dir.path().join("x.tar"), [7; 3000]).unwrap();
         let pattern = dir.path().join("x.tar").display().to_string();
-        let report = lint(&[pattern], &[], 2, None, |_, _| ()).unwrap();
+        let report = lint(&[pattern], &[], 2, None, |_, _, _| (), |_, _| ()).unwrap();
         assert_eq!((report.shards, report.samples), (0, 0));
         assert_eq!(report.counts[&UnusableShard], 1);
     }

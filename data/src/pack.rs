@@ -41,8 +41,8 @@ pub struct PackReport {
 /// Packs `source` into `writer`'s shards: a folder of pictures (sub-folders included) with `.txt` or `.json` files of the
 /// same name; or a jsonl file of `{"image": PATH, ...}` whose paths are relative to it and whose other keys become the
 /// sample's JSON, a text alone where a line has no `image`; or shards, named as for [`ShardSet::open`] with `.tar` at the end, whose samples keep their members.
-/// What `filter` leaves out is not written. Pictures are read and decoded on `workers` threads (at least one), and
-/// `progress` is called with (done, all) after each sample.
+/// What `filter` leaves out is not written. Pictures are read and decoded on `workers` threads (at least one). `fetching` is
+/// called as by [`ShardSet::open_with`], `progress` with (done, all) after each sample.
 ///
 /// A sample with a broken picture or text is skipped and named in the report.
 ///
@@ -54,10 +54,11 @@ pub fn pack(
     mut writer: ShardWriter,
     mut filter: Filter,
     workers: usize,
+    fetching: impl FnMut(usize, usize, u64) + Send,
     mut progress: impl FnMut(usize, usize),
 ) -> Result<PackReport> {
     let mut report = PackReport::default();
-    let source = Arc::new(Source::open(source, writer.dir(), &mut report)?);
+    let source = Arc::new(Source::open(source, writer.dir(), fetching, &mut report)?);
     let workers = workers.max(1);
     let read = {
         let source = Arc::clone(&source);
@@ -114,11 +115,16 @@ struct Candidate {
 
 impl Source {
     /// Finds the samples of a source that is to be packed into the folder `out`.
-    fn open(path: &Path, out: &Path, report: &mut PackReport) -> Result<Self> {
+    fn open(
+        path: &Path,
+        out: &Path,
+        fetching: impl FnMut(usize, usize, u64) + Send,
+        report: &mut PackReport,
+    ) -> Result<Self> {
         let candidates = if path.is_dir() {
             from_folder(path)?
         } else if extension(path) == "tar" {
-            let set = ShardSet::open(&[path.to_string_lossy().into_owned()])?;
+            let set = ShardSet::open_with(&[path.to_string_lossy().into_owned()], fetching)?;
             refuse_shards_in(out, &set)?;
             report.warnings = set.flaws().iter().map(ToString::to_string).collect();
             return Ok(Self::Shards(set));
@@ -271,7 +277,7 @@ mod tests {
 
     fn run(source: &Path, out: &Path) -> Result<(PackReport, ShardSet)> {
         let writer = ShardWriter::create(out, "p", 1 << 20)?;
-        let report = pack(source, writer, Filter::default(), 2, |_, _| {})?;
+        let report = pack(source, writer, Filter::default(), 2, |_, _, _| {}, |_, _| {})?;
         let set = ShardSet::open(&[report.shards[0].display().to_string()])?;
         Ok((report, set))
     }
@@ -290,8 +296,15 @@ mod tests {
 
         let mut calls = Vec::new();
         let writer = ShardWriter::create(out.path(), "p", 1 << 20).unwrap();
-        let report =
-            pack(source.path(), writer, Filter::default(), 2, |done, all| calls.push((done, all))).unwrap();
+        let report = pack(
+            source.path(),
+            writer,
+            Filter::default(),
+            2,
+            |_, _, _| {},
+            |done, all| calls.push((done, all)),
+        )
+        .unwrap();
         assert_eq!((report.samples, report.without_text), (2, 0));
         assert_eq!(calls.last(), Some(&(5, 5)));
         let skipped = report.skipped.join("\n");
@@ -350,7 +363,7 @@ mod tests {
         let filter = || Filter::new(&["text_length:2..".to_owned()], &CaptionFields::default()).unwrap();
         let writer = |dir: &Path| ShardWriter::create(dir, "p", 1 << 20).unwrap();
         let pattern = source.path().join("*.tar");
-        let report = pack(&pattern, writer(out.path()), filter(), 2, |_, _| {}).unwrap();
+        let report = pack(&pattern, writer(out.path()), filter(), 2, |_, _, _| {}, |_, _| {}).unwrap();
         assert_eq!((report.samples, report.without_text, report.without_picture), (3, 1, 1));
         assert_eq!(report.filtered, [LeftOut { rule: "text_length:2..".into(), samples: 1, texts: 1 }]);
         let of = path.display();
@@ -364,7 +377,9 @@ mod tests {
         assert_eq!((0..set.len()).map(|index| set.key(index)).collect::<Vec<_>>(), ["a", "text", "picture"]);
         assert_eq!(set.sample(0).unwrap().members().collect::<Vec<_>>(), whole);
 
-        let error = pack(&pattern, writer(source.path()), filter(), 1, |_, _| {}).unwrap_err().to_string();
+        let error = pack(&pattern, writer(source.path()), filter(), 1, |_, _, _| {}, |_, _| {})
+            .unwrap_err()
+            .to_string();
         assert!(error.ends_with("its folder is that of the new shards, expected another"), "{error}");
         assert!(!source.path().join("p-000000.tar").exists());
     }

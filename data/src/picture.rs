@@ -6,8 +6,8 @@ use std::path::Path;
 use fast_image_resize as fir;
 use image::{DynamicImage, ImageDecoder, ImageEncoder, ImageFormat, ImageReader};
 
+use crate::atomic_file::write_atomic;
 use crate::error::{DataError, Result};
-use crate::writer::write_atomic;
 
 /// Larger pictures are refused before they are decoded (a decompression bomb must not take the memory).
 pub const MAX_PIXELS: u64 = 1 << 28;

@@ -3,22 +3,18 @@
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::cache::Cache;
 use crate::error::{DataError, Result};
 use crate::flaw::{Flaw, FlawClass};
-use crate::index_file;
+use crate::key::split_key;
 use crate::pattern::resolve;
 use crate::picture::Rgb8;
-use crate::source::Source;
-use crate::tar_index::{Defect, TarIndex};
+use crate::scan::{Care, Progress, Scanned, scan_all};
+use crate::tar_index::Defect;
 
 /// Extensions that hold a sample's picture, in the order in which they are looked for.
 pub const PICTURE_EXTENSIONS: [&str; 5] = ["webp", "png", "jpg", "jpeg", "bmp"];
-
-/// Threads that fetch shards and read their headers.
-const SCANNERS: usize = 16;
 
 /// An indexed set of shards. The index lives in memory, the samples' bytes stay on disk.
 #[derive(Debug, Default)]
@@ -63,33 +59,50 @@ impl ShardSet {
     /// No pattern, a pattern without a match, a shard that cannot be fetched or read, or one that holds no sample. Damage
     /// that leaves some samples whole is reported by [`ShardSet::flaws`] instead.
     pub fn open(patterns: &[String]) -> Result<Self> {
-        Self::open_in(Cache::of_process, patterns)
+        Self::open_with(patterns, |_, _, _| ())
     }
 
-    /// As [`ShardSet::open`], with a cache that is asked for if one is needed.
-    fn open_in<'a>(cache: impl Fn() -> Result<&'a Cache> + Sync, patterns: &[String]) -> Result<Self> {
+    /// As [`ShardSet::open`]. Where shards have to be fetched, `progress` is called with (done, all, bytes) as they come:
+    /// the shards that are there, all that have to be fetched, and the bytes that came so far.
+    ///
+    /// # Errors
+    /// Those of [`ShardSet::open`].
+    pub fn open_with(
+        patterns: &[String],
+        mut progress: impl FnMut(usize, usize, u64) + Send,
+    ) -> Result<Self> {
+        Self::open_in(Cache::of_process, patterns, &mut progress)
+    }
+
+    /// As [`ShardSet::open_with`], with a cache that is asked for if one is needed.
+    fn open_in<'a>(
+        cache: impl Fn() -> Result<&'a Cache> + Sync,
+        patterns: &[String],
+        progress: Progress,
+    ) -> Result<Self> {
         let mut set = Self::default();
-        for (name, scanned) in scan_all(&resolve(patterns)?, &cache, Care::Usual)? {
+        for (name, scanned) in scan_all(&resolve(patterns)?, &cache, Care::Usual, progress)? {
             set.add(name, scanned?)?;
         }
         Ok(set)
     }
 
-    /// As [`ShardSet::open`], but a shard that cannot be used is a flaw like others and may leave the set empty, and every
+    /// As [`ShardSet::open_with`], but a shard that cannot be used is a flaw like others and may leave the set empty, and every
     /// header is read, whatever an index says.
     ///
     /// # Errors
     /// No pattern, a pattern without a match, or no cache where one is needed.
-    pub(crate) fn open_what_can_be_read(patterns: &[String]) -> Result<Self> {
-        Self::open_what_can_be_read_in(Cache::of_process, patterns)
+    pub(crate) fn open_what_can_be_read(patterns: &[String], progress: Progress) -> Result<Self> {
+        Self::open_what_can_be_read_in(Cache::of_process, patterns, progress)
     }
 
     fn open_what_can_be_read_in<'a>(
         cache: impl Fn() -> Result<&'a Cache> + Sync,
         patterns: &[String],
+        progress: Progress,
     ) -> Result<Self> {
         let mut set = Self::default();
-        for (name, scanned) in scan_all(&resolve(patterns)?, &cache, Care::Thorough)? {
+        for (name, scanned) in scan_all(&resolve(patterns)?, &cache, Care::Thorough, progress)? {
             let tried = scanned.and_then(|scanned| set.add(name.clone(), scanned));
             if let Err(error) = tried {
                 set.flaws.push(Flaw::of_shard(FlawClass::UnusableShard, name, None, error.to_string()));
@@ -210,7 +223,7 @@ impl ShardSet {
         Ok(Sample { key: &entry.key, shard: &shard.name, members: &entry.members, start, bytes })
     }
 
-    /// Adds a shard by what [`scan`] found in it.
+    /// Adds a shard by what was found in it.
     fn add(&mut self, name: PathBuf, scanned: Scanned) -> Result<()> {
         let Scanned { file, bytes, index, unused_index } = scanned;
         let damage = |defect: &Defect| {
@@ -287,83 +300,6 @@ pub fn shard_names(patterns: &[String]) -> Result<Vec<String>> {
     Ok(sources.iter().map(|source| source.name().to_string_lossy().into_owned()).collect())
 }
 
-/// What a shard holds, before it is part of a set.
-struct Scanned {
-    file: PathBuf,
-    bytes: u64,
-    index: TarIndex,
-    /// Why the index beside it was not used, where there is one.
-    unused_index: Option<String>,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Care {
-    /// Indexes are used, and the first shard that cannot be used is the last that is tried.
-    Usual,
-    /// Every shard is tried and all of its headers are read.
-    Thorough,
-}
-
-/// Scans shards on several threads, since each waits for the disk or the network. Names and results in the order of the
-/// shards; with [`Care::Usual`] some behind a failure may be absent.
-///
-/// # Errors
-/// Those of `cache`.
-fn scan_all<'a>(
-    sources: &[Source],
-    cache: &(impl Fn() -> Result<&'a Cache> + Sync),
-    care: Care,
-) -> Result<Vec<(PathBuf, Result<Scanned>)>> {
-    // Before any is fetched, or one that is there could have to make room for another.
-    for source in sources {
-        if let Source::Far(far) = source {
-            cache()?.keep(far);
-        }
-    }
-    let next = AtomicUsize::new(0);
-    let scan_some = || {
-        let mut scanned = Vec::new();
-        loop {
-            let index = next.fetch_add(1, Ordering::Relaxed);
-            let Some(source) = sources.get(index) else { return scanned };
-            let result = scan(source, cache, care);
-            if result.is_err() && care == Care::Usual {
-                next.store(sources.len(), Ordering::Relaxed);
-            }
-            scanned.push((index, source.name(), result));
-        }
-    };
-    let mut scanned = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..SCANNERS.min(sources.len())).map(|_| scope.spawn(scan_some)).collect();
-        let joined = threads.into_iter().map(|thread| thread.join());
-        joined
-            .flat_map(|some| some.unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
-            .collect::<Vec<_>>()
-    });
-    scanned.sort_by_key(|&(index, ..)| index);
-    Ok(scanned.into_iter().map(|(_, name, result)| (name, result)).collect())
-}
-
-fn scan<'a>(source: &Source, cache: impl Fn() -> Result<&'a Cache>, care: Care) -> Result<Scanned> {
-    let (path, may_have_index) = match source {
-        Source::File(path) => (path.clone(), care == Care::Usual),
-        Source::Far(far) => (cache()?.fetch(far)?, false),
-    };
-    let name = source.name();
-    let file = File::open(&path).map_err(DataError::io("open", &name))?;
-    let bytes = file.metadata().map_err(DataError::io("read", &name))?.len();
-    let indexed = if may_have_index { index_file::read(&path, &file) } else { Ok(None) };
-    let (members, unused_index) = match indexed {
-        Ok(members) => (members, None),
-        Err(reason) => (None, Some(reason)),
-    };
-    let index = match members {
-        Some(members) => TarIndex { members, defects: Vec::new() },
-        None => TarIndex::read(file).map_err(DataError::io("read", &name))?,
-    };
-    Ok(Scanned { file: path, bytes, index, unused_index })
-}
-
 /// One sample in memory: the members of a shard that share a key.
 #[derive(Debug)]
 pub struct Sample<'a> {
@@ -426,16 +362,6 @@ pub(crate) fn sample_image_for(sample: &Sample, short_side: Option<u32>) -> Resu
     Rgb8::decode_for(picture, short_side).map_err(|e| sample.error(FlawClass::BrokenPicture, e.to_string()))
 }
 
-/// webdataset's rule: the key is the path up to the first dot of its file name, the rest is the extension. Hidden files,
-/// files without a dot and `__meta__` files belong to no sample.
-pub(crate) fn split_key(path: &str) -> Option<(&str, String)> {
-    let name_at = path.rfind('/').map_or(0, |slash| slash + 1);
-    let dot = name_at + path[name_at..].find('.')?;
-    let name = &path[name_at..dot];
-    let meta = name.starts_with("__") && name.ends_with("__");
-    (!name.is_empty() && !meta).then(|| (&path[..dot], path[dot + 1..].to_lowercase()))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -489,15 +415,6 @@ mod tests {
         assert!(open(&path).unwrap_err().to_string().contains("holds no whole sample"));
     }
 
-    #[test]
-    fn keys_follow_webdataset() {
-        let split = |path| split_key(path).map(|(key, ext)| (key.to_owned(), ext));
-        assert_eq!(split("a/b.c/d.seg.PNG"), Some(("a/b.c/d".into(), "seg.png".into())));
-        assert_eq!(split("no_extension"), None);
-        assert_eq!(split("a/.hidden"), None);
-        assert_eq!(split("__index__.json"), None);
-    }
-
     fn contents(set: &ShardSet) -> Vec<(String, Vec<Vec<u8>>)> {
         let samples = (0..set.len()).map(|index| set.sample(index).unwrap());
         samples.map(|s| (s.key.to_owned(), s.members().map(|(_, bytes)| bytes.to_vec()).collect())).collect()
@@ -507,7 +424,7 @@ mod tests {
     fn a_command_is_a_shard_under_its_own_name() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
-        let open = |pattern: &str| ShardSet::open_in(|| Ok(&cache), &[pattern.to_owned()]);
+        let open = |pattern: &str| ShardSet::open_in(|| Ok(&cache), &[pattern.to_owned()], &mut |_, _, _| ());
         let members: Members = &[("txt", b"text"), ("png", b"broken")];
         let path = shard(dir.path(), &[("a", members), ("b", members)]);
         let (local, piped) = (self::open(&path).unwrap(), open(&cat(&path)).unwrap());
@@ -526,11 +443,38 @@ mod tests {
         assert!(error("pipe:exit {3,4}").starts_with("cannot fetch pipe:exit 3: the command ended with "));
 
         let patterns = ["pipe:exit {3,4}".to_owned(), cat(&path)];
-        let set = ShardSet::open_what_can_be_read_in(|| Ok(&cache), &patterns).unwrap();
+        let set = ShardSet::open_what_can_be_read_in(|| Ok(&cache), &patterns, &mut |_, _, _| ()).unwrap();
         let unusable: Vec<_> =
             set.flaws().iter().map(|flaw| (flaw.class, flaw.shard.to_str().unwrap())).collect();
         assert_eq!(unusable, ["pipe:exit 3", "pipe:exit 4"].map(|name| (FlawClass::UnusableShard, name)));
         assert_eq!((set.len(), set.shards().len()), (2, 1));
+    }
+
+    #[test]
+    fn what_has_to_be_fetched_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
+        let names = ["a", "b", "c"];
+        let files = names.map(|name| shard(&dir.path().join(name), &[(name, &[("bin", &[7; 100_000])])]));
+        let bytes = std::fs::metadata(&files[0]).unwrap().len();
+        let told = |files: &[&PathBuf]| {
+            let patterns: Vec<_> = files.iter().map(|file| cat(file)).collect();
+            let mut told = Vec::new();
+            ShardSet::open_in(|| Ok(&cache), &patterns, &mut |done, all, bytes| {
+                told.push((done, all, bytes))
+            })
+            .unwrap();
+            told
+        };
+        let [a, b, c] = &files;
+        let first = told(&[a]);
+        assert_eq!((first[0], first[first.len() - 1]), ((0, 1, 0), (1, 1, bytes)));
+        assert!(first.len() > 3 && first.is_sorted(), "{first:?}");
+        let rest = told(&[a, b, c]);
+        assert_eq!((rest[0], rest[rest.len() - 1]), ((0, 2, 0), (2, 2, 2 * bytes)));
+        assert!(rest.is_sorted(), "{rest:?}");
+        assert_eq!(told(&[a, b, c]), []);
+        assert_eq!(ShardSet::open_with(&[a.display().to_string()], |_, _, _| panic!()).unwrap().len(), 1);
     }
 
     #[test]
@@ -552,7 +496,7 @@ mod tests {
         for requests in [names.len(), 0] {
             let before = server.requests().len();
             let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
-            let set = ShardSet::open_in(|| Ok(&cache), &[server.url(pattern)]).unwrap();
+            let set = ShardSet::open_in(|| Ok(&cache), &[server.url(pattern)], &mut |_, _, _| ()).unwrap();
             assert_eq!((contents(&set), set.identity()), (contents(&local), local.identity()));
             assert_eq!(set.shards().next(), Some(Path::new(&server.url(&names[0]))));
             assert_eq!(server.requests().len() - before, requests);
@@ -560,7 +504,7 @@ mod tests {
 
         let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
         let absent = server.url("/absent-{0000..9999}.tar");
-        let error = ShardSet::open_in(|| Ok(&cache), &[absent]).unwrap_err().to_string();
+        let error = ShardSet::open_in(|| Ok(&cache), &[absent], &mut |_, _, _| ()).unwrap_err().to_string();
         assert!(error.starts_with(&format!("cannot fetch {}: ", server.url("/absent-0000.tar"))), "{error}");
         assert!(server.requests().len() < names.len() + 1000, "it ends with the first that is not there");
     }

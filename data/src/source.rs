@@ -1,21 +1,16 @@
 //! Where the bytes of a shard come from: a file, a url, or a command that writes them.
 
-use std::io::Read;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
-use std::thread;
 
-use crate::error::{DataError, Result};
+use crate::error::Result;
+use crate::pipe;
 #[cfg(feature = "remote")]
 use crate::remote;
+use crate::sink::Sink;
 
 /// Beginning of a pattern whose rest is a shell command, as in webdataset.
 const PIPE: &str = "pipe:";
 const SCHEMES: [&str; 4] = ["http", "https", "s3", "gs"];
-/// Bytes that are read from a command at a time.
-const CHUNK: usize = 1 << 16;
-/// Bytes of the end of what a command says that are looked at for its last line.
-const LAST_WORDS: usize = 1 << 12;
 
 /// A shard as the user named it.
 #[derive(Debug)]
@@ -35,9 +30,6 @@ pub(crate) enum Far {
     /// `pipe:COMMAND`.
     Pipe(String),
 }
-
-/// Takes the bytes of a shard as they come.
-pub(crate) type Sink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<()>;
 
 impl Source {
     /// The shard in the user's words.
@@ -98,101 +90,14 @@ impl Far {
         match self {
             #[cfg(feature = "remote")]
             Self::Url(url) => remote::download(url, sink),
-            Self::Pipe(pipe) => run(pipe, sink),
+            Self::Pipe(pipe) => pipe::run(pipe, pipe.strip_prefix(PIPE).unwrap_or(pipe), sink),
         }
     }
-}
-
-/// Runs the shell command of `pipe` and hands what it writes to `sink`.
-fn run(pipe: &str, sink: Sink) -> Result<()> {
-    let fail = |reason: String| DataError::fetch(pipe, reason);
-    let failed = |error: std::io::Error| fail(error.to_string());
-    let mut child = Command::new("sh")
-        .arg("-c")
-        .arg(pipe.strip_prefix(PIPE).unwrap_or(pipe))
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .map_err(failed)?;
-    let (out, err) = (child.stdout.take(), child.stderr.take());
-    // A command waits until what it says is read as well.
-    let (copied, said) = thread::scope(|scope| {
-        let said = scope.spawn(|| err.map(last_line));
-        let copied = out.map_or(Ok(()), |out| copy(out, sink, failed));
-        if copied.is_err() {
-            // It may have ended by itself.
-            let _ = child.kill();
-        }
-        (copied, said.join().ok().flatten().unwrap_or_default())
-    });
-    let status = child.wait().map_err(failed)?;
-    copied?;
-    if !status.success() {
-        let said = if said.is_empty() { "it said nothing".to_owned() } else { format!("it said {said:?}") };
-        return Err(fail(format!("the command ended with {status}; {said}")));
-    }
-    Ok(())
-}
-
-fn copy(mut from: impl Read, sink: Sink, failed: impl Fn(std::io::Error) -> DataError) -> Result<()> {
-    let mut chunk = vec![0; CHUNK];
-    loop {
-        match from.read(&mut chunk).map_err(&failed)? {
-            0 => return Ok(()),
-            read => sink(&chunk[..read])?,
-        }
-    }
-}
-
-/// The last line that is not blank.
-fn last_line(mut from: impl Read) -> String {
-    let mut end = Vec::new();
-    let mut chunk = [0; LAST_WORDS];
-    while let Ok(read @ 1..) = from.read(&mut chunk) {
-        end.extend_from_slice(&chunk[..read]);
-        end.drain(..end.len().saturating_sub(LAST_WORDS));
-    }
-    let text = String::from_utf8_lossy(&end);
-    text.lines().map(str::trim).rfind(|line| !line.is_empty()).unwrap_or_default().to_owned()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn output(command: &str) -> Result<String> {
-        let mut bytes = Vec::new();
-        let pipe = Far::parse(&format!("pipe:{command}")).unwrap().unwrap();
-        pipe.stream(&mut |chunk| {
-            bytes.extend_from_slice(chunk);
-            Ok(())
-        })?;
-        Ok(String::from_utf8(bytes).unwrap())
-    }
-
-    #[test]
-    fn a_command_gives_its_bytes_or_why_it_does_not() {
-        assert_eq!(output("printf 'a b' | tr b c").unwrap(), "a c");
-        let error = |command| output(command).unwrap_err().to_string();
-        assert_eq!(
-            error("echo half; echo one >&2; echo ' two ' >&2; echo >&2; exit 3"),
-            "cannot fetch pipe:echo half; echo one >&2; echo ' two ' >&2; echo >&2; exit 3: \
-             the command ended with exit status: 3; it said \"two\""
-        );
-        assert!(error("kill -9 $$").ends_with("ended with signal: 9 (SIGKILL); it said nothing"));
-    }
-
-    #[test]
-    fn a_command_that_says_much_or_is_not_heard_to_its_end_is_no_hang() {
-        assert_eq!(output("yes no | head -c 1000000 >&2; echo yes").unwrap(), "yes\n");
-        let mut left = 3;
-        let stopped = Far::Pipe("pipe:yes | cat".to_owned()).stream(&mut |_| {
-            left -= 1;
-            if left == 0 { Err(DataError::Cache("full".to_owned())) } else { Ok(()) }
-        });
-        assert_eq!(stopped.unwrap_err().to_string(), "cache of shards: full");
-    }
 
     #[test]
     fn only_known_schemes_are_urls() {

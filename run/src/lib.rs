@@ -22,7 +22,7 @@ pub use atomic::write_atomic;
 pub use checkpoint::Checkpoints;
 pub use error::{Result, RunError};
 pub use metrics::{MetricLog, MetricRow, read_metrics};
-pub use progress::{Progress, Task};
+pub use progress::{Progress, Task, fetching};
 pub use run_dir::RunDir;
 pub use schedule::Schedule;
 pub use signal::StopFlag;

@@ -6,15 +6,17 @@ use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-/// How often a [`Task`] prints a line where there is no terminal.
+/// How often a job prints a line where there is no terminal.
 const PLAIN_INTERVAL: Duration = Duration::from_secs(10);
-/// How often a [`Task`] rewrites its line on a terminal.
+/// How often a job rewrites its line on a terminal.
 const TERMINAL_INTERVAL: Duration = Duration::from_millis(100);
+const MEGABYTE: f64 = 1e6;
 
 /// The one line of a terminal that is rewritten, or a log of lines.
 #[derive(Debug)]
 struct Line {
     bar: ProgressBar,
+    last_shown: Instant,
 }
 
 impl Line {
@@ -22,7 +24,7 @@ impl Line {
         let style =
             ProgressStyle::with_template("{wide_msg}").unwrap_or_else(|_| ProgressStyle::default_bar());
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr()).with_style(style);
-        Self { bar }
+        Self { bar, last_shown: Instant::now() }
     }
 
     fn in_place(&self) -> bool {
@@ -35,6 +37,16 @@ impl Line {
         } else {
             eprintln!("{text}");
         }
+    }
+
+    /// Whether it is time to show the state of a job again.
+    fn is_due(&mut self) -> bool {
+        let interval = if self.in_place() { TERMINAL_INTERVAL } else { PLAIN_INTERVAL };
+        let is_due = self.last_shown.elapsed() >= interval;
+        if is_due {
+            self.last_shown = Instant::now();
+        }
+        is_due
     }
 
     fn note(&self, text: &str) {
@@ -102,23 +114,19 @@ pub struct Task {
     unit: &'static str,
     done: u64,
     start: Instant,
-    last_shown: Instant,
 }
 
 impl Task {
     /// Starts the clock of a job called `name` (such as `encode pictures`) over `total` of `unit` (`images`).
     #[must_use]
     pub fn new(name: &str, total: u64, unit: &'static str) -> Self {
-        let now = Instant::now();
-        Self { line: Line::new(), name: name.to_owned(), total, unit, done: 0, start: now, last_shown: now }
+        Self { line: Line::new(), name: name.to_owned(), total, unit, done: 0, start: Instant::now() }
     }
 
     /// Counts `n` more as done and shows the state if it is time to.
     pub fn advance(&mut self, n: u64) {
         self.done += n;
-        let interval = if self.line.in_place() { TERMINAL_INTERVAL } else { PLAIN_INTERVAL };
-        if self.last_shown.elapsed() >= interval {
-            self.last_shown = Instant::now();
+        if self.line.is_due() {
             self.line.show(self.text(self.start.elapsed()));
         }
     }
@@ -136,6 +144,28 @@ impl Task {
         let left = time_left(elapsed, *done, total.saturating_sub(*done));
         format!("{name}: {done}/{total} {unit}  {rate} {unit}/s{left}")
     }
+}
+
+/// Progress of shards that are fetched: a function to be called with how many came, how many have to come, and the bytes
+/// that came. Nothing is shown before the first call; the last is the one in which all came.
+pub fn fetching() -> impl FnMut(usize, usize, u64) + Send {
+    let mut job = None;
+    move |done, all, bytes| {
+        let (line, start) = job.get_or_insert_with(|| (Line::new(), Instant::now()));
+        let elapsed = start.elapsed();
+        let text = || fetching_text(done, all, bytes, elapsed);
+        if done == all {
+            line.show(format!("{}, {}", text(), duration(elapsed)));
+        } else if line.is_due() {
+            line.show(text());
+        }
+    }
+}
+
+fn fetching_text(done: usize, all: usize, bytes: u64, elapsed: Duration) -> String {
+    let (megabytes, rate) = (bytes as f64 / MEGABYTE, per_second(bytes, elapsed) / MEGABYTE);
+    let left = time_left(elapsed, done as u64, all.saturating_sub(done) as u64);
+    format!("fetch: {done}/{all} shards  {megabytes:.1} MB  {rate:.1} MB/s{left}")
 }
 
 fn per_second(count: u64, elapsed: Duration) -> f64 {
@@ -216,5 +246,11 @@ mod tests {
         let mut task = Task::new("encode", 100, "images");
         task.advance(20);
         assert_eq!(task.text(Duration::from_secs(2)), "encode: 20/100 images  10.00 images/s  8.0 s left");
+    }
+
+    #[test]
+    fn fetching_says_how_far_it_is() {
+        let text = fetching_text(5, 20, 1_240_000_000, Duration::from_secs(10));
+        assert_eq!(text, "fetch: 5/20 shards  1240.0 MB  124.0 MB/s  30 s left");
     }
 }

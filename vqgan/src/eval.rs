@@ -5,7 +5,7 @@ use std::path::Path;
 use std::thread::available_parallelism;
 
 use m6_data::{Rgb8, ShardSet, Transform, grid};
-use m6_run::Task;
+use m6_run::{Task, fetching};
 use m6_runtime::device::device;
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
@@ -80,7 +80,7 @@ pub fn run(
     let model = Vqgan::load(dir, device(device_name)?)?;
     let side = model.config().resolution;
     let transform = Transform::centered(side as u32);
-    let shards = ShardSet::open(shards)?;
+    let shards = ShardSet::open_with(shards, fetching())?;
     let pictures = with_picture(&shards)?;
     let total = limit.unwrap_or(usize::MAX).min(pictures.len()) as u64;
     let workers = available_parallelism().map_or(1, NonZero::get);

@@ -11,8 +11,8 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::atomic_file::write_atomic;
 use crate::error::{DataError, Result};
-use crate::writer::write_atomic;
 pub use train::train_bpe;
 
 /// Split pattern of Qwen and Qwen2: words with the punctuation before them, single digits, runs of punctuation, line ends.

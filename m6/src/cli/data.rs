@@ -12,7 +12,7 @@ use m6_data::{
     PackReport, Rgb8, SampleOrder, Script, ShardSet, ShardWriter, Transform, bench, contact_sheet, lint,
     pack, sample_image, write_indexes,
 };
-use m6_run::Task;
+use m6_run::{Task, fetching};
 
 use super::args::{FieldArgs, parse_field};
 use super::codes::CodesArgs;
@@ -132,7 +132,7 @@ impl PackArgs {
         }
         let writer = ShardWriter::create(&self.out, &self.prefix, self.shard_size * MIB)?;
         let mut task = None;
-        let report = pack(&self.source, writer, filter, cores(), |_, all| {
+        let report = pack(&self.source, writer, filter, cores(), fetching(), |_, all| {
             task.get_or_insert_with(|| Task::new("pack", all as u64, "samples")).advance(1);
         })?;
         task.map(Task::finish);
@@ -177,7 +177,7 @@ pub struct InfoArgs {
 
 impl InfoArgs {
     fn run(self) -> Result<()> {
-        let shards = ShardSet::open(&self.shards)?;
+        let shards = ShardSet::open_with(&self.shards, fetching())?;
         let mut task = Task::new("read", shards.len() as u64, "samples");
         let info = DatasetInfo::scan(&shards, |_, _| task.advance(1));
         task.finish();
@@ -236,7 +236,7 @@ pub struct StatsArgs {
 
 impl StatsArgs {
     fn run(self) -> Result<()> {
-        let shards = ShardSet::open(&self.shards)?;
+        let shards = ShardSet::open_with(&self.shards, fetching())?;
         let workers = self.workers.map_or_else(cores, |workers| workers as usize);
         let mut task = Task::new("read", shards.len() as u64, "samples");
         let stats = DatasetStats::scan(shards, workers, || task.advance(1))?;
@@ -339,7 +339,7 @@ impl ShowArgs {
         output::check_extension("--out", &self.out, "png")?;
         let fields = self.fields.caption_fields()?;
         output::check_writable(&self.out)?;
-        let shards = ShardSet::open(&self.shards)?;
+        let shards = ShardSet::open_with(&self.shards, fetching())?;
         for flaw in shards.flaws() {
             eprintln!("{flaw}");
         }
@@ -400,7 +400,7 @@ impl LintArgs {
             None => None,
         };
         let mut task = None;
-        let report = lint(&self.shards, &self.required, cores(), writer, |_, all| {
+        let report = lint(&self.shards, &self.required, cores(), writer, fetching(), |_, all| {
             task.get_or_insert_with(|| Task::new("check", all as u64, "samples")).advance(1);
         })?;
         task.map(Task::finish);
@@ -492,7 +492,7 @@ pub struct BenchArgs {
 
 impl BenchArgs {
     fn run(self) -> Result<()> {
-        let shards = ShardSet::open(&self.shards)?;
+        let shards = ShardSet::open_with(&self.shards, fetching())?;
         for flaw in shards.flaws() {
             eprintln!("{flaw}");
         }

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use m6_data::{ShardFile, ShardSet, shard_names};
-use m6_run::write_atomic;
+use m6_run::{fetching, write_atomic};
 use m6_vqgan::Vqgan;
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -64,7 +64,7 @@ pub fn write_code_shards(request: &CodeShards, vqgan: &Vqgan, device: Device) ->
             report.kept += 1;
             continue;
         }
-        let set = Arc::new(ShardSet::open(std::slice::from_ref(name))?);
+        let set = Arc::new(ShardSet::open_with(std::slice::from_ref(name), fetching())?);
         for flaw in set.flaws() {
             eprintln!("m6: {flaw}");
         }

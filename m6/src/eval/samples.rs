@@ -2,6 +2,7 @@
 
 use m6_data::caption::text;
 use m6_data::{CaptionField, Rgb8, Sample, ShardSet, sample_image};
+use m6_run::fetching;
 
 use super::names::ByLanguage;
 use crate::error::{Error, Result};
@@ -65,7 +66,7 @@ pub(super) fn json_field(key: Option<&str>, template: Option<&str>) -> CaptionFi
 /// # Errors
 /// When a pattern names no shard or a shard cannot be read.
 pub fn open_shards(patterns: &[String]) -> Result<ShardSet> {
-    let shards = ShardSet::open(patterns)?;
+    let shards = ShardSet::open_with(patterns, fetching())?;
     for flaw in shards.flaws() {
         eprintln!("m6: {flaw}");
     }

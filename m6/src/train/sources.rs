@@ -4,6 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use m6_data::ShardSet;
+use m6_run::fetching;
 use m6_vqgan::Vqgan;
 use tch::Device;
 
@@ -32,7 +33,7 @@ impl Opening<'_> {
         tasks: TasksConfig,
         vqgan: &Vqgan,
     ) -> Result<OpenSource> {
-        let shards = Arc::new(ShardSet::open(&config.shards)?);
+        let shards = Arc::new(ShardSet::open_with(&config.shards, fetching())?);
         for flaw in shards.flaws() {
             eprintln!("m6: {flaw}");
         }

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use m6_data::{SampleOrder, ShardSet, SkipLog};
 use m6_run::config::Loaded;
-use m6_run::{Checkpoints, MetricLog, Progress, RunDir, StopFlag};
+use m6_run::{Checkpoints, MetricLog, Progress, RunDir, StopFlag, fetching};
 use m6_runtime::device::device;
 use m6_runtime::named_seed;
 use tch::{Device, Kind, Tensor};
@@ -70,7 +70,7 @@ fn train(
     if device.is_cuda() {
         tch::Cuda::cudnn_set_benchmark(true);
     }
-    let shards = ShardSet::open(&config.data.shards)?;
+    let shards = ShardSet::open_with(&config.data.shards, fetching())?;
     let validation = validation_pictures(config)?;
     let run = RunDir::open_or_create(&config.run, &loaded.table, &FREE_KEYS)?;
     let checkpoints = Checkpoints::new(run.checkpoints(), config.keep)?;
@@ -204,7 +204,7 @@ fn training_stream(config: &TrainConfig, shards: ShardSet, first_ordinal: u64) -
 
 /// The held-out pictures, bytes `[n, 3, h, w]`.
 fn validation_pictures(config: &TrainConfig) -> Result<Tensor> {
-    let shards = ShardSet::open(&config.validation.shards)?;
+    let shards = ShardSet::open_with(&config.validation.shards, fetching())?;
     let pictures = with_picture(&shards)?;
     let count = config.validation.samples.min(pictures.len());
     let ahead = (0, config.data.workers, count);
