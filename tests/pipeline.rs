@@ -185,6 +185,25 @@ fn filters_leave_out_what_breaks_a_rule_and_say_so() {
 }
 
 #[test]
+fn a_model_says_which_texts_are_too_surprising() {
+    let scene = Scene::with_model();
+    let pack = |rule: &str, out: &str, model: &[&str]| {
+        scene.run(&[&["data", "pack", "shards/*.tar", out, "--json", "--filter", rule], model].concat())
+    };
+    let model = ["--model", "run/model", "--device", "cpu"];
+    // No text is certain.
+    for (rule, stay) in [("perplexity:..1.0", 0), ("perplexity:1.0..", PICTURES)] {
+        let finished = pack(rule, &format!("out{stay}"), &model);
+        assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+        let report: Value = serde_json::from_str(&finished.stdout).unwrap();
+        assert_eq!(report["samples"], stay, "{report}");
+    }
+    let finished = pack("perplexity:..100", "none", &[]);
+    assert_eq!(finished.code, Some(2));
+    assert!(finished.stderr.contains("perplexity:..100\": expected a model"), "{}", finished.stderr);
+}
+
+#[test]
 fn bench_prints_its_figures() {
     let scene = Scene::with_shard();
     let bench =

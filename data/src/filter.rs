@@ -1,5 +1,7 @@
 //! Rules by which samples, or texts of them, are left out on their way into shards.
 
+use std::collections::BTreeSet;
+use std::fmt;
 use std::fs::File;
 use std::io::{self, BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -11,7 +13,7 @@ use crate::caption::{CaptionField, CaptionFields, TEXT_EXTENSIONS, Texts};
 use crate::error::{DataError, Result};
 use crate::picture::Measured;
 pub use crate::rule::LeftOut;
-use crate::rule::{Check, FieldText, Rule};
+use crate::rule::{Check, FieldText, Rule, TextCheck};
 use crate::shard::PICTURE_EXTENSIONS;
 
 /// Rules that decide what of a data set is left out. Each is a string:
@@ -27,7 +29,8 @@ use crate::shard::PICTURE_EXTENSIONS;
 /// * `distinct:texts`: no earlier sample has the same text in the same field,
 /// * `repetition:MAX`: the most frequent pair of words covers at most this share of a text's characters,
 /// * `symbols:MAX`: at most this share of a text's characters are neither letters, digits, marks nor white space,
-/// * `words_absent:FILE`: none of the file's words or phrases, one a line, stands in a text, whatever its case.
+/// * `words_absent:FILE`: none of the file's words or phrases, one a line, stands in a text, whatever its case,
+/// * `perplexity:MIN..MAX`: a model finds a text so surprising, by a [`Scorer`].
 ///
 /// Limits are inclusive, and one of the two may be left out. *Earlier* are samples that were not left out.
 ///
@@ -39,6 +42,25 @@ pub struct Filter {
     rules: Vec<Rule>,
     fields: Vec<String>,
     log: Option<Log>,
+    scorer: Option<Scorer>,
+}
+
+type Score = dyn FnMut(&[String]) -> std::result::Result<Vec<f64>, String>;
+
+/// Measures the perplexity of texts by a model, of many at once: e to the mean of what each token costs in nats.
+pub struct Scorer(Box<Score>);
+
+impl Scorer {
+    /// One that asks `score`, which gives a value for each text.
+    pub fn new(score: impl FnMut(&[String]) -> std::result::Result<Vec<f64>, String> + 'static) -> Self {
+        Self(Box::new(score))
+    }
+}
+
+impl fmt::Debug for Scorer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Scorer")
+    }
 }
 
 /// A sample on its way into a shard.
@@ -86,17 +108,43 @@ impl Draft {
 
 impl Filter {
     /// Parses the rules, and reads the files that they name. The rules for texts are for those of `fields`, or, with none,
-    /// for every text of a `.txt` and a `.json`.
+    /// for every text of a `.txt` and a `.json`. Rules about perplexity ask the `scorer`.
     ///
     /// # Errors
-    /// A rule that does not parse, a file that cannot be read or is empty, or a field that is neither the `.txt` nor a key
-    /// of the `.json`.
-    pub fn new(rules: &[String], fields: &CaptionFields) -> Result<Self> {
-        Ok(Self {
-            rules: rules.iter().map(|rule| Rule::parse(rule)).collect::<Result<_>>()?,
-            fields: fields.fields().iter().map(judged_field).collect::<Result<_>>()?,
-            log: None,
-        })
+    /// A rule that does not parse or lacks its scorer, a file that cannot be read or is empty, or a field that is neither the
+    /// `.txt` nor a key of the `.json`.
+    pub fn new(rules: &[String], fields: &CaptionFields, scorer: Option<Scorer>) -> Result<Self> {
+        let rules = rules.iter().map(|rule| Rule::parse(rule)).collect::<Result<Vec<_>>>()?;
+        let scored = rules.iter().find(|rule| matches!(rule.check, Check::Text(TextCheck::Perplexity(_))));
+        if let (Some(rule), None) = (scored, &scorer) {
+            let reason = "expected a model that measures it".to_owned();
+            return Err(DataError::Filter { rule: rule.left_out.rule.clone(), reason });
+        }
+        let fields = fields.fields().iter().map(judged_field).collect::<Result<_>>()?;
+        Ok(Self { rules, fields, log: None, scorer })
+    }
+
+    /// Measures the texts of samples that will be asked about next, together.
+    ///
+    /// # Errors
+    /// Those of the scorer.
+    pub(crate) fn measure<'a>(&mut self, drafts: impl Iterator<Item = &'a Draft>) -> Result<()> {
+        let Some(Scorer(score)) = &mut self.scorer else { return Ok(()) };
+        let fields = &self.fields;
+        let is_judged = |field: &str| fields.is_empty() || fields.iter().any(|name| name == field);
+        let texts = drafts.flat_map(|draft| draft.texts.all());
+        let texts: BTreeSet<String> =
+            texts.filter(|(field, _)| is_judged(field)).map(|(_, text)| text).collect();
+        let texts: Vec<String> = texts.into_iter().collect();
+        let scored = self.rules.iter_mut().filter_map(|rule| match &mut rule.check {
+            Check::Text(TextCheck::Perplexity(perplexities)) => Some((perplexities, &rule.left_out.rule)),
+            _ => None,
+        });
+        for (perplexities, rule) in scored {
+            let values = score(&texts).map_err(|reason| DataError::Filter { rule: rule.clone(), reason })?;
+            perplexities.known = texts.iter().cloned().zip(values).collect();
+        }
+        Ok(())
     }
 
     /// Has a line of JSON written to `path` for each sample that is left out, with its `key`, the `rule` and the `value`
@@ -197,12 +245,15 @@ impl Log {
 
 #[cfg(test)]
 mod tests {
+    use std::cell::RefCell;
+    use std::rc::Rc;
+
     use super::*;
     use crate::picture::Rgb8;
 
     fn filter(rules: &[&str]) -> Result<Filter> {
         let rules: Vec<_> = rules.iter().map(|&rule| rule.to_owned()).collect();
-        Filter::new(&rules, &CaptionFields::default())
+        Filter::new(&rules, &CaptionFields::default(), None)
     }
 
     fn draft(key: &str, members: &[(&str, &[u8])]) -> Draft {
@@ -218,6 +269,33 @@ mod tests {
     fn kept<'a>(filter: &mut Filter, samples: &'a mut [Draft]) -> Vec<&'a str> {
         let stay = samples.iter_mut().filter_map(|draft| filter.keeps(draft).unwrap().then_some(&*draft));
         stay.map(|draft| draft.key.as_str()).collect()
+    }
+
+    #[test]
+    fn perplexity_is_measured_of_many_texts_at_once_and_of_judged_ones_alone() {
+        let asked = Rc::new(RefCell::new(Vec::new()));
+        let scorer = || {
+            let asked = Rc::clone(&asked);
+            Scorer::new(move |texts| {
+                asked.borrow_mut().push(texts.to_vec());
+                Ok(texts.iter().map(|text| text.len() as f64).collect())
+            })
+        };
+        let rules = ["perplexity:2..4".to_owned()];
+        let judged =
+            CaptionFields::new(vec![serde_json::from_str(r#"{"member": "json", "key": "en"}"#).unwrap()])
+                .unwrap();
+        let error = Filter::new(&rules, &judged, None).unwrap_err().to_string();
+        assert_eq!(error, "filter \"perplexity:2..4\": expected a model that measures it");
+        let mut filter = Filter::new(&rules, &judged, Some(scorer())).unwrap();
+        let draft = |json: &str| {
+            Draft::new("key".to_owned(), vec![("json".to_owned(), json.as_bytes().to_vec())]).unwrap()
+        };
+        let mut drafts = [r#"{"en": ["four", "longer"], "zh": "x"}"#, r#"{"en": "a"}"#].map(draft);
+        filter.measure(drafts.iter()).unwrap();
+        assert_eq!(*asked.borrow(), [["a", "four", "longer"].map(str::to_owned).to_vec()]);
+        assert_eq!(drafts.each_mut().map(|draft| filter.keeps(draft).unwrap()), [true, false]);
+        assert_eq!(drafts[0].members[0].1, br#"{"en":["four"],"zh":"x"}"#);
     }
 
     #[test]
@@ -297,7 +375,7 @@ mod tests {
         let fields = |json: &str| serde_json::from_str::<CaptionFields>(json).unwrap();
         let rules = ["text_length:5..".to_owned()];
         let judged = fields(r#"[{"member": "json", "key": "en"}, {"member": "json", "key": "zh"}]"#);
-        let mut filter = Filter::new(&rules, &judged).unwrap();
+        let mut filter = Filter::new(&rules, &judged, None).unwrap();
         let mut samples = [
             draft("short", &[("json", br#"{"en": "red", "zh": "x", "id": "a-long-name"}"#)]),
             draft("long", &[("json", br#"{"en": "a heart", "zh": "x", "id": "1"}"#), ("txt", b"x")]),
@@ -309,7 +387,7 @@ mod tests {
         assert_eq!(samples[1].members[1].1, b"x");
 
         for other in [r#"[{"member": "json", "template": "{en}"}]"#, r#"[{"member": "srt"}]"#] {
-            let error = Filter::new(&rules, &fields(other)).unwrap_err().to_string();
+            let error = Filter::new(&rules, &fields(other), None).unwrap_err().to_string();
             assert!(error.contains("expected txt or a key of the json"), "{error}");
         }
     }

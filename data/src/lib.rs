@@ -66,7 +66,7 @@ pub mod writer;
 pub use bench::{BenchReport, bench};
 pub use caption::{Caption, CaptionField, CaptionFields};
 pub use error::{DataError, Result};
-pub use filter::{Filter, LeftOut};
+pub use filter::{Filter, LeftOut, Scorer};
 pub use flaw::{Flaw, FlawClass};
 pub use index_file::{IndexReport, write_indexes};
 pub use info::{Broken, DatasetInfo};

@@ -16,6 +16,8 @@ use crate::writer::ShardWriter;
 
 /// Samples that each worker reads ahead.
 const AHEAD: usize = 16;
+/// Samples whose texts are measured together.
+const AT_ONCE: usize = 32;
 /// Key of a jsonl line that names its picture.
 const IMAGE_KEY: &str = "image";
 
@@ -40,7 +42,7 @@ pub struct PackReport {
 
 /// Packs `source` into `writer`'s shards: a folder of pictures (sub-folders included) with `.txt` or `.json` files of the
 /// same name; or a jsonl file of `{"image": PATH, ...}` whose paths are relative to it and whose other keys become the
-/// sample's JSON, a text alone where a line has no `image`; or shards, named as for [`ShardSet::open`] with `.tar` at the end, whose samples keep their members.
+/// sample's JSON, a text alone where a line has no `image`; or a `.txt` file of a text a line; or shards, named as for [`ShardSet::open`] with `.tar` at the end, whose samples keep their members.
 /// What `filter` leaves out is not written. Pictures are read and decoded on `workers` threads (at least one). `fetching` is
 /// called as by [`ShardSet::open_with`], `progress` with (done, all) after each sample.
 ///
@@ -66,23 +68,30 @@ pub fn pack(
         move |ordinal: u64| (ordinal < source.len() as u64).then(|| source.read(ordinal as usize))
     };
     let mut keys = HashSet::new();
-    for (index, made) in (0..source.len()).zip(Loader::start(0, workers, AHEAD * workers, read)?) {
-        let (_, Some(read)) = made? else { continue };
-        match read.and_then(|draft| with_new_key(draft, &keys)) {
-            Ok(mut draft) => {
-                if filter.keeps(&mut draft)? {
-                    let members: Vec<_> =
-                        draft.members.iter().map(|(e, bytes)| (e.as_str(), bytes.as_slice())).collect();
-                    writer.write(&draft.key, &members)?;
-                    report.samples += 1;
-                    report.without_text += usize::from(!draft.has_any(&TEXT_EXTENSIONS));
-                    report.without_picture += usize::from(!draft.has_any(&PICTURE_EXTENSIONS));
-                    keys.insert(draft.key);
+    let mut loader = Loader::start(0, workers, AHEAD * workers, read)?.take(source.len());
+    let mut done = 0;
+    while done < source.len() {
+        let made = loader.by_ref().take(AT_ONCE).collect::<Result<Vec<_>>>()?;
+        let read: Vec<_> = made.into_iter().filter_map(|(_, read)| read).collect();
+        filter.measure(read.iter().filter_map(|read| read.as_ref().ok()))?;
+        for read in read {
+            match read.and_then(|draft| with_new_key(draft, &keys)) {
+                Ok(mut draft) => {
+                    if filter.keeps(&mut draft)? {
+                        let members: Vec<_> =
+                            draft.members.iter().map(|(e, bytes)| (e.as_str(), bytes.as_slice())).collect();
+                        writer.write(&draft.key, &members)?;
+                        report.samples += 1;
+                        report.without_text += usize::from(!draft.has_any(&TEXT_EXTENSIONS));
+                        report.without_picture += usize::from(!draft.has_any(&PICTURE_EXTENSIONS));
+                        keys.insert(draft.key);
+                    }
                 }
+                Err(reason) => report.skipped.push(format!("{}: {reason}", source.name(done))),
             }
-            Err(reason) => report.skipped.push(format!("{}: {reason}", source.name(index))),
+            done += 1;
+            progress(done, source.len());
         }
-        progress(index + 1, source.len());
     }
     report.filtered = filter.finish()?;
     report.shards = writer.finish()?;
@@ -109,8 +118,8 @@ struct Candidate {
     name: String,
     /// The picture, if it has one, and the texts next to it.
     files: Vec<PathBuf>,
-    /// The other keys of a jsonl line.
-    record: Map<String, Value>,
+    /// Extension and bytes of a member that is no file: a line of text, or what a line of jsonl has beside its picture.
+    line: Option<(&'static str, Vec<u8>)>,
 }
 
 impl Source {
@@ -128,11 +137,14 @@ impl Source {
             refuse_shards_in(out, &set)?;
             report.warnings = set.flaws().iter().map(ToString::to_string).collect();
             return Ok(Self::Shards(set));
+        } else if extension(path) == "txt" {
+            from_text(path)?
         } else {
             from_jsonl(path, &mut report.skipped)?
         };
         if candidates.is_empty() {
-            let reason = format!("no pictures (expected {})", PICTURE_EXTENSIONS.join(", "));
+            let pictures = PICTURE_EXTENSIONS.join(", ");
+            let reason = format!("no pictures (expected {pictures}) and no lines of text");
             return Err(DataError::Pack { path: path.to_owned(), reason });
         }
         Ok(Self::Files(candidates))
@@ -189,10 +201,7 @@ impl Candidate {
             Err(error) => Err(format!("cannot read {}: {error}", path.display())),
         };
         let mut members = self.files.iter().map(read).collect::<std::result::Result<Vec<_>, _>>()?;
-        if !self.record.is_empty() {
-            let json = Value::from(self.record.clone()).to_string();
-            members.push(("json".to_owned(), json.into_bytes()));
-        }
+        members.extend(self.line.iter().map(|(extension, bytes)| ((*extension).to_owned(), bytes.clone())));
         Ok(members)
     }
 }
@@ -208,7 +217,7 @@ fn from_folder(root: &Path) -> Result<Vec<Candidate>> {
         let name = picture.display().to_string();
         let texts = TEXT_EXTENSIONS.map(|extension| picture.with_extension(extension));
         let files = [picture].into_iter().chain(texts.into_iter().filter(|path| path.exists())).collect();
-        Candidate { key, name, files, record: Map::new() }
+        Candidate { key, name, files, line: None }
     };
     Ok(pictures.into_iter().map(candidate).collect())
 }
@@ -231,6 +240,18 @@ fn find_pictures(folder: &Path, pictures: &mut Vec<PathBuf>) -> Result<()> {
     Ok(())
 }
 
+fn from_text(source: &Path) -> Result<Vec<Candidate>> {
+    let text = std::fs::read_to_string(source).map_err(DataError::io("read", source))?;
+    let lines = (1..).zip(text.lines().map(str::trim)).filter(|(_, line)| !line.is_empty());
+    let candidate = |(number, line): (usize, &str)| Candidate {
+        key: format!("{number:08}"),
+        name: format!("{} line {number}", source.display()),
+        files: Vec::new(),
+        line: Some(("txt", line.as_bytes().to_vec())),
+    };
+    Ok(lines.map(candidate).collect())
+}
+
 fn from_jsonl(source: &Path, skipped: &mut Vec<String>) -> Result<Vec<Candidate>> {
     let text = std::fs::read_to_string(source).map_err(DataError::io("read", source))?;
     let folder = source.parent().unwrap_or(Path::new(""));
@@ -249,7 +270,9 @@ fn from_jsonl(source: &Path, skipped: &mut Vec<String>) -> Result<Vec<Candidate>
             Ok((picture, record)) => {
                 let name = picture.as_ref().map_or(name, |picture| picture.display().to_string());
                 let files = picture.into_iter().collect();
-                candidates.push(Candidate { key: format!("{number:08}"), name, files, record });
+                let json = || ("json", Value::from(record.clone()).to_string().into_bytes());
+                let line = (!record.is_empty()).then(json);
+                candidates.push(Candidate { key: format!("{number:08}"), name, files, line });
             }
             Err(reason) => skipped.push(format!("{name}: {reason}")),
         }
@@ -360,7 +383,8 @@ mod tests {
                 ("picture", &[("png", &png)]),
             ],
         );
-        let filter = || Filter::new(&["text_length:2..".to_owned()], &CaptionFields::default()).unwrap();
+        let filter =
+            || Filter::new(&["text_length:2..".to_owned()], &CaptionFields::default(), None).unwrap();
         let writer = |dir: &Path| ShardWriter::create(dir, "p", 1 << 20).unwrap();
         let pattern = source.path().join("*.tar");
         let report = pack(&pattern, writer(out.path()), filter(), 2, |_, _, _| {}, |_, _| {}).unwrap();
@@ -382,6 +406,20 @@ mod tests {
             .to_string();
         assert!(error.ends_with("its folder is that of the new shards, expected another"), "{error}");
         assert!(!source.path().join("p-000000.tar").exists());
+    }
+
+    #[test]
+    fn lines_of_text_become_samples() {
+        let (source, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let path = source.path().join("corpus.txt");
+        fs::write(&path, "one\r\n\n  \u{4e8c} \n").unwrap();
+        let (report, set) = run(&path, out.path()).unwrap();
+        assert_eq!((report.samples, report.without_picture, report.without_text), (2, 2, 0));
+        let text = |index| set.sample(index).unwrap().member("txt").unwrap().to_vec();
+        assert_eq!(
+            (set.key(1), text(0), text(1)),
+            ("00000003", b"one".to_vec(), "\u{4e8c}".as_bytes().to_vec())
+        );
     }
 
     #[test]

@@ -4,7 +4,13 @@ use std::io::Cursor;
 use std::path::Path;
 
 use fast_image_resize as fir;
-use image::{DynamicImage, ImageDecoder, ImageEncoder, ImageFormat, ImageReader};
+use image::metadata::Orientation;
+use image::{DynamicImage, GrayImage, ImageDecoder, ImageEncoder, ImageFormat, ImageReader, RgbImage};
+use zune_core::bytestream::ZCursor;
+use zune_core::colorspace::ColorSpace;
+use zune_core::options::DecoderOptions;
+use zune_jpeg::JpegDecoder;
+use zune_jpeg::errors::DecodeErrors;
 
 use crate::atomic_file::write_atomic;
 use crate::error::{DataError, Result};
@@ -52,24 +58,18 @@ impl Rgb8 {
     /// As for [`Rgb8::decode`].
     pub(crate) fn decode_for(bytes: &[u8], short_side: Option<u32>) -> Result<Self> {
         let broken = |e: image::ImageError| DataError::Picture(e.to_string());
-        let reader = ImageReader::new(Cursor::new(bytes))
-            .with_guessed_format()
-            .map_err(|e| DataError::Picture(e.to_string()))?;
-        let format = reader.format().filter(|format| FORMATS.contains(format));
+        let format = image::guess_format(bytes).ok().filter(|format| FORMATS.contains(format));
         let format =
             format.ok_or_else(|| DataError::Picture("expected JPEG, PNG, WebP or BMP".to_owned()))?;
-        let mut decoder = reader.into_decoder().map_err(broken)?;
-        let (width, height) = decoder.dimensions();
-        if u64::from(width) * u64::from(height) > MAX_PIXELS {
-            return Err(DataError::Picture(format!("{width}x{height} is more than {MAX_PIXELS} pixels")));
-        }
-        let orientation = decoder.orientation().map_err(broken)?;
-        let reduced = short_side
-            .filter(|_| format == ImageFormat::Jpeg)
-            .and_then(|short_side| decode_reduced(bytes, (width, height), short_side));
-        let mut picture = match reduced {
-            Some(reduced) => reduced,
-            None => DynamicImage::from_decoder(decoder).map_err(broken)?,
+        let (mut picture, orientation) = match format {
+            ImageFormat::Jpeg => decode_jpeg(bytes, short_side)?,
+            _ => {
+                let reader = ImageReader::with_format(Cursor::new(bytes), format);
+                let mut decoder = reader.into_decoder().map_err(broken)?;
+                check_size(decoder.dimensions())?;
+                let orientation = decoder.orientation().map_err(broken)?;
+                (DynamicImage::from_decoder(decoder).map_err(broken)?, orientation)
+            }
         };
         picture.apply_orientation(orientation);
         Ok(on_white(picture))
@@ -274,6 +274,41 @@ pub fn grid(pictures: &[Rgb8], columns: u32, gap: u32) -> Rgb8 {
     sheet
 }
 
+fn check_size((width, height): (u32, u32)) -> Result<()> {
+    if u64::from(width) * u64::from(height) > MAX_PIXELS {
+        return Err(DataError::Picture(format!("{width}x{height} is more than {MAX_PIXELS} pixels")));
+    }
+    Ok(())
+}
+
+/// A JPEG, as for [`Rgb8::decode_for`], and how it becomes upright. Pictures are most of the work of a loader, and the
+/// `image` crate would read the headers of each three times.
+fn decode_jpeg(bytes: &[u8], short_side: Option<u32>) -> Result<(DynamicImage, Orientation)> {
+    let broken = |e: DecodeErrors| DataError::Picture(format!("JPEG: {e:?}"));
+    let options =
+        DecoderOptions::default().set_strict_mode(false).set_max_width(usize::MAX).set_max_height(usize::MAX);
+    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
+    decoder.decode_headers().map_err(broken)?;
+    let side = |side: usize| u32::try_from(side).unwrap_or(u32::MAX);
+    let (width, height) = decoder.dimensions().map(|(w, h)| (side(w), side(h))).unwrap_or_default();
+    check_size((width, height))?;
+    let orientation = decoder.exif().and_then(|exif| Orientation::from_exif_chunk(exif));
+    let orientation = orientation.unwrap_or(Orientation::NoTransforms);
+    if let Some(reduced) = short_side.and_then(|short| decode_reduced(bytes, (width, height), short)) {
+        return Ok((reduced, orientation));
+    }
+    let is_grey = decoder.input_colorspace() == Some(ColorSpace::Luma);
+    let colours = if is_grey { ColorSpace::Luma } else { ColorSpace::RGB };
+    decoder.set_options(options.jpeg_set_out_colorspace(colours));
+    let pixels = decoder.decode().map_err(broken)?;
+    let picture = match is_grey {
+        true => GrayImage::from_raw(width, height, pixels).map(DynamicImage::from),
+        false => RgbImage::from_raw(width, height, pixels).map(DynamicImage::from),
+    };
+    let fault = || DataError::Picture("JPEG: fewer pixels than its header says".to_owned());
+    Ok((picture.ok_or_else(fault)?, orientation))
+}
+
 /// A JPEG of the given size at the smallest scale that leaves at least `short_side`, of those for which libjpeg-turbo has
 /// fast inverse transforms; `None` where that is the full size, or where the general decoder has to judge.
 #[cfg(feature = "turbojpeg")]
@@ -293,7 +328,7 @@ fn decode_reduced(bytes: &[u8], (width, height): (u32, u32), short_side: u32) ->
     let mut pixels = vec![0; height * pitch];
     let image = Image { pixels: pixels.as_mut_slice(), width, pitch, height, format: PixelFormat::RGB };
     decoder.decompress(bytes, image).ok()?;
-    image::RgbImage::from_raw(width as u32, height as u32, pixels).map(DynamicImage::from)
+    RgbImage::from_raw(width as u32, height as u32, pixels).map(DynamicImage::from)
 }
 
 #[cfg(not(feature = "turbojpeg"))]

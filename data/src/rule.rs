@@ -72,6 +72,15 @@ pub(crate) enum TextCheck {
     Repetition(f64),
     Symbols(f64),
     WordsAbsent(WordList),
+    Perplexity(Perplexities),
+}
+
+/// Limits of a measure that a model takes of many texts at once.
+#[derive(Debug)]
+pub(crate) struct Perplexities {
+    limits: Limits<f64>,
+    /// By the text.
+    pub known: HashMap<String, f64>,
 }
 
 /// Keys of samples by the digest of what they have.
@@ -151,6 +160,10 @@ impl TextCheck {
             Self::Repetition(max) => above(repetition(text), *max),
             Self::Symbols(max) => above(symbols(text), *max),
             Self::WordsAbsent(words) => words.find(text).map(Value::from),
+            Self::Perplexity(Perplexities { limits, known }) => {
+                // One that no model can measure is beyond all limits.
+                limits.fault(known.get(text).copied().unwrap_or(f64::INFINITY))
+            }
         }
     }
 }
@@ -247,6 +260,7 @@ impl FromStr for Check {
     type Err = DataError;
 
     fn from_str(rule: &str) -> Result<Self> {
+        let (name, value) = rule.split_once(':').unwrap_or((rule, ""));
         let fail = |expected: &str| DataError::Filter {
             rule: rule.to_owned(),
             reason: format!("expected {expected}"),
@@ -263,16 +277,18 @@ impl FromStr for Check {
             Limits::parse(text)
                 .ok_or_else(|| fail("MIN..MAX, MIN.. or ..MAX in whole numbers, such as 5..64"))
         };
-        let (name, value) = rule.split_once(':').unwrap_or((rule, ""));
+        let ratios = || {
+            let is_ratio = |limit: f64| limit.is_finite() && limit > 0.0;
+            let limits = Limits::parse(value)
+                .filter(|limits| limits.min.is_none_or(is_ratio) && limits.max.is_none_or(is_ratio));
+            limits.ok_or_else(|| fail("MIN..MAX, MIN.. or ..MAX, such as 0.5..2"))
+        };
         Ok(match name {
             "min_side" => Self::Picture(PictureCheck::MinSide(side(value)?)),
             "max_side" => Self::Picture(PictureCheck::MaxSide(side(value)?)),
-            "aspect" => {
-                let is_ratio = |limit: f64| limit.is_finite() && limit > 0.0;
-                let limits = Limits::parse(value)
-                    .filter(|limits| limits.min.is_none_or(is_ratio) && limits.max.is_none_or(is_ratio));
-                let limits = limits.ok_or_else(|| fail("MIN..MAX, MIN.. or ..MAX, such as 0.5..2"))?;
-                Self::Picture(PictureCheck::Aspect(limits))
+            "aspect" => Self::Picture(PictureCheck::Aspect(ratios()?)),
+            "perplexity" => {
+                Self::Text(TextCheck::Perplexity(Perplexities { limits: ratios()?, known: HashMap::new() }))
             }
             "text_length" => Self::Text(TextCheck::Length(count(value)?)),
             "text_words" => Self::Text(TextCheck::Words(count(value)?)),
@@ -302,8 +318,8 @@ impl FromStr for Check {
             }
             _ => {
                 return Err(fail(
-                    "min_side, max_side, aspect, text_length, text_words, script, distinct, repetition, symbols or \
-                     words_absent, then a colon and its value",
+                    "min_side, max_side, aspect, text_length, text_words, script, distinct, repetition, symbols, \
+                     words_absent or perplexity, then a colon and its value",
                 ));
             }
         })
@@ -324,6 +340,7 @@ mod tests {
             ("aspect:2..1", "MIN..MAX"),
             ("aspect:-1..1", "MIN..MAX"),
             ("aspect:nan..", "MIN..MAX"),
+            ("perplexity:0..", "MIN..MAX"),
             ("text_length:5", "whole numbers"),
             ("text_length:..", "whole numbers"),
             ("text_words:1.5..2", "whole numbers"),

@@ -1,13 +1,15 @@
 //! What a reconstruction is judged by.
 //!
-//! The field's perceptual loss is LPIPS, which needs the weights of a VGG network trained on ImageNet. This crate has
-//! none and takes a substitute that needs no weights, the *structural loss*: differences of image gradients at three
-//! scales, and 1 - SSIM. It is not LPIPS, and figures under it do not compare with LPIPS figures. Once the
-//! discriminator is on, the distance of its activations (feature matching) joins in.
+//! The field's perceptual loss is LPIPS, which needs the weights of a VGG network trained on ImageNet. Where the user
+//! has them ([`LpipsConfig`]) it is taken. The substitute that needs no weights is the *structural loss*: differences of
+//! image gradients at three scales, and 1 - SSIM. It is not LPIPS, and figures under it do not compare with LPIPS
+//! figures. Once the discriminator is on, the distance of its activations (feature matching) joins in.
 
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use crate::error::Result;
+use crate::lpips::{Lpips, LpipsConfig};
 use crate::metrics::Ssim;
 
 /// Scales at which image gradients are compared: the full size, a half, a quarter.
@@ -19,6 +21,12 @@ const SCALES: usize = 3;
 pub struct LossWeights {
     /// Mean absolute difference of pixels (values from -1 to 1).
     pub l1: f64,
+    /// Mean squared difference of pixels.
+    #[serde(default)]
+    pub l2: f64,
+    /// LPIPS, whose weights the table `lpips` of the run names.
+    #[serde(default)]
+    pub lpips: f64,
     /// Structural loss: mean absolute difference of horizontal and vertical image gradients, averaged over scales.
     pub gradient: f64,
     /// Structural loss: 1 - SSIM.
@@ -48,23 +56,42 @@ impl Term {
 #[derive(Debug)]
 pub(crate) struct ReconstructionLoss {
     ssim: Ssim,
+    lpips: Option<Lpips>,
     weights: LossWeights,
 }
 
 impl ReconstructionLoss {
-    pub(crate) fn new(resolution: i64, weights: LossWeights, device: Device) -> Self {
-        Self { ssim: Ssim::new(resolution, resolution, device), weights }
+    /// # Errors
+    /// When the weights of LPIPS cannot be read.
+    pub(crate) fn new(
+        resolution: i64,
+        weights: LossWeights,
+        lpips: Option<&LpipsConfig>,
+        device: Device,
+    ) -> Result<Self> {
+        let lpips =
+            lpips.filter(|_| weights.lpips > 0.0).map(|lpips| Lpips::load(lpips, device)).transpose()?;
+        Ok(Self { ssim: Ssim::new(resolution, resolution, device), lpips, weights })
     }
 
-    /// Terms for reconstructions `y` of `x`, both float32 `[b, 3, h, w]` from -1 to 1.
+    /// Terms for reconstructions `y` of `x`, both float32 `[b, 3, h, w]` from -1 to 1. Those without weight are left out,
+    /// except the first, which every run shows.
     pub(crate) fn terms(&self, x: &Tensor, y: &Tensor) -> Vec<Term> {
+        let LossWeights { l1, l2, lpips: perceptual, gradient, ssim, .. } = self.weights;
+        let mut terms = vec![Term { name: "l1", weight: l1, value: (x - y).abs().mean(Kind::Float) }];
+        let mut add = |name, weight: f64, value: &dyn Fn() -> Tensor| {
+            if weight > 0.0 {
+                terms.push(Term { name, weight, value: value() });
+            }
+        };
+        add("l2", l2, &|| (x - y).square().mean(Kind::Float));
+        if let Some(lpips) = &self.lpips {
+            add("lpips", perceptual, &|| lpips.distance(x, y));
+        }
+        add("gradient", gradient, &|| gradient_difference(x, y));
         let unit = |t: &Tensor| t * 0.5 + 0.5;
-        let ssim = self.ssim.forward(&unit(x), &unit(y)).mean(Kind::Float);
-        vec![
-            Term { name: "l1", weight: self.weights.l1, value: (x - y).abs().mean(Kind::Float) },
-            Term { name: "gradient", weight: self.weights.gradient, value: gradient_difference(x, y) },
-            Term { name: "ssim", weight: self.weights.ssim, value: 1.0 - ssim },
-        ]
+        add("ssim", ssim, &|| 1.0 - self.ssim.forward(&unit(x), &unit(y)).mean(Kind::Float));
+        terms
     }
 }
 
@@ -90,8 +117,15 @@ mod tests {
 
     use super::*;
 
-    const WEIGHTS: LossWeights =
-        LossWeights { l1: 1.0, gradient: 2.0, ssim: 0.5, codebook: 1.0, commitment: 0.25 };
+    const WEIGHTS: LossWeights = LossWeights {
+        l1: 1.0,
+        l2: 0.0,
+        lpips: 0.0,
+        gradient: 2.0,
+        ssim: 0.5,
+        codebook: 1.0,
+        commitment: 0.25,
+    };
 
     fn picture(seed: u64) -> Tensor {
         Params::new(Device::Cpu, seed).add("x", &[2, 3, 16, 16], Init::Uniform(1.0), Group::Buffer)
@@ -99,7 +133,10 @@ mod tests {
 
     #[test]
     fn equal_pictures_cost_nothing_and_others_something() {
-        let loss = ReconstructionLoss::new(16, WEIGHTS, Device::Cpu);
+        let weights = LossWeights { l2: 0.5, ..WEIGHTS };
+        let loss = ReconstructionLoss::new(16, weights, None, Device::Cpu).unwrap();
+        let names: Vec<_> = loss.terms(&picture(1), &picture(1)).iter().map(|term| term.name).collect();
+        assert_eq!(names, ["l1", "l2", "gradient", "ssim"]);
         let terms = loss.terms(&picture(1), &picture(1));
         assert!(terms.iter().all(|term| term.value.double_value(&[]).abs() < 1e-6));
         let terms = loss.terms(&picture(1), &picture(2));

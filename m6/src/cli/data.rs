@@ -8,21 +8,21 @@ use std::path::{Path, PathBuf};
 use m6::{Error, Result};
 use m6_data::stats::{Duplicates, Group, PictureStats, Spread, TextStats};
 use m6_data::{
-    BenchReport, Broken, CaptionField, CaptionFields, DatasetInfo, DatasetStats, Filter, LeftOut, LintReport,
-    PackReport, Rgb8, SampleOrder, Script, ShardSet, ShardWriter, Transform, bench, contact_sheet, lint,
-    pack, sample_image, write_indexes,
+    BenchReport, Broken, DatasetInfo, DatasetStats, LintReport, Rgb8, SampleOrder, Script, ShardSet,
+    ShardWriter, Transform, bench, contact_sheet, lint, sample_image, write_indexes,
 };
 use m6_run::{Task, fetching};
 
-use super::args::{FieldArgs, parse_field};
+use super::args::FieldArgs;
 use super::codes::CodesArgs;
 use super::output;
+use super::pack::PackArgs;
 
-const MIB: u64 = 1 << 20;
+pub(super) const MIB: u64 = 1 << 20;
 /// Skipped or broken samples that are named for a person; `--json` has more.
-const NAMED: usize = 10;
+pub(super) const NAMED: usize = 10;
 /// Shards of this size are large enough for sequential reading and small enough to be dealt out.
-const SHARD_MIB: u64 = 256;
+pub(super) const SHARD_MIB: u64 = 256;
 const SHEET_COLUMNS: u32 = 6;
 const SHEET_TILE: u32 = 128;
 /// In place of a picture that a sample does not have.
@@ -71,96 +71,6 @@ impl Command {
             Self::Bench(args) => args.run(),
             Self::Codes(args) => args.run(),
         }
-    }
-}
-
-#[derive(Debug, clap::Args)]
-#[command(after_help = "Example:\n  m6 data pack pictures/ shards/ --prefix train\n  \
-    m6 data pack 'shards/*.tar' clean/ --filter min_side:64 --filter distinct:alike --field json:en \\\n    \
-    --filter text_length:5..200 --dropped dropped.jsonl\n\n\
-    In a folder, `cat.txt` and `cat.json` belong to `cat.png`. A line of a jsonl is {\"image\": PATH, ...}; its other \
-    keys become the sample's JSON, a text alone where it has no image. Samples of shards keep all their members.\n\n\
-    Rules for --filter, asked in their order; a limit of MIN..MAX may be left out:\n  \
-      min_side:N, max_side:N     pixels of the short and of the long side of the picture\n  \
-      aspect:MIN..MAX            width / height\n  \
-      distinct:pictures          no earlier picture of the same bytes\n  \
-      distinct:alike[,K]         no earlier picture whose 64-bit difference hash is equal, or at most K bits apart; \
-                                 plain pictures all look alike\n  \
-      distinct:texts             no earlier text that is the same, in the same field\n  \
-      text_length:MIN..MAX       Unicode characters\n  \
-      text_words:MIN..MAX        words between white space, of Latin texts; others pass\n  \
-      script:han|latin|other     one script or several\n  \
-      repetition:MAX             share of characters in the most frequent pair of words (Gopher's top 2-gram)\n  \
-      symbols:MAX                share of characters that are no letters, digits, marks or white space\n  \
-      words_absent:FILE          none of these words and phrases, one a line, in either case\n\n\
-    A picture that fails leaves its sample out. A text that fails is removed, with its key of the JSON, and the sample is \
-    left out when no text stays. Samples without a picture pass the rules for pictures, those without a text those for \
-    texts. Earlier are samples that were not left out.")]
-pub struct PackArgs {
-    /// A folder of pictures, sub-folders included; a jsonl file; or shards, as a glob or list that ends in .tar
-    source: PathBuf,
-    /// Folder for the shards
-    out: PathBuf,
-    /// Beginning of the shards' names
-    #[arg(long, default_value = "data")]
-    prefix: String,
-    /// Size of a shard in MiB
-    #[arg(long, value_name = "MIB", default_value_t = SHARD_MIB, value_parser = clap::value_parser!(u64).range(1..1 << 20))]
-    shard_size: u64,
-    /// Leave out what breaks this rule; may be given many times
-    #[arg(long = "filter", value_name = "RULE")]
-    rules: Vec<String>,
-    /// A field whose texts the rules judge, `txt` or a key as in `json:en`; may be given many times. The default is every
-    /// text of txt and json
-    #[arg(long = "field", value_name = "MEMBER[:KEY]", value_parser = parse_field, requires = "rules")]
-    fields: Vec<CaptionField>,
-    /// Write a line of JSON for each sample and each text that a rule left out: its key, the rule and the value
-    #[arg(long, value_name = "FILE", requires = "rules")]
-    dropped: Option<PathBuf>,
-    /// Print the report as one line of JSON
-    #[arg(long)]
-    json: bool,
-}
-
-impl PackArgs {
-    fn run(self) -> Result<()> {
-        let mut filter = Filter::new(&self.rules, &CaptionFields::new(self.fields)?)?;
-        output::check_writable(&self.out.join(&self.prefix))?;
-        if let Some(path) = &self.dropped {
-            output::check_writable(path)?;
-            filter = filter.log_to(path)?;
-        }
-        let writer = ShardWriter::create(&self.out, &self.prefix, self.shard_size * MIB)?;
-        let mut task = None;
-        let report = pack(&self.source, writer, filter, cores(), fetching(), |_, all| {
-            task.get_or_insert_with(|| Task::new("pack", all as u64, "samples")).advance(1);
-        })?;
-        task.map(Task::finish);
-        for warning in &report.warnings {
-            eprintln!("{warning}");
-        }
-        for skipped in report.skipped.iter().take(NAMED) {
-            eprintln!("skipped {skipped}");
-        }
-        if report.skipped.len() > NAMED {
-            eprintln!("skipped {} more", report.skipped.len() - NAMED);
-        }
-        if self.json {
-            return output::json(&report);
-        }
-        for shard in &report.shards {
-            output::line(shard.display())?;
-        }
-        for LeftOut { rule, samples, texts } in &report.filtered {
-            output::line(format_args!("{rule} left out {samples} samples, {texts} texts"))?;
-        }
-        let PackReport { samples, shards, without_text, without_picture, skipped, .. } = &report;
-        output::line(format_args!(
-            "{samples} samples in {} shards, {without_text} of them without a text, {without_picture} without a picture, \
-             {} skipped",
-            shards.len(),
-            skipped.len()
-        ))
     }
 }
 

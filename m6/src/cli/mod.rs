@@ -12,6 +12,7 @@ mod eval;
 mod exit;
 mod generate;
 mod output;
+mod pack;
 mod tokenizer;
 mod train;
 mod vqgan;

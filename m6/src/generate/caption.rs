@@ -1,23 +1,20 @@
-//! Captions of pictures: greedy and beam search, and the probability of a given text.
+//! Captions of pictures: greedy and beam search.
 //!
 //! Every probability here is over the tokens that a caption may hold, which are the text tokenizer's and the end of
 //! the text; the other special tokens are masked out.
 
 use m6_data::picture::Rgb8;
-use m6_data::{Item, RowPacker};
 use serde::Serialize;
 use tch::{Device, Kind, Tensor};
 
 use super::beam::{Candidate, Hypothesis, Search};
 use super::cache::KvCache;
 use crate::error::{Error, Result};
-use crate::model::{Language, Mode, Model, Sequence, Special, Vocab};
-use crate::objectives::{Example, Piece, Target, Task, lay_out};
+use crate::model::{Language, Model, Sequence, Special, Vocab};
+use crate::objectives::Piece;
 
 /// Rows that go through the transformer at once.
 const ROWS: usize = 64;
-/// Tokens that a batch of texts to score may hold.
-const SCORE_TOKENS: usize = 8192;
 const WHITE: [u8; 3] = [255; 3];
 
 /// A text that the model wrote about a picture.
@@ -73,60 +70,8 @@ pub fn caption(
     Ok(captions)
 }
 
-/// Log-probability of each text, its end included, as the caption of the picture beside it.
-///
-/// # Errors
-/// When a text is longer than the model takes, or libtorch refuses an operation.
-pub fn score_texts(model: &Model, pairs: &[(&Rgb8, &str)], language: Language) -> Result<Vec<f64>> {
-    let _guard = tch::no_grad_guard();
-    let patches = model.transformer.positions().patches();
-    // The language's token takes one place of the text.
-    let limit = model.info.model.max_text as usize - 1;
-    let mut packer = RowPacker::new(SCORE_TOKENS);
-    let mut scores = vec![0.0; pairs.len()];
-    for (ordinal, (picture, text)) in (0..).zip(pairs) {
-        let ids: Vec<i64> = model.tokenizer.encode(text)?.into_iter().map(i64::from).collect();
-        if ids.len() > limit {
-            let n = ids.len();
-            return Err(Error::Usage(format!(
-                "the text {text:?} has {n} tokens; this model takes at most {limit}"
-            )));
-        }
-        let prefix = vec![Piece::Picture(fit(picture, model)?)];
-        let value = Example { task: Task::Captioning, prefix, target: Target::Text { language, ids } };
-        if let Some(row) = packer.push(Item { ordinal, tokens: value.tokens(patches), value }) {
-            score_row(model, row, &mut scores)?;
-        }
-    }
-    while let Some(row) = packer.flush() {
-        score_row(model, row, &mut scores)?;
-    }
-    Ok(scores)
-}
-
-/// Scores the texts of a row in one pass; the ordinal of each is its place in `scores`.
-fn score_row(model: &Model, row: Vec<Item<Example>>, scores: &mut [f64]) -> Result<()> {
-    let texts: Vec<_> = row.iter().map(|item| (item.ordinal as usize, item.value.target.tokens())).collect();
-    let (vocab, positions) = (model.info.vocab, model.transformer.positions());
-    let row = lay_out(vocab, positions, row.into_iter().map(|item| item.value), None)?;
-    let batch = row.upload(model.params.device())?;
-    let (tokens, pictures) = (&batch.tokens, batch.pictures.as_ref());
-    let hidden = model.transformer.forward(tokens, pictures, &batch.layout, batch.real, Mode::Infer)?;
-    let logprobs = logprobs(model, &hidden.x_nd.index_select(0, &batch.texts.rows));
-    let chosen = logprobs.gather(1, &batch.texts.labels.unsqueeze(-1), false).squeeze_dim(1);
-    let chosen =
-        Vec::<f64>::try_from(chosen.to_kind(Kind::Double)).map_err(m6_runtime::RuntimeError::from)?;
-    let mut rest = chosen.as_slice();
-    for (place, length) in texts {
-        let (text, later) = rest.split_at(length);
-        scores[place] = text.iter().sum();
-        rest = later;
-    }
-    Ok(())
-}
-
 /// The picture scaled to what the model's patches are made for, its long side to the whole side, on a white square.
-fn fit(picture: &Rgb8, model: &Model) -> Result<Rgb8> {
+pub(super) fn fit(picture: &Rgb8, model: &Model) -> Result<Rgb8> {
     let resolution = model.info.model.patches.resolution as u32;
     let long_side = u64::from(picture.width.max(picture.height));
     let scaled = |side: u32| ((u64::from(side) * u64::from(resolution)).div_ceil(long_side)).max(1) as u32;
@@ -137,7 +82,7 @@ fn fit(picture: &Rgb8, model: &Model) -> Result<Rgb8> {
 }
 
 /// `[m, d]` hidden rows to log-probabilities `[m, text rows]`, minus infinity where no caption may go.
-fn logprobs(model: &Model, hidden: &Tensor) -> Tensor {
+pub(super) fn logprobs(model: &Model, hidden: &Tensor) -> Tensor {
     let logits = model.transformer.text_logits(hidden);
     let vocab = model.info.vocab;
     let illegal: Vec<bool> = (0..vocab.text_rows()).map(|id| !is_legal(vocab, id)).collect();
@@ -244,7 +189,10 @@ impl Best {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::generate::score_texts;
     use crate::generate::testing::{SIDE, picture, tiny_model};
+    use crate::model::Mode;
+    use crate::objectives::{Example, Target, Task, lay_out};
 
     /// Log-probabilities `[n + 1, text rows]` of what comes at each place of ids and after them, from the packed
     /// training pass.

@@ -7,11 +7,13 @@ mod grid;
 mod picture;
 mod rerank;
 mod sampler;
+mod score;
 #[cfg(test)]
 pub(crate) mod testing;
 
 pub use cache::KvCache;
-pub use caption::{Caption, caption, score_texts};
+pub use caption::{Caption, caption};
 pub use grid::rows_grid;
 pub use picture::{DrawRequest, Drawing, draw};
 pub use sampler::{Sampling, guide};
+pub use score::{perplexities, score_texts};

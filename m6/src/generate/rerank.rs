@@ -3,8 +3,8 @@
 
 use m6_data::picture::Rgb8;
 
-use super::caption::score_texts;
 use super::picture::Drawing;
+use super::score::score_texts;
 use crate::error::Result;
 use crate::model::{Language, Model};
 

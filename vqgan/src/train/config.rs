@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use crate::config::VqganConfig;
 use crate::error::{Result, VqganError};
 use crate::loss::LossWeights;
+use crate::lpips::LpipsConfig;
 use crate::revive::RevivalConfig;
 
 /// A whole run: what is trained, on what, and how.
@@ -40,6 +41,9 @@ pub struct TrainConfig {
     pub model: VqganConfig,
     /// Weights of the loss.
     pub loss: LossWeights,
+    /// Where the weights of LPIPS are, for runs that take it.
+    #[serde(default)]
+    pub lpips: Option<LpipsConfig>,
     /// How the codebook starts and is kept alive.
     pub codebook: RevivalConfig,
     /// The discriminator; a run without this table has none.
@@ -165,6 +169,10 @@ impl TrainConfig {
         if let Err(message) = self.data.skip.validate() {
             return problem("data.skip", message);
         }
+        if self.loss.lpips > 0.0 && self.lpips.as_ref().is_none_or(|lpips| lpips.weights.is_empty()) {
+            let weight = self.loss.lpips;
+            return problem("loss.lpips", format!("{weight}, expected a table [lpips] with its weights"));
+        }
         if let Err(message) = self.optimizer.validate() {
             return problem("optimizer", message);
         }
@@ -179,6 +187,8 @@ impl TrainConfig {
         let numbers = [
             ("ema", self.ema, 1.0),
             ("loss.l1", self.loss.l1, f64::MAX),
+            ("loss.l2", self.loss.l2, f64::MAX),
+            ("loss.lpips", self.loss.lpips, f64::MAX),
             ("loss.gradient", self.loss.gradient, f64::MAX),
             ("loss.ssim", self.loss.ssim, f64::MAX),
             ("loss.codebook", self.loss.codebook, f64::MAX),
@@ -278,6 +288,10 @@ mod tests {
         assert_eq!(
             message(|c| c.codebook.warmup = c.schedule.steps),
             "run.toml: key `codebook.warmup`: 200, expected less than `schedule.steps` = 200"
+        );
+        assert_eq!(
+            message(|c| c.loss.lpips = 1.0),
+            "run.toml: key `loss.lpips`: 1, expected a table [lpips] with its weights"
         );
         assert!(
             message(|c| c.model.resolution = 33)

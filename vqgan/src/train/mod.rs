@@ -93,7 +93,8 @@ fn train(
     ));
     let mut pictures = training_stream(config, shards, first_ordinal)?;
     pictures = pictures.skipping(config.data.skip, SkipLog::new(&run.skipped()));
-    let reconstruction = ReconstructionLoss::new(config.model.resolution, config.loss, device);
+    let reconstruction =
+        ReconstructionLoss::new(config.model.resolution, config.loss, config.lpips.as_ref(), device)?;
     let schedule = config.schedule();
     let ScheduleConfig { steps, batch, accumulation, clip, .. } = config.schedule;
     let mut images = 0;
