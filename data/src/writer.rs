@@ -7,7 +7,7 @@ use tempfile::NamedTempFile;
 
 use crate::atomic_file::world_readable;
 use crate::error::{DataError, Result};
-use crate::key::split_key;
+use crate::key::member_path;
 
 /// Bytes of header in front of each member.
 const HEADER_BYTES: u64 = 512;
@@ -46,16 +46,11 @@ impl ShardWriter {
     /// Appends one sample: members as (extension, bytes).
     ///
     /// # Errors
-    /// A key or extension that would not be read back as given, or a failing disk.
+    /// A key or extension that would not be read back as given or not be unpacked in its folder, or a failing disk.
     pub fn write(&mut self, key: &str, members: &[(&str, &[u8])]) -> Result<()> {
-        for (extension, _) in members {
-            let path = format!("{key}.{extension}");
-            if extension.is_empty() || split_key(&path).is_none_or(|(found, _)| found != key) {
-                let reason =
-                    format!("\"{path}\" does not split into this key and extension (no dot in a key)");
-                return Err(DataError::Write { key: key.to_owned(), reason });
-            }
-        }
+        let fail = |reason| DataError::Write { key: key.to_owned(), reason };
+        let paths = members.iter().map(|(extension, _)| member_path(key, extension).map_err(fail));
+        let paths = paths.collect::<Result<Vec<_>>>()?;
         let padded = |bytes: &[u8]| HEADER_BYTES + (bytes.len() as u64).next_multiple_of(HEADER_BYTES);
         let needed: u64 = members.iter().map(|(_, bytes)| padded(bytes)).sum();
         // The end-of-archive mark is two more blocks.
@@ -68,14 +63,11 @@ impl ShardWriter {
             None => self.open.insert(OpenShard::create(&self.dir)?),
         };
         shard.bytes += needed;
-        for (extension, bytes) in members {
+        for (path, (_, bytes)) in paths.iter().zip(members) {
             let mut header = tar::Header::new_ustar();
             header.set_size(bytes.len() as u64);
             header.set_mode(FILE_MODE);
-            shard
-                .archive
-                .append_data(&mut header, format!("{key}.{extension}"), *bytes)
-                .map_err(|e| DataError::Write { key: key.to_owned(), reason: e.to_string() })?;
+            shard.archive.append_data(&mut header, path, *bytes).map_err(|e| fail(e.to_string()))?;
         }
         Ok(())
     }
@@ -153,8 +145,22 @@ mod tests {
     fn keys_that_cannot_be_read_back_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = ShardWriter::create(dir.path(), "train", u64::MAX).unwrap();
-        for (key, extension) in [("a.b", "txt"), ("", "txt"), ("a", ""), ("__meta__", "txt")] {
-            assert!(writer.write(key, &[(extension, b"x")]).is_err(), "{key}.{extension}");
+        let long = format!("../{}", "x".repeat(300));
+        for (key, extension) in [
+            ("a.b", "txt"),
+            ("", "txt"),
+            ("a", ""),
+            ("a", "b/txt"),
+            ("a", "t\0xt"),
+            ("__meta__", "txt"),
+            ("../a", "txt"),
+            (&long, "txt"),
+            ("/a", "txt"),
+            ("a//b", "txt"),
+        ] {
+            let error = writer.write(key, &[("ok", b""), (extension, b"x")]).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("cannot write sample {key}: ")), "{error}");
         }
+        assert_eq!(writer.finish().unwrap().len(), 0, "nothing of them is written");
     }
 }
