@@ -293,6 +293,14 @@ mod tests {
     }
 
     #[test]
+    fn a_log_on_a_full_disk_is_an_error() {
+        let mut filter = filter(&["text_length:9.."]).unwrap().log_to(Path::new("/dev/full")).unwrap();
+        assert!(!filter.keeps(&mut draft("a", &[("txt", b"short")])).unwrap());
+        let error = filter.finish().unwrap_err().to_string();
+        assert!(error.starts_with("cannot write /dev/full: No space left"), "{error}");
+    }
+
+    #[test]
     fn rules_judge_the_given_fields_alone() {
         let fields = |json: &str| serde_json::from_str::<CaptionFields>(json).unwrap();
         let rules = ["text_length:5..".to_owned()];
