@@ -20,7 +20,7 @@ use crate::shard::PICTURE_EXTENSIONS;
 /// * `aspect:MIN..MAX`: width divided by height is in these limits,
 /// * `text_length:MIN..MAX`: a text has so many Unicode characters,
 /// * `text_words:MIN..MAX`: a Latin text has so many words between white space; texts of other scripts pass,
-/// * `script:han|latin`: a text is in one of these scripts (`han`, `latin`, `other`, as [`Script`](crate::Script) tells them),
+/// * `script:han|latin`: a text is in one of these scripts (`han`, `latin`, `other`, as [`Script`] tells them),
 /// * `distinct:pictures`: no earlier picture has the same bytes,
 /// * `distinct:alike,K`: no earlier picture has a difference hash that differs in at most K of its 64 bits; without `,K`
 ///   in none. All pictures of one colour have the same,
@@ -34,6 +34,8 @@ use crate::shard::PICTURE_EXTENSIONS;
 /// The rules are asked in their order. A rule for pictures leaves out the sample. A rule for texts removes the texts that
 /// fail it, and leaves out the sample when none stays. Samples without a picture pass the rules for pictures, those without
 /// a text those for texts.
+///
+/// [`Script`]: crate::Script
 #[derive(Debug, Default)]
 pub struct Filter {
     rules: Vec<Rule>,

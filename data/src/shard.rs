@@ -88,8 +88,8 @@ impl ShardSet {
         Ok(set)
     }
 
-    /// As [`ShardSet::open_with`], but a shard that cannot be used is a flaw like others and may leave the set empty, and every
-    /// header is read, whatever an index says.
+    /// As [`ShardSet::open_with`], but a shard that cannot be used is a flaw like others and may leave the set empty, and
+    /// every header is read, whatever an index says.
     ///
     /// # Errors
     /// No pattern, a pattern without a match, or no cache where one is needed.
