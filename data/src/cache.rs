@@ -406,6 +406,13 @@ mod tests {
             error.starts_with(&expected) && error.ends_with("; M6_CACHE names another folder"),
             "{error}"
         );
+
+        let [(_, shard)] = shards(dir.path());
+        let cache = cache(dir.path(), 1);
+        fs::remove_dir_all(&cache.dir).unwrap();
+        let error = cache.fetch(&shard, |_| ()).unwrap_err().to_string();
+        let expected = format!("cache of shards: cannot write in {}: No such file", cache.dir.display());
+        assert!(error.starts_with(&expected), "{error}");
     }
 
     #[test]

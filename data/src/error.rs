@@ -34,6 +34,12 @@ pub enum DataError {
         /// What happened.
         reason: String,
     },
+    /// A shard that is not what it was when its set was opened.
+    #[error("{} has changed since it was opened; open it again", shard.display())]
+    Changed {
+        /// The shard.
+        shard: PathBuf,
+    },
     /// The folder of fetched shards cannot be used.
     #[error("cache of shards: {0}")]
     Cache(String),

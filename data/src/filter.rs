@@ -22,7 +22,7 @@ use crate::shard::PICTURE_EXTENSIONS;
 /// * `aspect:MIN..MAX`: width divided by height is in these limits,
 /// * `text_length:MIN..MAX`: a text has so many Unicode characters,
 /// * `text_words:MIN..MAX`: a Latin text has so many words between white space; texts of other scripts pass,
-/// * `script:han|latin`: a text is in one of these scripts (`han`, `latin`, `other`, as [`Script`](crate::Script) tells them),
+/// * `script:han|latin`: a text is in one of these scripts (`han`, `latin`, `other`, as [`Script`] tells them),
 /// * `distinct:pictures`: no earlier picture has the same bytes,
 /// * `distinct:alike,K`: no earlier picture has a difference hash that differs in at most K of its 64 bits; without `,K`
 ///   in none. All pictures of one colour have the same,
@@ -37,6 +37,8 @@ use crate::shard::PICTURE_EXTENSIONS;
 /// The rules are asked in their order. A rule for pictures leaves out the sample. A rule for texts removes the texts that
 /// fail it, and leaves out the sample when none stays. Samples without a picture pass the rules for pictures, those without
 /// a text those for texts.
+///
+/// [`Script`]: crate::Script
 #[derive(Debug, Default)]
 pub struct Filter {
     rules: Vec<Rule>,
@@ -368,6 +370,14 @@ mod tests {
         assert_eq!(lines[4], last_text);
         let sample = serde_json::json!({"key": "b", "rule": "text_length:5..", "value": 2});
         assert_eq!(lines[5], sample);
+    }
+
+    #[test]
+    fn a_log_on_a_full_disk_is_an_error() {
+        let mut filter = filter(&["text_length:9.."]).unwrap().log_to(Path::new("/dev/full")).unwrap();
+        assert!(!filter.keeps(&mut draft("a", &[("txt", b"short")])).unwrap());
+        let error = filter.finish().unwrap_err().to_string();
+        assert!(error.starts_with("cannot write /dev/full: No space left"), "{error}");
     }
 
     #[test]

@@ -19,7 +19,8 @@ pub enum FlawClass {
     DuplicateMember,
     /// A key that an earlier sample of the set has, one that is whole.
     DuplicateKey,
-    /// A key that would leave the folder into which the sample is unpacked.
+    /// A member whose path would leave the folder into which it is unpacked, can be written in more than one way, or has no
+    /// extension.
     UnsafeName,
     /// A member is absent that was asked for.
     MissingMember,

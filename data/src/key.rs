@@ -10,9 +10,42 @@ pub(crate) fn split_key(path: &str) -> Option<(&str, String)> {
     (!name.is_empty() && !meta).then(|| (&path[..dot], path[dot + 1..].to_lowercase()))
 }
 
+/// Whether a path stays inside the folder in which it is unpacked, and is written in one way only: names between single
+/// slashes, none of them `.` or `..`.
+fn is_plain(path: &str) -> bool {
+    !path.contains('\0') && path.split('/').all(|name| !["", ".", ".."].contains(&name))
+}
+
+/// The path of a member.
+///
+/// # Errors
+/// Why it would not be read back as given, or not be unpacked in its folder.
+pub(crate) fn member_path(key: &str, extension: &str) -> std::result::Result<String, String> {
+    let path = format!("{key}.{extension}");
+    if extension.is_empty() || split_key(&path).is_none_or(|(found, _)| found != key) {
+        return Err(format!("\"{path}\" does not split into this key and extension (no dot in a key)"));
+    }
+    if !is_plain(&path) {
+        return Err(format!(
+            "{path:?} is no plain path (names between single slashes, none of them . or ..)"
+        ));
+    }
+    Ok(path)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn plain_paths_stay_in_their_folder() {
+        for path in ["a", "a/b c/图", "..a/b..", "a/...", "a\\b"] {
+            assert!(is_plain(path), "{path}");
+        }
+        for path in ["", "/", "/a", "a/", "a//b", "./a", "a/./b", "..", "../a", "a/../b", "a/..", "a\0b"] {
+            assert!(!is_plain(path), "{path}");
+        }
+    }
 
     #[test]
     fn keys_follow_webdataset() {

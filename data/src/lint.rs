@@ -1,7 +1,7 @@
 //! Finds what is wrong with shards before a run meets it, and writes what is left as clean shards.
 
 use std::collections::{BTreeMap, HashSet};
-use std::path::{Component, Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use serde::Serialize;
@@ -9,6 +9,7 @@ use serde_json::Value;
 
 use crate::error::Result;
 use crate::flaw::{Flaw, FlawClass};
+use crate::key::member_path;
 use crate::loader::Loader;
 use crate::member;
 use crate::picture::Rgb8;
@@ -103,9 +104,9 @@ pub fn lint(
 fn check(set: &ShardSet, index: usize, required: &[String], keep: bool) -> Checked {
     let mut flaws = Vec::new();
     let mut flaw = |class, reason: String| flaws.push(set.flaw(index, class, reason));
-    let is_inside = |part: Component| matches!(part, Component::Normal(_) | Component::CurDir);
-    if !Path::new(set.key(index)).components().all(is_inside) {
-        flaw(FlawClass::UnsafeName, "its key leads out of the folder that it is unpacked into".to_owned());
+    let mut extensions = set.extensions(index);
+    if let Some(reason) = extensions.find_map(|extension| member_path(set.key(index), extension).err()) {
+        flaw(FlawClass::UnsafeName, reason);
     }
     for member in required {
         let mut extensions = set.extensions(index);
@@ -150,20 +151,8 @@ fn check(set: &ShardSet, index: usize, required: &[String], keep: bool) -> Check
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::archive;
     use FlawClass::*;
-
-    /// A tar file with exactly these members, whatever their names.
-    fn archive(path: &Path, members: &[(&str, &[u8])]) {
-        let mut builder = tar::Builder::new(std::fs::File::create(path).unwrap());
-        for (name, bytes) in members {
-            let mut header = tar::Header::new_ustar();
-            header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
-            header.set_size(bytes.len() as u64);
-            header.set_cksum();
-            builder.append(&header, *bytes).unwrap();
-        }
-        builder.finish().unwrap();
-    }
 
     #[test]
     fn every_class_is_found_and_repair_keeps_the_rest_byte_for_byte() {
@@ -266,6 +255,20 @@ mod tests {
         assert_eq!(found(&[]), []);
         assert_eq!(found(&["picture"]), [(MissingMember, "text".into(), "no picture".into())]);
         assert_eq!(found(&["txt"]), [(MissingMember, "picture".into(), "no .txt".into())]);
+    }
+
+    #[test]
+    fn names_that_climb_out_or_do_not_split_are_not_repaired() {
+        let dir = tempfile::tempdir().unwrap();
+        let names = ["../a.txt", "/b.txt", "c//d.txt", "e/./f.txt", "g/../../h.txt", "j.", "./i.txt"];
+        let path = dir.path().join("0.tar");
+        archive(&path, &names.map(|name| (name, b"text".as_slice())));
+        let writer = ShardWriter::create(&dir.path().join("clean"), "clean", u64::MAX).unwrap();
+        let report =
+            lint(&[path.display().to_string()], &[], 1, Some(writer), |_, _, _| (), |_, _| ()).unwrap();
+        assert_eq!((report.clean, &report.counts), (1, &BTreeMap::from([(UnsafeName, 6)])));
+        let clean = ShardSet::open(&[report.repaired[0].display().to_string()]).unwrap();
+        assert_eq!((clean.len(), clean.key(0)), (1, "i"));
     }
 
     #[test]

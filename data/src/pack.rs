@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use crate::caption::TEXT_EXTENSIONS;
 use crate::error::{DataError, Result};
 use crate::filter::{Draft, Filter, LeftOut};
+use crate::key::member_path;
 use crate::loader::Loader;
 use crate::shard::{PICTURE_EXTENSIONS, ShardSet};
 use crate::writer::ShardWriter;
@@ -98,7 +99,11 @@ pub fn pack(
     Ok(report)
 }
 
+/// The sample, if a shard can hold it beside those with `keys`; or why it has to be skipped.
 fn with_new_key(draft: Draft, keys: &HashSet<String>) -> std::result::Result<Draft, String> {
+    for (extension, _) in &draft.members {
+        member_path(&draft.key, extension)?;
+    }
     match keys.contains(&draft.key) {
         true => Err(format!("another sample has the key {} too", draft.key)),
         false => Ok(draft),
@@ -290,7 +295,7 @@ mod tests {
     use crate::caption::CaptionFields;
     use crate::picture::Rgb8;
     use crate::shard::sample_image;
-    use crate::testing::{Members, shard};
+    use crate::testing::{Members, archive, shard};
     use std::fs;
 
     fn picture_file(path: &Path) {
@@ -420,6 +425,26 @@ mod tests {
             (set.key(1), text(0), text(1)),
             ("00000003", b"one".to_vec(), "\u{4e8c}".as_bytes().to_vec())
         );
+    }
+
+    #[test]
+    fn names_that_shards_cannot_hold_are_skipped() {
+        let (source, out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+        let path = source.path().join("x.tar");
+        let texts = ["../a.txt", "/b.txt", "c//d.txt", "e.txt"].map(|name| (name, b"text".as_slice()));
+        archive(&path, &texts);
+        let (report, set) = run(&path, out.path()).unwrap();
+        assert_eq!((report.samples, report.skipped.len(), set.key(0)), (1, 3, "e"), "{report:?}");
+        let first =
+            format!("sample ../a of {}: \"../a.txt\" is no plain path (names between", path.display());
+        assert!(report.skipped[0].starts_with(&first), "{report:?}");
+
+        let pictures = source.path().join("pictures");
+        picture_file(&pictures.join("__init__.png"));
+        picture_file(&pictures.join("a.png"));
+        let (report, _) = run(&pictures, &out.path().join("pictures")).unwrap();
+        assert_eq!((report.samples, report.skipped.len()), (1, 1), "{report:?}");
+        assert!(report.skipped[0].contains("__init__.png\" does not split into"), "{report:?}");
     }
 
     #[test]

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use crate::error::{DataError, Result};
 use crate::sink::Sink;
 
-/// A command that writes nothing for this long is ended. Longer than a server is waited for, since a command may have much
-/// to do before its first byte.
+/// A command that writes nothing for this long is ended. Longer than a server is waited for, since a command may have
+/// much to do before its first byte.
 const STALL_TIMEOUT: Duration = Duration::from_secs(600);
 /// How often a command that writes nothing any more is asked whether it has ended.
 const EXIT_POLL: Duration = Duration::from_millis(5);
@@ -45,7 +45,7 @@ fn run_for(name: &str, command: &str, stall: Duration, sink: Sink) -> Result<()>
         .spawn()
         .map_err(failed)?;
     let (out, err) = (child.stdout.take(), child.stderr.take());
-    // Threads read, since a channel can be waited for with a limit; and a command waits until what it says is read as well.
+    // Threads read, since a channel can be waited for with a limit. A command waits until what it says is read as well.
     let (give, chunks) = mpsc::sync_channel(AHEAD);
     thread::spawn(move || out.map(|out| read_chunks(out, |chunk| give.send(chunk).is_ok())));
     let (say, said) = mpsc::channel();
@@ -94,17 +94,15 @@ fn end_group(child: &mut Child) {
     let _ = child.wait();
 }
 
-/// Gives what is read, chunk by chunk, until its end, an error, or `give` says that nobody takes it.
+/// Gives what is read, chunk by chunk, until its end or until `give` says that nobody takes it.
 fn read_chunks(mut from: impl Read, give: impl Fn(io::Result<Vec<u8>>) -> bool) {
+    let mut buffer = vec![0; CHUNK];
     loop {
-        let mut chunk = vec![0; CHUNK];
-        let read = from.read(&mut chunk);
-        let is_last = !matches!(read, Ok(1..));
-        let chunk = read.map(|read| {
-            chunk.truncate(read);
-            chunk
-        });
-        if !give(chunk) || is_last {
+        let chunk = match from.read(&mut buffer) {
+            Ok(0) => return,
+            read => read.map(|read| buffer[..read].to_vec()),
+        };
+        if !give(chunk) {
             return;
         }
     }

@@ -2,9 +2,11 @@
 
 use std::collections::HashSet;
 use std::fs::File;
+use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
+use std::time::SystemTime;
 
 use crate::cache::Cache;
 use crate::error::{DataError, Result};
@@ -23,12 +25,34 @@ pub(crate) type Progress<'a> = &'a mut (dyn FnMut(usize, usize, u64) + Send);
 pub(crate) struct Scanned {
     /// Where its bytes are: itself, or its file in the cache.
     pub file: PathBuf,
-    /// Size of the file.
-    pub bytes: u64,
+    /// As it was when its headers were read.
+    pub stamp: Stamp,
     /// Its members.
     pub index: TarIndex,
     /// Why the index beside it was not used, where there is one.
     pub unused_index: Option<String>,
+}
+
+/// What a file has to be for its samples to be where they were found.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Stamp {
+    /// Size of the file.
+    pub bytes: u64,
+    /// `None` for one in the cache, whose time is that of its last use.
+    modified: Option<SystemTime>,
+}
+
+impl Stamp {
+    fn of(file: &File, has_own_time: bool) -> io::Result<Self> {
+        let metadata = file.metadata()?;
+        let modified = has_own_time.then(|| metadata.modified()).transpose()?;
+        Ok(Self { bytes: metadata.len(), modified })
+    }
+
+    /// Whether `file` is still as it was.
+    pub(crate) fn fits(&self, file: &File) -> io::Result<bool> {
+        Ok(Self::of(file, self.modified.is_some())? == *self)
+    }
 }
 
 /// How much is read of shards.
@@ -144,7 +168,7 @@ fn scan<'a>(
     };
     let name = source.name();
     let file = File::open(&path).map_err(DataError::io("open", &name))?;
-    let bytes = file.metadata().map_err(DataError::io("read", &name))?.len();
+    let stamp = Stamp::of(&file, matches!(source, Source::File(_))).map_err(DataError::io("read", &name))?;
     let indexed = if may_have_index { index_file::read(&path, &file) } else { Ok(None) };
     let (members, unused_index) = match indexed {
         Ok(members) => (members, None),
@@ -154,5 +178,5 @@ fn scan<'a>(
         Some(members) => TarIndex { members, defects: Vec::new() },
         None => TarIndex::read(file).map_err(DataError::io("read", &name))?,
     };
-    Ok(Scanned { file: path, bytes, index, unused_index })
+    Ok(Scanned { file: path, stamp, index, unused_index })
 }

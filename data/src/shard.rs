@@ -10,7 +10,7 @@ use crate::flaw::{Flaw, FlawClass};
 use crate::key::split_key;
 use crate::pattern::resolve;
 use crate::picture::Rgb8;
-use crate::scan::{Care, Progress, Scanned, scan_all};
+use crate::scan::{Care, Progress, Scanned, Stamp, scan_all};
 use crate::tar_index::Defect;
 
 /// Extensions that hold a sample's picture, in the order in which they are looked for.
@@ -31,6 +31,7 @@ struct Shard {
     name: PathBuf,
     /// Where its bytes are: itself, or its file in the cache.
     file: PathBuf,
+    stamp: Stamp,
 }
 
 #[derive(Debug)]
@@ -87,8 +88,8 @@ impl ShardSet {
         Ok(set)
     }
 
-    /// As [`ShardSet::open_with`], but a shard that cannot be used is a flaw like others and may leave the set empty, and every
-    /// header is read, whatever an index says.
+    /// As [`ShardSet::open_with`], but a shard that cannot be used is a flaw like others and may leave the set empty, and
+    /// every header is read, whatever an index says.
     ///
     /// # Errors
     /// No pattern, a pattern without a match, or no cache where one is needed.
@@ -203,7 +204,8 @@ impl ShardSet {
     /// Reads sample `index` (below [`ShardSet::len`], in the order of the shards) into memory.
     ///
     /// # Errors
-    /// Names the sample when its shard cannot be read any more.
+    /// Names the sample when its shard cannot be read any more, or the shard when its size or time is not what it was when
+    /// it was opened.
     ///
     /// # Panics
     /// `index` is not below [`ShardSet::len`].
@@ -216,16 +218,21 @@ impl ShardSet {
         // a set may have more shards than a process may hold files, and unlike a memory map a failing read is an error
         // and not a signal.
         let mut bytes = vec![0; (end - start) as usize];
-        let read = File::open(&shard.file).and_then(|file| file.read_exact_at(&mut bytes, start));
-        read.map_err(|e| {
-            DataError::Sample(self.flaw(index, FlawClass::UnusableShard, format!("cannot be read: {e}")))
-        })?;
+        let unusable =
+            |e| DataError::Sample(self.flaw(index, FlawClass::UnusableShard, format!("cannot be read: {e}")));
+        let file = File::open(&shard.file).map_err(unusable)?;
+        let read = file.read_exact_at(&mut bytes, start);
+        // Asked afterwards, so that a change while it is read is seen as well.
+        if !shard.stamp.fits(&file).map_err(unusable)? {
+            return Err(DataError::Changed { shard: shard.name.clone() });
+        }
+        read.map_err(unusable)?;
         Ok(Sample { key: &entry.key, shard: &shard.name, members: &entry.members, start, bytes })
     }
 
     /// Adds a shard by what was found in it.
     fn add(&mut self, name: PathBuf, scanned: Scanned) -> Result<()> {
-        let Scanned { file, bytes, index, unused_index } = scanned;
+        let Scanned { file, stamp, index, unused_index } = scanned;
         let damage = |defect: &Defect| {
             let (offset, reason) = (Some(defect.offset), defect.reason.clone());
             Flaw::of_shard(FlawClass::DamagedShard, name.clone(), offset, reason)
@@ -268,9 +275,9 @@ impl ShardSet {
             };
             return Err(DataError::Pattern { pattern: name.display().to_string(), reason });
         }
-        self.bytes += bytes;
+        self.bytes += stamp.bytes;
         self.flaws.append(&mut flaws);
-        self.shards.push(Shard { name, file });
+        self.shards.push(Shard { name, file, stamp });
         Ok(())
     }
 
@@ -365,7 +372,7 @@ pub(crate) fn sample_image_for(sample: &Sample, short_side: Option<u32>) -> Resu
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{Members, cat, shard};
+    use crate::testing::{Members, archive, cat, shard};
 
     fn open(path: &Path) -> Result<ShardSet> {
         ShardSet::open(&[path.display().to_string()])
@@ -413,6 +420,77 @@ mod tests {
 
         std::fs::write(&path, &bytes[..300]).unwrap();
         assert!(open(&path).unwrap_err().to_string().contains("holds no whole sample"));
+    }
+
+    #[test]
+    fn a_shard_that_changes_or_vanishes_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = shard(dir.path(), &[("a", &[("txt", b"old")]), ("b", &[("txt", b"x")])]);
+        let (set, whole) = (open(&path).unwrap(), std::fs::read(&path).unwrap());
+        let error = || set.sample(0).unwrap_err().to_string();
+        let changed = format!("{} has changed since it was opened; open it again", path.display());
+        for length in [0, 513, whole.len() - 512] {
+            std::fs::write(&path, &whole[..length]).unwrap();
+            assert_eq!(error(), changed);
+        }
+        std::fs::write(&path, &whole).unwrap();
+        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(10);
+        File::options().write(true).open(&path).unwrap().set_modified(later).unwrap();
+        assert_eq!(error(), changed, "the same size at another time");
+        assert_eq!(open(&path).unwrap().sample(0).unwrap().member("txt"), Some(b"old".as_slice()));
+        std::fs::remove_file(&path).unwrap();
+        let start = format!("{}, byte 512, sample a: cannot be read: No such file", path.display());
+        assert!(error().starts_with(&start), "{}", error());
+    }
+
+    #[test]
+    fn a_shard_in_the_cache_is_told_by_its_size_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
+        let path = shard(dir.path(), &[("a", &[("txt", b"text")])]);
+        let set = ShardSet::open_in(|| Ok(&cache), &[cat(&path)], &mut |_, _, _| ()).unwrap();
+        let file = File::options().write(true).open(&set.shards[0].file).unwrap();
+        file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        assert_eq!(set.sample(0).unwrap().member("txt"), Some(b"text".as_slice()), "another process used it");
+        file.set_len(600).unwrap();
+        let error = set.sample(0).unwrap_err().to_string();
+        assert_eq!(error, format!("{} has changed since it was opened; open it again", cat(&path)));
+    }
+
+    #[test]
+    fn a_shard_without_samples_is_an_error_and_one_sample_is_enough() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("x.tar");
+        archive(&path, &[("README", b"no dot"), (".hidden", b""), ("__index__.json", b"{}")]);
+        let of_others = std::fs::read(&path).unwrap();
+        for (bytes, reason) in [
+            (&[][..], "holds no whole sample (at byte 0: no end-of-archive mark"),
+            (&[0; 1024], "holds no sample (expected members such as KEY.webp"),
+            (&of_others, "holds no sample (expected members such as KEY.webp"),
+        ] {
+            std::fs::write(&path, bytes).unwrap();
+            let error = open(&path).unwrap_err().to_string();
+            assert!(error.contains(&format!("{} {reason}", path.display())), "{error}");
+        }
+        let one = open(&shard(dir.path(), &[("a", &[("txt", b"x")])])).unwrap();
+        let order = crate::SampleOrder::new(one.len(), 1).unwrap();
+        assert!((0..9).all(|ordinal| order.index(ordinal) == 0), "every stream and epoch has the one sample");
+    }
+
+    #[test]
+    fn samples_of_one_key_stay_apart_unless_they_are_neighbours() {
+        let dir = tempfile::tempdir().unwrap();
+        let one = shard(&dir.path().join("1"), &[("a", &[("txt", b"1")]), ("a", &[("cls", b"2")])]);
+        let samples =
+            [("a", &[("txt", b"3".as_slice())] as Members), ("b", &[("txt", b"4")]), ("a", &[("txt", b"5")])];
+        let two = shard(&dir.path().join("2"), &samples);
+        let set = ShardSet::open(&[&one, &two].map(|path| path.display().to_string())).unwrap();
+        let texts: Vec<_> =
+            contents(&set).into_iter().map(|(key, mut members)| (key, members.remove(0))).collect();
+        let expected =
+            [("a", "1"), ("a", "3"), ("b", "4"), ("a", "5")].map(|(key, text)| (key.to_owned(), text.into()));
+        assert_eq!(texts, expected, "the two neighbours in the first shard are one sample");
+        assert_eq!(set.sample(0).unwrap().members().count(), 2);
     }
 
     fn contents(set: &ShardSet) -> Vec<(String, Vec<Vec<u8>>)> {

@@ -3,6 +3,7 @@
 #[cfg(feature = "remote")]
 pub use server::{Answer, Server};
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::writer::ShardWriter;
@@ -17,6 +18,19 @@ pub fn shard(dir: &Path, samples: &[(&str, Members)]) -> PathBuf {
         writer.write(key, members).unwrap();
     }
     writer.finish().unwrap().remove(0)
+}
+
+/// A tar file with exactly these members, whatever their names.
+pub fn archive(path: &Path, members: &[(&str, &[u8])]) {
+    let mut builder = tar::Builder::new(File::create(path).unwrap());
+    for (name, bytes) in members {
+        let mut header = tar::Header::new_ustar();
+        header.as_mut_bytes()[..name.len()].copy_from_slice(name.as_bytes());
+        header.set_size(bytes.len() as u64);
+        header.set_cksum();
+        builder.append(&header, *bytes).unwrap();
+    }
+    builder.finish().unwrap();
 }
 
 /// The pattern of a command that writes `file`.

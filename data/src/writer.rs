@@ -7,7 +7,7 @@ use tempfile::NamedTempFile;
 
 use crate::atomic_file::world_readable;
 use crate::error::{DataError, Result};
-use crate::key::split_key;
+use crate::key::member_path;
 
 /// Bytes of header in front of each member.
 const HEADER_BYTES: u64 = 512;
@@ -41,8 +41,9 @@ impl ShardWriter {
     /// Appends one sample: members as (extension, bytes).
     ///
     /// # Errors
-    /// A key or extension that would not be read back as given, or a failing disk.
+    /// A key or extension that would not be read back as given or not be unpacked in its folder, or a failing disk.
     pub fn write(&mut self, key: &str, members: &[(&str, &[u8])]) -> Result<()> {
+        let paths = member_paths(key, members)?;
         // The end-of-archive mark is two more blocks.
         let limit = self.max_bytes.saturating_sub(2 * HEADER_BYTES);
         if self.open.as_ref().is_some_and(|shard| shard.bytes + size_in_shard(members) > limit) {
@@ -52,7 +53,7 @@ impl ShardWriter {
             Some(shard) => shard,
             None => self.open.insert(ShardFile::create_in(&self.dir)?),
         };
-        shard.write(key, members)
+        shard.append(key, &paths, members)
     }
 
     /// Closes the last shard and returns all of them in order.
@@ -74,6 +75,12 @@ impl ShardWriter {
 pub struct ShardFile {
     archive: tar::Builder<BufWriter<NamedTempFile>>,
     bytes: u64,
+}
+
+/// The path of each member, checked.
+fn member_paths(key: &str, members: &[(&str, &[u8])]) -> Result<Vec<String>> {
+    let fail = |reason| DataError::Write { key: key.to_owned(), reason };
+    members.iter().map(|(extension, _)| member_path(key, extension).map_err(fail)).collect()
 }
 
 /// Bytes that a sample's members take in an archive.
@@ -102,21 +109,16 @@ impl ShardFile {
     /// # Errors
     /// As for [`ShardWriter::write`].
     pub fn write(&mut self, key: &str, members: &[(&str, &[u8])]) -> Result<()> {
-        let fail = |reason: String| DataError::Write { key: key.to_owned(), reason };
-        for (extension, _) in members {
-            let path = format!("{key}.{extension}");
-            if extension.is_empty() || split_key(&path).is_none_or(|(found, _)| found != key) {
-                let reason =
-                    format!("\"{path}\" does not split into this key and extension (no dot in a key)");
-                return Err(fail(reason));
-            }
-        }
-        for (extension, bytes) in members {
+        self.append(key, &member_paths(key, members)?, members)
+    }
+
+    fn append(&mut self, key: &str, paths: &[String], members: &[(&str, &[u8])]) -> Result<()> {
+        for (path, (_, bytes)) in paths.iter().zip(members) {
             let mut header = tar::Header::new_ustar();
             header.set_size(bytes.len() as u64);
             header.set_mode(FILE_MODE);
-            let appended = self.archive.append_data(&mut header, format!("{key}.{extension}"), *bytes);
-            appended.map_err(|e| fail(e.to_string()))?;
+            let appended = self.archive.append_data(&mut header, path, *bytes);
+            appended.map_err(|e| DataError::Write { key: key.to_owned(), reason: e.to_string() })?;
         }
         self.bytes += size_in_shard(members);
         Ok(())
@@ -175,8 +177,22 @@ mod tests {
     fn keys_that_cannot_be_read_back_are_refused() {
         let dir = tempfile::tempdir().unwrap();
         let mut writer = ShardWriter::create(dir.path(), "train", u64::MAX).unwrap();
-        for (key, extension) in [("a.b", "txt"), ("", "txt"), ("a", ""), ("__meta__", "txt")] {
-            assert!(writer.write(key, &[(extension, b"x")]).is_err(), "{key}.{extension}");
+        let long = format!("../{}", "x".repeat(300));
+        for (key, extension) in [
+            ("a.b", "txt"),
+            ("", "txt"),
+            ("a", ""),
+            ("a", "b/txt"),
+            ("a", "t\0xt"),
+            ("__meta__", "txt"),
+            ("../a", "txt"),
+            (&long, "txt"),
+            ("/a", "txt"),
+            ("a//b", "txt"),
+        ] {
+            let error = writer.write(key, &[("ok", b""), (extension, b"x")]).unwrap_err().to_string();
+            assert!(error.starts_with(&format!("cannot write sample {key}: ")), "{error}");
         }
+        assert_eq!(writer.finish().unwrap().len(), 0, "nothing of them is written");
     }
 }

@@ -13,6 +13,7 @@
 //! ```
 
 mod augment;
+pub mod bench;
 mod config;
 mod discriminator;
 mod error;

@@ -15,6 +15,8 @@ pub enum Command {
     Train(TrainArgs),
     /// Score reconstructions: PSNR, SSIM, codebook usage and perplexity
     Eval(EvalArgs),
+    /// Measure how fast pictures become codes and codes pictures
+    Bench(BenchArgs),
 }
 
 impl Command {
@@ -22,6 +24,7 @@ impl Command {
         match self {
             Self::Train(args) => args.run(),
             Self::Eval(args) => args.run(),
+            Self::Bench(args) => args.run(),
         }
     }
 }
@@ -88,6 +91,41 @@ impl EvalArgs {
             Some(grid) => output::line(format_args!("{}  originals above reconstructions", grid.display())),
             None => Ok(()),
         }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  m6 vqgan bench models/emoji/vqgan --batch 16\n\n\
+    Random pictures of the training size; reading and decoding files is not part of it, nor is writing.")]
+pub struct BenchArgs {
+    /// Folder of the tokenizer, or a training config (.toml), whose model then has random weights
+    model: PathBuf,
+    /// Pictures a pass
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(i64).range(1..=65_536))]
+    batch: i64,
+    /// Where to compute: `cpu`, `cuda:N`, or `auto`
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Print the figures as one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl BenchArgs {
+    fn run(self) -> Result<()> {
+        let report = m6_vqgan::bench::run(&self.model, &self.device, self.batch)?;
+        if self.json {
+            return output::json(&report);
+        }
+        output::line(format_args!(
+            "{} x {} pixels, {} a pass: encode {:.1} images/s, decode {:.1} images/s, {:.2} GB at most",
+            report.resolution,
+            report.resolution,
+            report.batch,
+            report.encode_images_per_s,
+            report.decode_images_per_s,
+            report.memory_peak_bytes as f64 / 1e9
+        ))
     }
 }
 

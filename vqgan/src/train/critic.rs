@@ -46,19 +46,24 @@ impl Critic {
 
     /// The model's terms for reconstructions `y` of `x`, `[b, 3, h, w]`; `ratio` is by how much it listens.
     pub(super) fn model_terms(&self, x: &Tensor, y: &Tensor, ratio: f64) -> Vec<Term> {
+        let DiscriminatorConfig { weight, feature_matching, .. } = self.config;
+        let augmentation = Augmentation::draw(&x.size(), x.device());
         self.params.set_trainable(false);
-        let (real, fake) = self.judge(x, y);
+        let fake = self.judge(&augmentation, y);
+        let mut terms =
+            vec![Term { name: "adversarial", weight: weight * ratio, value: fake.generator_loss() }];
+        if feature_matching > 0.0 {
+            let features = fake.feature_loss(&self.judge(&augmentation, x));
+            terms.push(Term { name: "feature_matching", weight: feature_matching * ratio, value: features });
+        }
         self.params.set_trainable(true);
-        let (adversarial, features) = (fake.generator_loss(), fake.feature_loss(&real));
-        vec![
-            Term { name: "adversarial", weight: self.config.weight * ratio, value: adversarial },
-            Term { name: "feature_matching", weight: self.config.feature_matching * ratio, value: features },
-        ]
+        terms
     }
 
     /// The discriminator's own term, and by how much its scores tell `x` from reconstructions `y`.
     pub(super) fn own_terms(&self, x: &Tensor, y: &Tensor) -> Vec<Term> {
-        let (real, fake) = self.judge(x, &y.detach());
+        let augmentation = Augmentation::draw(&x.size(), x.device());
+        let (real, fake) = (self.judge(&augmentation, x), self.judge(&augmentation, &y.detach()));
         let margin = real.logits.mean(Kind::Float) - fake.logits.mean(Kind::Float);
         vec![
             Term { name: "discriminator", weight: 1.0, value: real.discriminator_loss(&fake) },
@@ -73,9 +78,7 @@ impl Critic {
         Ok(self.optimizer.zero_grad()?)
     }
 
-    fn judge(&self, x: &Tensor, y: &Tensor) -> (Verdict, Verdict) {
-        let augmentation = Augmentation::draw(&x.size(), x.device());
-        let judge = |t: &Tensor| self.discriminator.forward(&augmentation.apply(t).to_kind(self.compute));
-        (judge(x), judge(y))
+    fn judge(&self, augmentation: &Augmentation, pictures: &Tensor) -> Verdict {
+        self.discriminator.forward(&augmentation.apply(pictures).to_kind(self.compute))
     }
 }

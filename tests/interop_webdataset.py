@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+"""Checks by hand that Python's webdataset and `m6` read each other's shards byte for byte.
+
+    python3 tests/interop_webdataset.py target/release/m6
+
+webdataset's TarWriter writes samples with awkward names, and Python's tarfile does in the other formats of tar; `m6 data
+pack` reads these shards and writes its own; webdataset reads those. `m6 data pack` also packs a folder of files. All
+samples have to come out as they went in, in the same order. Needs webdataset, numpy and Pillow; ends with an error where
+something differs.
+"""
+
+import argparse
+import io
+import json
+import pathlib
+import subprocess
+import sys
+import tarfile
+import tempfile
+
+import numpy
+import webdataset
+from PIL import Image
+
+# Such as the header of a tar cannot hold, alone or at all.
+LONG, LONGER = "l" * 120, "/".join(["d" * 60] * 4 + ["l" * 90])
+
+
+def picture(seed):
+    pixels = numpy.random.default_rng(seed).integers(0, 256, (9, 7, 3), dtype=numpy.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def array():
+    stream = io.BytesIO()
+    numpy.save(stream, numpy.arange(6, dtype=numpy.float32).reshape(2, 3))
+    return stream.getvalue()
+
+
+def samples(longest):
+    """Key and members by extension, in the order of their shard; names of at most `longest` characters."""
+    made = [
+        ("plain", {"png": picture(0), "json": b'{"en": "a  cat"}', "cls": b"7"}),
+        ("a/b/folders", {"png": picture(1), "seg.png": picture(2), "txt": "猫\n".encode()}),
+        ("sub", {"depth.npy": array(), "a.b.c": b"\0\xff" * 700}),
+        ("图/ключ é", {"png": picture(3), "txt": b"a cat"}),
+        ("empty", {"txt": b"", "bin": b""}),
+        ("blocks", {"bin": b"x" * 512, "raw": b"y" * 1024, "odd": b"z" * 513}),
+        (LONG, {"png": picture(4), "seg.png": picture(5)}),
+        ("folder/" + "é" * 60, {"txt": b"more bytes than characters"}),
+        (LONGER, {"txt": b"longer than any header"}),
+        ("last", {"txt": b"not lost behind the long ones"}),
+    ]
+    return [(key, members) for key, members in made if len(key.encode()) <= longest]
+
+
+def with_webdataset(shard, samples):
+    with open(shard, "wb") as stream, webdataset.TarWriter(stream) as writer:
+        for key, members in samples:
+            writer.write({"__key__": key, **members})
+
+
+def with_tarfile(form):
+    def write(shard, samples):
+        with tarfile.open(shard, "w", format=form) as archive:
+            for key, members in samples:
+                for extension, content in members.items():
+                    member = tarfile.TarInfo(f"{key}.{extension}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+
+    return write
+
+
+def read(shards):
+    """What webdataset reads: keys, and members by extension."""
+    found = webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False)
+    return [
+        (sample["__key__"], {name: content for name, content in sample.items() if not name.startswith("__")})
+        for sample in found
+    ]
+
+
+def pack(m6, source, out):
+    command = [m6, "data", "pack", str(source), str(out), "--json"]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    report = json.loads(done.stdout)
+    if report["skipped"] or report["warnings"]:
+        sys.exit(f"{source}: {report}")
+    return report["shards"]
+
+
+def check(what, found, expected):
+    if found != expected:
+        differing = [key for (key, _), other in zip(expected, found) if (key, _) != other]
+        sys.exit(f"{what}: {len(found)} samples, expected {len(expected)}; different: {differing}")
+    print(f"{what}: {len(expected)} samples are the same")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("m6", help="the program")
+    m6 = parser.parse_args().m6
+    with tempfile.TemporaryDirectory() as folder:
+        folder = pathlib.Path(folder)
+        for name, write, longest in [
+            ("webdataset", with_webdataset, 1000),
+            # A header has 100 bytes for a name, and 155 for the folder that it is in.
+            ("ustar", with_tarfile(tarfile.USTAR_FORMAT), 90),
+            ("gnu", with_tarfile(tarfile.GNU_FORMAT), 1000),
+        ]:
+            expected, shard = samples(longest), folder / f"{name}.tar"
+            write(shard, expected)
+            check(f"{name}, read by webdataset", read([shard]), expected)
+            check(f"{name}, packed by m6, read by webdataset", read(pack(m6, shard, folder / name)), expected)
+
+        files = folder / "files"
+        expected = [("a", {"png": picture(6), "txt": b"text"}), ("b/c d", {"png": picture(7), "json": b'{"n": 1}'})]
+        for key, members in expected:
+            for extension, content in members.items():
+                path = files / f"{key}.{extension}"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+        check("files, packed by m6, read by webdataset", read(pack(m6, files, folder / "packed")), expected)
+
+
+if __name__ == "__main__":
+    main()
