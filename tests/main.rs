@@ -4,6 +4,7 @@
 //! before them.
 
 mod bad_input;
+mod codes;
 mod golden;
 mod pipeline;
 mod readme;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::error::{DataError, Result};
+use crate::flaw::FlawClass;
 use crate::shard::Sample;
 
 /// Extensions of the members whose texts can be listed without a config.
@@ -114,7 +115,7 @@ impl CaptionFields {
         if present {
             return Ok(found);
         }
-        Err(sample.error(format!("has none of the caption fields {self}")))
+        Err(sample.error(FlawClass::MissingMember, format!("has none of the caption fields {self}")))
     }
 }
 
@@ -140,7 +141,8 @@ pub fn text(sample: &Sample, field: &CaptionField) -> Result<Option<String>> {
 /// # Errors
 /// As [`text`], or the JSON is not an object.
 pub(crate) fn texts_by_field(sample: &Sample) -> Result<BTreeMap<String, Vec<String>>> {
-    let texts = Texts::read(|extension| sample.member(extension)).map_err(|reason| sample.error(reason))?;
+    let texts = Texts::read(|extension| sample.member(extension));
+    let texts = texts.map_err(|reason| sample.error(FlawClass::BrokenText, reason))?;
     let mut found: BTreeMap<_, Vec<_>> = BTreeMap::new();
     for (field, text) in texts.all() {
         found.entry(field).or_default().push(text);
@@ -218,13 +220,15 @@ fn json_field(key: &str) -> String {
 
 fn member_text<'a>(sample: &'a Sample, member: &str) -> Result<Option<&'a str>> {
     let utf8 = |bytes| {
-        std::str::from_utf8(bytes).map_err(|_| sample.error(format!("its .{member} is not UTF-8 text")))
+        let broken = |_| sample.error(FlawClass::BrokenText, format!("its .{member} is not UTF-8 text"));
+        std::str::from_utf8(bytes).map_err(broken)
     };
     sample.member(member).map(utf8).transpose()
 }
 
 fn parse(sample: &Sample, member: &str, text: &str) -> Result<Value> {
-    serde_json::from_str(text).map_err(|e| sample.error(format!("its .{member} is malformed: {e}")))
+    let malformed = |e| sample.error(FlawClass::BrokenText, format!("its .{member} is malformed: {e}"));
+    serde_json::from_str(text).map_err(malformed)
 }
 
 impl CaptionField {
@@ -409,7 +413,7 @@ mod tests {
         assert_eq!(pick(&[("txt", b" \n")]).unwrap(), None);
         let error = pick(&[("json", JSON)]).unwrap_err().to_string();
         assert!(
-            error.starts_with("sample cat of ")
+            error.contains(", sample cat: ")
                 && error.ends_with("has none of the caption fields .txt, .json fr"),
             "{error}"
         );

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::flaw::Flaw;
+
 /// What can go wrong with data.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
@@ -63,14 +65,15 @@ pub enum DataError {
         reason: String,
     },
     /// Something wrong inside one sample.
-    #[error("sample {key} of {}: {reason}", shard.display())]
-    Sample {
-        /// Key of the sample.
-        key: String,
-        /// The shard that holds it.
-        shard: PathBuf,
-        /// What is wrong.
-        reason: String,
+    #[error("{0}")]
+    Sample(Flaw),
+    /// Samples that cannot be used are too many.
+    #[error("{skipped} cannot be used; the last: {last}")]
+    TooManySkipped {
+        /// How many.
+        skipped: String,
+        /// What is wrong with the last of them, and where it is.
+        last: String,
     },
     /// A source that a mixture cannot deal places to.
     #[error("source {source_name}: {problem}")]

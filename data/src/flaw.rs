@@ -3,10 +3,10 @@
 use std::fmt;
 use std::path::PathBuf;
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// Kinds of damage.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FlawClass {
     /// A shard that cannot be read, or holds no sample.
@@ -30,6 +30,8 @@ pub enum FlawClass {
     BrokenText,
     /// A `cls`, `npy` or `safetensors` that cannot be read.
     BrokenMember,
+    /// A sample that is whole and yet of no use: a picture that is too small for a crop, a text without a known token.
+    Unfit,
 }
 
 /// One defect of a set of shards.
@@ -45,6 +47,25 @@ pub struct Flaw {
     pub key: Option<String>,
     /// What is wrong.
     pub reason: String,
+}
+
+impl FlawClass {
+    /// Name in reports, logs and metrics.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::UnusableShard => "unusable_shard",
+            Self::UnusedIndex => "unused_index",
+            Self::DamagedShard => "damaged_shard",
+            Self::DuplicateMember => "duplicate_member",
+            Self::DuplicateKey => "duplicate_key",
+            Self::UnsafeName => "unsafe_name",
+            Self::MissingMember => "missing_member",
+            Self::BrokenPicture => "broken_picture",
+            Self::BrokenText => "broken_text",
+            Self::BrokenMember => "broken_member",
+            Self::Unfit => "unfit",
+        }
+    }
 }
 
 impl Flaw {
@@ -63,5 +84,17 @@ impl fmt::Display for Flaw {
             write!(f, ", sample {key}")?;
         }
         write!(f, ": {}", self.reason)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_those_that_are_written() {
+        for class in [FlawClass::UnusableShard, FlawClass::BrokenMember, FlawClass::Unfit] {
+            assert_eq!(serde_json::to_value(class).unwrap(), class.name());
+        }
     }
 }

@@ -166,7 +166,7 @@ mod tests {
         assert_eq!(info.captions[".json tags"].count, 1);
         assert_eq!(info.captions[".txt"].examples, ["three", "four"]);
         assert!(!info.captions.contains_key(".json n"));
-        assert!(info.broken.named[0].starts_with("sample d of "), "{:?}", info.broken);
+        assert!(info.broken.named[0].contains(", sample d: "), "{:?}", info.broken);
         let json = serde_json::to_value(&info).unwrap();
         assert_eq!((&json["broken"], json["broken_named"].as_array().unwrap().len()), (&3.into(), 3));
     }

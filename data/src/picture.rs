@@ -112,8 +112,16 @@ impl Rgb8 {
     /// # Errors
     /// Either size is zero.
     pub fn resize(&self, width: u32, height: u32) -> Result<Self> {
+        self.resize_part((width, height), Part::whole((width, height)))
+    }
+
+    /// A part of what [`Rgb8::resize`] would make; the rest is not computed.
+    ///
+    /// # Errors
+    /// A size is zero, or the part reaches outside.
+    pub(crate) fn resize_part(&self, (width, height): (u32, u32), part: Part) -> Result<Self> {
         if (width, height) == (self.width, self.height) {
-            return Ok(self.clone());
+            return self.crop(part.x, part.y, part.width, part.height);
         }
         let fail = |reason: String| self.size_error(format!("cannot resize to {width}x{height}: {reason}"));
         if width == 0 || height == 0 {
@@ -121,11 +129,21 @@ impl Rgb8 {
         }
         let source = fir::images::ImageRef::new(self.width, self.height, &self.pixels, fir::PixelType::U8x3)
             .map_err(|e| fail(e.to_string()))?;
-        let mut target = fir::images::Image::new(width, height, fir::PixelType::U8x3);
-        let options =
-            fir::ResizeOptions::new().resize_alg(fir::ResizeAlg::Convolution(fir::FilterType::Bilinear));
+        let mut target = fir::images::Image::new(part.width, part.height, fir::PixelType::U8x3);
+        // Begin and length in the source of a stretch of the target.
+        let stretch = |start: u32, length: u32, target: u32, source: u32| {
+            let scale = f64::from(source) / f64::from(target);
+            let begin = f64::from(start) * scale;
+            // Rounding must not lead outside.
+            (begin, (f64::from(length) * scale).min(f64::from(source) - begin))
+        };
+        let (left, columns) = stretch(part.x, part.width, width, self.width);
+        let (top, rows) = stretch(part.y, part.height, height, self.height);
+        let options = fir::ResizeOptions::new()
+            .resize_alg(fir::ResizeAlg::Convolution(fir::FilterType::Bilinear))
+            .crop(left, top, columns, rows);
         fir::Resizer::new().resize(&source, &mut target, &options).map_err(|e| fail(e.to_string()))?;
-        Ok(Self { width, height, pixels: target.into_vec() })
+        Ok(Self { width: part.width, height: part.height, pixels: target.into_vec() })
     }
 
     /// Mirrors left and right.
@@ -181,6 +199,22 @@ impl Rgb8 {
     fn row(&self, row: u32) -> &[u8] {
         let length = self.width as usize * CHANNELS;
         &self.pixels[row as usize * length..][..length]
+    }
+}
+
+/// A rectangle by its upper left corner.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub x: u32,
+    pub y: u32,
+    pub width: u32,
+    pub height: u32,
+}
+
+impl Part {
+    /// All of a picture of this width and height.
+    pub(crate) fn whole((width, height): (u32, u32)) -> Self {
+        Self { x: 0, y: 0, width, height }
     }
 }
 

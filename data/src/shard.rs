@@ -159,7 +159,7 @@ impl ShardSet {
     }
 
     /// Extensions of the members of sample `index`, without reading them.
-    pub(crate) fn extensions(&self, index: usize) -> impl Iterator<Item = &str> {
+    pub fn extensions(&self, index: usize) -> impl Iterator<Item = &str> {
         self.samples[index].members.iter().map(|member| member.extension.as_str())
     }
 
@@ -176,6 +176,21 @@ impl ShardSet {
         }
     }
 
+    /// Whether sample `index` has a member with this (lower-case) extension, without reading it.
+    pub fn has(&self, index: usize, extension: &str) -> bool {
+        self.extensions(index).any(|has| has == extension)
+    }
+
+    /// Whether sample `index` has a picture, without reading it.
+    pub fn has_picture(&self, index: usize) -> bool {
+        self.extensions(index).any(|has| PICTURE_EXTENSIONS.contains(&has))
+    }
+
+    /// The samples that have a picture, without reading them.
+    pub fn with_picture(&self) -> Vec<usize> {
+        (0..self.len()).filter(|&index| self.has_picture(index)).collect()
+    }
+
     /// Key of sample `index`.
     pub(crate) fn key(&self, index: usize) -> &str {
         &self.samples[index].key
@@ -189,7 +204,8 @@ impl ShardSet {
     /// Reads sample `index` (below [`ShardSet::len`], in the order of the shards) into memory.
     ///
     /// # Errors
-    /// The shard cannot be read any more, or its size or time is not what it was when it was opened.
+    /// Names the sample when its shard cannot be read any more, and the shard when its size or time is not what it was when
+    /// it was opened.
     ///
     /// # Panics
     /// `index` is not below [`ShardSet::len`].
@@ -202,14 +218,17 @@ impl ShardSet {
         // a set may have more shards than a process may hold files, and unlike a memory map a failing read is an error
         // and not a signal.
         let mut bytes = vec![0; (end - start) as usize];
-        let failed = || DataError::io("read", &shard.name);
-        let file = File::open(&shard.file).map_err(failed())?;
-        let read = file.read_exact_at(&mut bytes, start);
-        // Asked afterwards, so that a change while it is read is seen as well.
-        if !shard.stamp.fits(&file).map_err(failed())? {
+        let read = File::open(&shard.file).and_then(|file| {
+            let read = file.read_exact_at(&mut bytes, start);
+            // Asked afterwards, so that a change while it is read is seen as well.
+            if shard.stamp.fits(&file)? { read.map(|()| true) } else { Ok(false) }
+        });
+        let is_as_it_was = read.map_err(|e| {
+            DataError::Sample(self.flaw(index, FlawClass::UnusableShard, format!("cannot be read: {e}")))
+        })?;
+        if !is_as_it_was {
             return Err(DataError::Changed { shard: shard.name.clone() });
         }
-        read.map_err(failed())?;
         Ok(Sample { key: &entry.key, shard: &shard.name, members: &entry.members, start, bytes })
     }
 
@@ -281,6 +300,15 @@ impl ShardSet {
     }
 }
 
+/// The shards that `patterns` name, in their order; each may be opened alone by its name.
+///
+/// # Errors
+/// No pattern, or one that is malformed or names nothing.
+pub fn shard_names(patterns: &[String]) -> Result<Vec<String>> {
+    let sources = resolve(patterns)?;
+    Ok(sources.iter().map(|source| source.name().to_string_lossy().into_owned()).collect())
+}
+
 /// One sample in memory: the members of a shard that share a key.
 #[derive(Debug)]
 pub struct Sample<'a> {
@@ -309,9 +337,15 @@ impl Sample<'_> {
         PICTURE_EXTENSIONS.iter().find_map(|extension| self.member(extension))
     }
 
-    /// An error that names this sample and its shard.
-    pub fn error(&self, reason: impl Into<String>) -> DataError {
-        DataError::Sample { key: self.key.to_owned(), shard: self.shard.to_owned(), reason: reason.into() }
+    /// An error that names this sample, its shard and where it begins there.
+    pub fn error(&self, class: FlawClass, reason: impl Into<String>) -> DataError {
+        DataError::Sample(Flaw {
+            class,
+            shard: self.shard.to_owned(),
+            offset: Some(self.start),
+            key: Some(self.key.to_owned()),
+            reason: reason.into(),
+        })
     }
 
     fn slice(&self, member: &MemberEntry) -> &[u8] {
@@ -331,9 +365,10 @@ pub fn sample_image(sample: &Sample) -> Result<Rgb8> {
 /// As [`sample_image`], by [`Rgb8::decode_for`].
 pub(crate) fn sample_image_for(sample: &Sample, short_side: Option<u32>) -> Result<Rgb8> {
     let picture = sample.picture().ok_or_else(|| {
-        sample.error(format!("no picture (expected one of {})", PICTURE_EXTENSIONS.join(", ")))
+        let reason = format!("no picture (expected one of {})", PICTURE_EXTENSIONS.join(", "));
+        sample.error(FlawClass::MissingMember, reason)
     })?;
-    Rgb8::decode_for(picture, short_side).map_err(|e| sample.error(e.to_string()))
+    Rgb8::decode_for(picture, short_side).map_err(|e| sample.error(FlawClass::BrokenPicture, e.to_string()))
 }
 
 #[cfg(test)]
@@ -364,7 +399,7 @@ mod tests {
         assert_eq!(cat.member("json"), None);
         assert_eq!(set.sample(1).unwrap().member("txt"), Some(b"".as_slice()));
         let error = sample_image(&set.sample(1).unwrap()).unwrap_err().to_string();
-        assert!(error.starts_with("sample animals/dog of ") && error.contains("no picture"), "{error}");
+        assert!(error.contains(", sample animals/dog: ") && error.contains("no picture"), "{error}");
     }
 
     #[test]
@@ -406,7 +441,8 @@ mod tests {
         assert_eq!(error(), changed, "the same size at another time");
         assert_eq!(open(&path).unwrap().sample(0).unwrap().member("txt"), Some(b"old".as_slice()));
         std::fs::remove_file(&path).unwrap();
-        assert!(error().starts_with(&format!("cannot read {}: No such file", path.display())), "{}", error());
+        let gone = format!("{}, byte 512, sample a: cannot be read: No such file", path.display());
+        assert!(error().starts_with(&gone), "{}", error());
     }
 
     #[test]
@@ -475,7 +511,7 @@ mod tests {
         assert_eq!((contents(&piped), piped.identity()), (contents(&local), local.identity()));
         assert_eq!(piped.shards().collect::<Vec<_>>(), [Path::new(&cat(&path))]);
         let error = sample_image(&piped.sample(1).unwrap()).unwrap_err().to_string();
-        assert!(error.starts_with(&format!("sample b of {}: ", cat(&path))), "{error}");
+        assert!(error.starts_with(&cat(&path)) && error.contains(", sample b: "), "{error}");
 
         let cut = format!("pipe:head -c 3000 '{}'", path.display());
         let cut_flaw = format!("{cut}, byte 3000: no end-of-archive mark, so the archive may have been cut");

@@ -8,6 +8,7 @@ use serde::Serialize;
 
 use crate::caption::texts_by_field;
 use crate::error::Result;
+use crate::flaw::FlawClass;
 use crate::info::Broken;
 use crate::loader::Loader;
 use crate::picture::Measured;
@@ -179,7 +180,7 @@ impl Record {
             .flat_map(|(field, texts)| texts.into_iter().map(move |text| (field.clone(), Text::of(&text))))
             .collect();
         let picture = sample.picture().map(Measured::of).transpose();
-        let picture = picture.map_err(|e| sample.error(e.to_string()))?;
+        let picture = picture.map_err(|e| sample.error(FlawClass::BrokenPicture, e.to_string()))?;
         Ok(Self { picture, texts })
     }
 }
@@ -319,7 +320,7 @@ mod tests {
         ];
         let (stats, calls) = scan(&samples, 1);
         assert_eq!((stats.samples, stats.shards, stats.broken.count, calls), (8, 1, 1, 8));
-        assert!(stats.broken.named[0].starts_with("sample broken of "), "{:?}", stats.broken);
+        assert!(stats.broken.named[0].contains(", sample broken: "), "{:?}", stats.broken);
         assert_eq!(stats.texts[".txt"].characters.count, 1, "texts of broken samples are left out");
 
         let PictureStats { short_side, aspect, bytes, below, same_bytes, alike } = &stats.pictures;

@@ -7,7 +7,8 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 use crate::error::{DataError, Result};
-use crate::picture::Rgb8;
+use crate::flaw::FlawClass;
+use crate::picture::{Part, Rgb8};
 use crate::shard::{Sample, sample_image_for};
 
 /// Steps that are applied to a picture from left to right. In a config it is a string of steps joined by `|`:
@@ -47,7 +48,7 @@ impl Transform {
     /// Names the sample when it has no picture, a broken one, or one that is too small for a crop.
     pub fn load(&self, sample: &Sample, rng: &mut impl Rng) -> Result<Rgb8> {
         let picture = sample_image_for(sample, self.short_side())?;
-        self.apply(picture, rng).map_err(|error| sample.error(error.to_string()))
+        self.apply(picture, rng).map_err(|error| sample.error(FlawClass::Unfit, error.to_string()))
     }
 
     /// The short side to which the first step scales every picture.
@@ -63,17 +64,20 @@ impl Transform {
     /// # Errors
     /// A crop that is larger than the picture at that point.
     pub fn apply(&self, mut picture: Rgb8, rng: &mut impl Rng) -> Result<Rgb8> {
-        for step in &self.0 {
+        let mut steps = self.0.iter().peekable();
+        while let Some(step) = steps.next() {
             match *step {
-                Step::Resize(short) => picture = resize_short_side(&picture, short)?,
-                Step::CenterCrop(n) => {
-                    let margin = Margin::around(&picture, n, step)?;
-                    picture = picture.crop(margin.x / 2, margin.y / 2, n, n)?;
+                Step::Resize(short) => {
+                    let size = scaled(&picture, short);
+                    // What a crop right after it leaves out is not computed.
+                    let crop =
+                        steps.next_if(|next| matches!(next, Step::CenterCrop(_) | Step::RandomCrop(_)));
+                    let part = crop.map_or(Ok(Part::whole(size)), |crop| crop.part(size, rng))?;
+                    picture = picture.resize_part(size, part)?;
                 }
-                Step::RandomCrop(n) => {
-                    let margin = Margin::around(&picture, n, step)?;
-                    let (x, y) = (rng.random_range(0..=margin.x), rng.random_range(0..=margin.y));
-                    picture = picture.crop(x, y, n, n)?;
+                Step::CenterCrop(_) | Step::RandomCrop(_) => {
+                    let Part { x, y, width, height } = step.part((picture.width, picture.height), rng)?;
+                    picture = picture.crop(x, y, width, height)?;
                 }
                 Step::RandomResizedCrop(n, min_share) => {
                     picture = random_resized_crop(&picture, n, min_share, rng)?;
@@ -103,26 +107,33 @@ impl Transform {
     }
 }
 
-/// What is left of a picture outside an N x N square.
-struct Margin {
-    x: u32,
-    y: u32,
-}
-
-impl Margin {
-    fn around(picture: &Rgb8, n: u32, step: &Step) -> Result<Self> {
-        match (picture.width.checked_sub(n), picture.height.checked_sub(n)) {
-            (Some(x), Some(y)) => Ok(Self { x, y }),
-            _ => Err(picture.size_error(format!("too small for {step} (put resize:{n} before it)"))),
-        }
+impl Step {
+    /// What a step leaves of a picture of this size: of a crop its square, of others all.
+    ///
+    /// # Errors
+    /// The square does not fit.
+    fn part(&self, (width, height): (u32, u32), rng: &mut impl Rng) -> Result<Part> {
+        let (Self::CenterCrop(n) | Self::RandomCrop(n)) = *self else {
+            return Ok(Part::whole((width, height)));
+        };
+        let (Some(x), Some(y)) = (width.checked_sub(n), height.checked_sub(n)) else {
+            let reason = format!("too small for {self} (put resize:{n} before it)");
+            return Err(DataError::PictureSize { width, height, reason });
+        };
+        let (x, y) = match self {
+            Self::RandomCrop(_) => (rng.random_range(0..=x), rng.random_range(0..=y)),
+            _ => (x / 2, y / 2),
+        };
+        Ok(Part { x, y, width: n, height: n })
     }
 }
 
-fn resize_short_side(picture: &Rgb8, short: u32) -> Result<Rgb8> {
+/// The size of a picture whose short side was scaled.
+fn scaled(picture: &Rgb8, short: u32) -> (u32, u32) {
     let (width, height) = (u64::from(picture.width), u64::from(picture.height));
     let from = width.min(height).max(1);
     let scaled = |side: u64| u32::try_from((side * u64::from(short) + from / 2) / from).unwrap_or(u32::MAX);
-    picture.resize(scaled(width), scaled(height))
+    (scaled(width), scaled(height))
 }
 
 fn random_resized_crop(picture: &Rgb8, n: u32, min_share: f64, rng: &mut impl Rng) -> Result<Rgb8> {
@@ -306,6 +317,22 @@ mod tests {
             };
             let transform = Transform(sizes.into_iter().map(step).collect());
             prop_assert_eq!(parse(&transform.to_string()), transform);
+        }
+
+        #[test]
+        fn a_crop_after_scaling_is_a_part_of_the_whole(
+            (width, height, short) in (1u32..80, 1u32..80, 1u32..50),
+            share in 0.01f64..=1.0,
+            seed in any::<u64>(),
+        ) {
+            let side = (f64::from(short) * share).ceil() as u32;
+            let fused = apply(&format!("resize:{short} | random_crop:{side}"), width, height, seed).unwrap();
+            let whole = apply(&format!("resize:{short}"), width, height, seed).unwrap();
+            let crop = parse(&format!("random_crop:{side}"));
+            let two_steps = crop.apply(whole, &mut sample_rng(seed, 0)).unwrap();
+            prop_assert_eq!((fused.width, fused.height), (two_steps.width, two_steps.height));
+            let differences = fused.pixels.iter().zip(&two_steps.pixels).map(|(a, b)| a.abs_diff(*b));
+            prop_assert!(differences.max() <= Some(1));
         }
 
         #[test]

@@ -20,13 +20,8 @@ pub struct ShardWriter {
     dir: PathBuf,
     prefix: String,
     max_bytes: u64,
-    open: Option<OpenShard>,
+    open: Option<ShardFile>,
     finished: Vec<PathBuf>,
-}
-
-struct OpenShard {
-    archive: tar::Builder<BufWriter<NamedTempFile>>,
-    bytes: u64,
 }
 
 impl ShardWriter {
@@ -48,28 +43,17 @@ impl ShardWriter {
     /// # Errors
     /// A key or extension that would not be read back as given or not be unpacked in its folder, or a failing disk.
     pub fn write(&mut self, key: &str, members: &[(&str, &[u8])]) -> Result<()> {
-        let fail = |reason| DataError::Write { key: key.to_owned(), reason };
-        let paths = members.iter().map(|(extension, _)| member_path(key, extension).map_err(fail));
-        let paths = paths.collect::<Result<Vec<_>>>()?;
-        let padded = |bytes: &[u8]| HEADER_BYTES + (bytes.len() as u64).next_multiple_of(HEADER_BYTES);
-        let needed: u64 = members.iter().map(|(_, bytes)| padded(bytes)).sum();
+        let paths = member_paths(key, members)?;
         // The end-of-archive mark is two more blocks.
         let limit = self.max_bytes.saturating_sub(2 * HEADER_BYTES);
-        if self.open.as_ref().is_some_and(|shard| shard.bytes + needed > limit) {
+        if self.open.as_ref().is_some_and(|shard| shard.bytes + size_in_shard(members) > limit) {
             self.close()?;
         }
         let shard = match &mut self.open {
             Some(shard) => shard,
-            None => self.open.insert(OpenShard::create(&self.dir)?),
+            None => self.open.insert(ShardFile::create_in(&self.dir)?),
         };
-        shard.bytes += needed;
-        for (path, (_, bytes)) in paths.iter().zip(members) {
-            let mut header = tar::Header::new_ustar();
-            header.set_size(bytes.len() as u64);
-            header.set_mode(FILE_MODE);
-            shard.archive.append_data(&mut header, path, *bytes).map_err(|e| fail(e.to_string()))?;
-        }
-        Ok(())
+        shard.append(key, &paths, members)
     }
 
     /// Closes the last shard and returns all of them in order.
@@ -81,27 +65,77 @@ impl ShardWriter {
     fn close(&mut self) -> Result<()> {
         let Some(shard) = self.open.take() else { return Ok(()) };
         let path = self.dir.join(format!("{}-{:06}.tar", self.prefix, self.finished.len()));
-        let fail = || DataError::io("write", &path);
-        let file = shard
-            .archive
-            .into_inner()
-            .and_then(|w| w.into_inner().map_err(|e| e.into_error()))
-            .map_err(fail())?;
-        file.as_file().sync_all().map_err(fail())?;
-        file.persist(&path).map_err(|e| fail()(e.error))?;
+        shard.finish(&path)?;
         self.finished.push(path);
         Ok(())
     }
 }
 
-impl OpenShard {
-    fn create(dir: &Path) -> Result<Self> {
+/// One shard, without a name until it is whole: dropped before [`ShardFile::finish`] it leaves nothing behind.
+pub struct ShardFile {
+    archive: tar::Builder<BufWriter<NamedTempFile>>,
+    bytes: u64,
+}
+
+/// Bytes that a sample's members take in an archive.
+fn size_in_shard(members: &[(&str, &[u8])]) -> u64 {
+    let padded = |bytes: &[u8]| HEADER_BYTES + (bytes.len() as u64).next_multiple_of(HEADER_BYTES);
+    members.iter().map(|(_, bytes)| padded(bytes)).sum()
+}
+
+/// Paths of a sample's members in an archive.
+fn member_paths(key: &str, members: &[(&str, &[u8])]) -> Result<Vec<String>> {
+    let path = |extension| {
+        member_path(key, extension).map_err(|reason| DataError::Write { key: key.to_owned(), reason })
+    };
+    members.iter().map(|(extension, _)| path(extension)).collect()
+}
+
+impl ShardFile {
+    /// Starts a shard in the folder (made if absent) in which it will get its name.
+    ///
+    /// # Errors
+    /// The folder cannot be made or written to.
+    pub fn create_in(dir: &Path) -> Result<Self> {
+        std::fs::create_dir_all(dir).map_err(DataError::io("create", dir))?;
         let file = tempfile::Builder::new()
             .prefix(".shard-")
             .permissions(world_readable())
             .tempfile_in(dir)
             .map_err(DataError::io("create a shard in", dir))?;
         Ok(Self { archive: tar::Builder::new(BufWriter::new(file)), bytes: 0 })
+    }
+
+    /// As [`ShardWriter::write`].
+    ///
+    /// # Errors
+    /// As for [`ShardWriter::write`].
+    pub fn write(&mut self, key: &str, members: &[(&str, &[u8])]) -> Result<()> {
+        self.append(key, &member_paths(key, members)?, members)
+    }
+
+    fn append(&mut self, key: &str, paths: &[String], members: &[(&str, &[u8])]) -> Result<()> {
+        for (path, (_, bytes)) in paths.iter().zip(members) {
+            let mut header = tar::Header::new_ustar();
+            header.set_size(bytes.len() as u64);
+            header.set_mode(FILE_MODE);
+            let appended = self.archive.append_data(&mut header, path, *bytes);
+            appended.map_err(|e| DataError::Write { key: key.to_owned(), reason: e.to_string() })?;
+        }
+        self.bytes += size_in_shard(members);
+        Ok(())
+    }
+
+    /// Gives the shard its name, which must be one in its folder.
+    ///
+    /// # Errors
+    /// A failing disk.
+    pub fn finish(self, path: &Path) -> Result<()> {
+        let fail = || DataError::io("write", path);
+        let file = self.archive.into_inner().and_then(|w| w.into_inner().map_err(|e| e.into_error()));
+        let file = file.map_err(fail())?;
+        file.as_file().sync_all().map_err(fail())?;
+        file.persist(path).map_err(|e| fail()(e.error)).map(drop)
     }
 }
 

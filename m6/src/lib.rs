@@ -1,5 +1,6 @@
 //! One multimodal transformer: pretrain it on pictures and texts, let it caption pictures and draw them.
 
+pub mod codes;
 pub mod demo;
 pub mod error;
 pub mod eval;

@@ -16,6 +16,7 @@ const CONFIG: &str = "config.toml";
 const METRICS: &str = "metrics.jsonl";
 const EVENTS: &str = "events";
 const SAMPLES: &str = "samples";
+const SKIPPED: &str = "skipped.jsonl";
 const CHECKPOINTS: &str = "checkpoints";
 const LOCK: &str = ".lock";
 
@@ -118,6 +119,12 @@ impl RunDir {
     #[must_use]
     pub fn events(&self) -> PathBuf {
         self.path.join(EVENTS)
+    }
+
+    /// One JSON object for each sample that could not be used.
+    #[must_use]
+    pub fn skipped(&self) -> PathBuf {
+        self.path.join(SKIPPED)
     }
 
     /// Folder of the pictures made while training.

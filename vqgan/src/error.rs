@@ -37,16 +37,6 @@ pub enum VqganError {
     /// Pictures of a size that the model cannot take.
     #[error("pictures: {0}")]
     Pictures(String),
-    /// Too much of a data set is damaged.
-    #[error("{broken} pictures could not be read, more than the limit of {limit}; the last: {last}")]
-    BrokenData {
-        /// Pictures that were skipped.
-        broken: u64,
-        /// How many may be.
-        limit: u64,
-        /// What was wrong with the last one.
-        last: DataError,
-    },
     /// Training has left the numbers.
     #[error(
         "step {step}: the loss is not finite; a lower `schedule.lr` or a longer `schedule.warmup` may help"

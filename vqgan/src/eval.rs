@@ -15,7 +15,7 @@ use crate::metrics::{Ssim, perplexity, psnr};
 use crate::model::Vqgan;
 use crate::pictures::{pictures_to_tensor, to_bytes, to_pictures, to_unit};
 use crate::revive::counts;
-use crate::stream::PictureStream;
+use crate::stream::{PictureStream, with_picture};
 
 /// Pictures in one pass.
 const BATCH: usize = 32;
@@ -81,10 +81,10 @@ pub fn run(
     let side = model.config().resolution;
     let transform = Transform::centered(side as u32);
     let shards = ShardSet::open_with(shards, fetching())?;
-    let total = limit.unwrap_or(usize::MAX).min(shards.len()) as u64;
-    let last = shards.len() - 1;
+    let pictures = with_picture(&shards)?;
+    let total = limit.unwrap_or(usize::MAX).min(pictures.len()) as u64;
     let workers = available_parallelism().map_or(1, NonZero::get);
-    let index = move |ordinal| (ordinal as usize).min(last);
+    let index = move |ordinal| pictures[ordinal as usize % pictures.len()];
     let mut stream = PictureStream::start(shards, transform, UNUSED_SEED, index, (0, workers, 2 * BATCH))?;
 
     let mut sums = Sums::new(&model);

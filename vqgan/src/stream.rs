@@ -1,17 +1,27 @@
 //! Decoded pictures of shards, made ahead on worker threads; broken ones are named and skipped.
 
-use m6_data::{Loader, Rgb8, ShardSet, Transform, sample_rng};
+use m6_data::{Loader, Rgb8, ShardSet, SkipCounts, SkipLimits, SkipLog, Skipped, Transform, sample_rng};
 
 use crate::error::{Result, VqganError};
 
-/// How many broken pictures a process skips before it gives up: more says that the data set is wrong.
-const BROKEN_LIMIT: u64 = 100;
+/// The samples of `shards` that have a picture.
+///
+/// # Errors
+/// When there is none.
+pub(crate) fn with_picture(shards: &ShardSet) -> Result<Vec<usize>> {
+    let found = shards.with_picture();
+    match found.is_empty() {
+        true => Err(VqganError::Pictures(format!("none of the {} samples has one", shards.len()))),
+        false => Ok(found),
+    }
+}
 
 /// Pictures by ordinal.
 pub(crate) struct PictureStream {
     loader: Loader<m6_data::Result<Rgb8>>,
     next_ordinal: u64,
-    broken: u64,
+    skipped: Skipped,
+    log: Option<SkipLog>,
 }
 
 impl PictureStream {
@@ -27,7 +37,12 @@ impl PictureStream {
         let make =
             move |ordinal| transform.load(&shards.sample(index(ordinal))?, &mut sample_rng(seed, ordinal));
         let loader = Loader::start(first_ordinal, workers, ahead, make)?;
-        Ok(Self { loader, next_ordinal: first_ordinal, broken: 0 })
+        Ok(Self { loader, next_ordinal: first_ordinal, skipped: Skipped::default(), log: None })
+    }
+
+    /// Limits and logs the pictures that cannot be read.
+    pub(crate) fn skipping(self, limits: SkipLimits, log: SkipLog) -> Self {
+        Self { skipped: Skipped::new(limits, SkipCounts::default()), log: Some(log), ..self }
     }
 
     /// The next `count` pictures that can be read, or fewer where the ordinal `end` comes first. What is wrong with
@@ -38,20 +53,7 @@ impl PictureStream {
             let Some(item) = self.loader.next() else { break };
             let (ordinal, picture) = item?;
             self.next_ordinal = ordinal + 1;
-            match picture {
-                Ok(picture) => pictures.push(picture),
-                Err(error) => {
-                    self.broken += 1;
-                    note(&format!("skipped: {error}"));
-                    if self.broken > BROKEN_LIMIT {
-                        return Err(VqganError::BrokenData {
-                            broken: self.broken,
-                            limit: BROKEN_LIMIT,
-                            last: error,
-                        });
-                    }
-                }
-            }
+            pictures.extend(self.skipped.check(picture, self.log.as_ref(), &note)?);
         }
         Ok(pictures)
     }
@@ -104,18 +106,22 @@ pub(crate) mod tests {
         let batch = stream.batch(12, u64::MAX, |note| notes.borrow_mut().push(note.to_owned())).unwrap();
         assert_eq!((batch.len(), stream.next_ordinal()), (12, 13));
         let notes = notes.into_inner();
-        assert!(notes.len() == 1 && notes[0].starts_with("skipped: sample 0009b of "), "{notes:?}");
+        assert!(
+            notes.len() == 1 && notes[0].starts_with("skipped: ") && notes[0].contains("sample 0009b"),
+            "{notes:?}"
+        );
         assert_eq!(stream.batch(100, 22, |_| {}).unwrap().len(), 8);
     }
 
     #[test]
     fn too_many_broken_pictures_end_the_run() {
         let dir = tempfile::tempdir().unwrap();
-        let message = stream(dir.path(), 0).batch(10_000, u64::MAX, |_| {}).unwrap_err().to_string();
-        assert!(
-            message.starts_with("101 pictures could not be read, more than the limit of 100"),
-            "{message}"
-        );
+        let log = dir.path().join("skipped.jsonl");
+        let limits = SkipLimits { share: 0.05, ..SkipLimits::default() };
+        let mut stream = stream(dir.path(), 0).skipping(limits, SkipLog::new(&log));
+        let message = stream.batch(10_000, u64::MAX, |_| {}).unwrap_err().to_string();
+        assert!(message.contains(" samples, more than a share of 0.05, cannot be used"), "{message}");
+        assert_eq!(std::fs::read_to_string(log).unwrap().lines().count(), 2);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use m6_data::{
 use m6_run::{Task, fetching};
 
 use super::args::{FieldArgs, parse_field};
+use super::codes::CodesArgs;
 use super::output;
 
 const MIB: u64 = 1 << 20;
@@ -54,6 +55,8 @@ pub enum Command {
     Index(IndexArgs),
     /// Measure how fast shards become pictures
     Bench(BenchArgs),
+    /// Write shards again with the codes of their pictures, for training without the image tokenizer
+    Codes(CodesArgs),
 }
 
 impl Command {
@@ -66,6 +69,7 @@ impl Command {
             Self::Lint(args) => args.run(),
             Self::Index(args) => args.run(),
             Self::Bench(args) => args.run(),
+            Self::Codes(args) => args.run(),
         }
     }
 }
@@ -459,7 +463,7 @@ impl IndexArgs {
 }
 
 /// One thread a core.
-fn cores() -> usize {
+pub(super) fn cores() -> usize {
     std::thread::available_parallelism().map_or(1, NonZero::get)
 }
 

@@ -5,6 +5,7 @@
 
 mod args;
 mod caption;
+mod codes;
 mod data;
 mod demo;
 mod eval;

@@ -5,7 +5,7 @@ use std::fmt;
 use std::path::PathBuf;
 
 use m6_data::caption::text;
-use m6_data::{CaptionFields, Rgb8, ShardSet, contact_sheet};
+use m6_data::{CaptionFields, FlawClass, Rgb8, ShardSet, contact_sheet};
 use m6_run::{Task, write_atomic};
 use serde::Serialize;
 
@@ -162,7 +162,10 @@ fn fill(shards: &ShardSet, template: &str, count: usize) -> Result<Vec<String>> 
     let field = &fields.fields()[0];
     let prompt = |index| {
         let sample = shards.sample(index)?;
-        let missing = || sample.error(format!("its JSON lacks a key of the prompt \"{template}\""));
+        let missing = || {
+            sample
+                .error(FlawClass::MissingMember, format!("its JSON lacks a key of the prompt \"{template}\""))
+        };
         Ok(text(&sample, field)?.ok_or_else(missing)?)
     };
     (0..count).map(prompt).collect()

@@ -11,11 +11,9 @@
 //! The first four are M6's (section 3.3), the fifth its text-guided generation (section 4.1).
 
 mod captioning;
-mod codes;
 mod image_denoising;
 mod language_modelling;
 mod packing;
-mod skipped;
 mod source;
 mod text_denoising;
 mod text_to_image;
@@ -24,9 +22,7 @@ use m6_data::picture::Rgb8;
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
-pub use codes::{CodeRecipe, CodeTable};
 pub use packing::{Batch, HostBatch, Targets, lay_out};
-pub(crate) use skipped::Skipped;
 pub use source::{DataConfig, ExampleSource, ModelView, OpenSource, SourceConfig};
 pub use text_to_image::{TextToImage, null_prompt};
 
@@ -97,19 +93,21 @@ impl TasksConfig {
         }
     }
 
-    /// A task, drawn by the shares.
-    pub(crate) fn draw(&self, rng: &mut impl Rng) -> Task {
-        let total: f64 = Task::ALL.iter().map(|task| self.weight(*task)).sum();
-        let mut draw = rng.random_range(0.0..total);
-        let mut drawn = Task::LanguageModelling;
-        for task in Task::ALL.into_iter().filter(|task| self.weight(*task) > 0.0) {
-            drawn = task;
-            draw -= self.weight(task);
-            if draw < 0.0 {
-                break;
-            }
-        }
-        drawn
+    /// The tasks with a share.
+    pub(crate) fn served(&self) -> impl Iterator<Item = Task> {
+        Task::ALL.into_iter().filter(|task| self.weight(*task) > 0.0)
+    }
+
+    /// One of the tasks that `can` be served, drawn by the shares; none where there is none.
+    pub(crate) fn draw(&self, rng: &mut impl Rng, can: impl Fn(Task) -> bool) -> Option<Task> {
+        let tasks: Vec<Task> = self.served().filter(|task| can(*task)).collect();
+        let total: f64 = tasks.iter().map(|task| self.weight(*task)).sum();
+        let mut draw = rng.random_range(0.0..total.max(f64::MIN_POSITIVE));
+        let drawn = tasks.iter().find(|task| {
+            draw -= self.weight(**task);
+            draw < 0.0
+        });
+        drawn.or(tasks.last()).copied()
     }
 
     /// What is wrong with these settings, in one line naming the key.

@@ -1,6 +1,7 @@
 //! From shards to examples: sample, task, caption and crop are functions of the seed and the place in the run alone.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 use m6_data::caption::{Caption, CaptionFields};
 use m6_data::mixture::{Mixture, SourceShare};
@@ -8,12 +9,12 @@ use m6_data::order::{SampleOrder, sample_rng};
 use m6_data::shard::{Sample, ShardSet};
 use m6_data::tokenizer::Tokenizer;
 use m6_data::transform::Transform;
+use m6_data::{FlawClass, SkipLimits};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
-use super::{
-    CodeTable, Example, Task, TasksConfig, captioning, image_denoising, language_modelling, text_denoising,
-};
+use super::{Example, Task, TasksConfig, captioning, image_denoising, language_modelling, text_denoising};
+use crate::codes::Codes;
 use crate::error::{Error, Result};
 use crate::model::{CodeOrder, Language, Model, Vocab};
 
@@ -23,6 +24,9 @@ use crate::model::{CodeOrder, Language, Model, Vocab};
 pub struct DataConfig {
     /// Threads that decode and tokenise.
     pub workers: usize,
+    /// When samples that cannot be used end the run.
+    #[serde(default)]
+    pub skip: SkipLimits,
     /// The sources by name, mixed by their weights.
     pub sources: BTreeMap<String, SourceConfig>,
 }
@@ -50,10 +54,11 @@ pub struct SourceConfig {
     /// Augmentation of pictures that are seen as patches; needed by tasks that show the model pictures.
     #[serde(default)]
     pub transform: Option<Transform>,
-    /// Augmentation of pictures that become codes; needed by text to image.
+    /// Augmentation of pictures that become codes before the first step, for text to image; where absent, codes are
+    /// read from the samples, into which `m6 data codes` wrote them.
     #[serde(default)]
     pub code_transform: Option<Transform>,
-    /// Augmented views of each picture that are turned into codes before the first step.
+    /// Views of each picture that `code_transform` makes.
     #[serde(default = "one_view")]
     pub code_views: usize,
 }
@@ -86,7 +91,6 @@ impl SourceConfig {
         };
         tasks.validate()?;
         needs("transform", &self.transform, [Task::Captioning, Task::ImageDenoising])?;
-        needs("code_transform", &self.code_transform, [Task::TextToImage; 2])?;
         if self.code_views == 0 {
             return Err("code_views = 0: expected 1 or more".into());
         }
@@ -110,9 +114,27 @@ pub struct OpenSource {
     /// The tasks that it serves.
     pub tasks: TasksConfig,
     /// Its samples.
-    pub shards: ShardSet,
+    pub shards: Arc<ShardSet>,
     /// Their codes, for text to image.
-    pub codes: Option<CodeTable>,
+    pub codes: Option<Codes>,
+}
+
+impl OpenSource {
+    /// Whether sample `index` has what a task needs, by the members that it has.
+    fn has_for(&self, index: usize, task: Task) -> bool {
+        let Self { config, shards, codes, .. } = self;
+        let has_text =
+            |fields: &CaptionFields| fields.fields().iter().any(|field| shards.has(index, &field.member));
+        match task {
+            Task::TextDenoising | Task::LanguageModelling => has_text(config.prompts()),
+            Task::Captioning | Task::ImageDenoising => {
+                has_text(&config.captions) && shards.has_picture(index)
+            }
+            Task::TextToImage => {
+                has_text(config.prompts()) && codes.as_ref().is_some_and(|codes| codes.has(shards, index))
+            }
+        }
+    }
 }
 
 /// Builds examples by their place in the run; shared by the loader's threads.
@@ -127,7 +149,39 @@ pub struct ExampleSource {
 /// An open source and the order of its samples.
 struct Source {
     open: OpenSource,
+    /// The samples that serve a task.
+    useful: Vec<u32>,
     order: SampleOrder,
+}
+
+impl Source {
+    /// # Errors
+    /// When no sample has what a task needs.
+    fn new(open: OpenSource, seed: u64) -> Result<Self> {
+        let serves = |index: usize| open.tasks.served().any(|task| open.has_for(index, task));
+        let useful: Vec<u32> =
+            (0..open.shards.len()).filter(|&index| serves(index)).map(|index| index as u32).collect();
+        let (name, all) = (&open.name, open.shards.len());
+        if useful.is_empty() {
+            let tasks: Vec<&str> = open.tasks.served().map(Task::name).collect();
+            return Err(Error::Usage(format!(
+                "data.sources.{name}: none of its {all} samples has the members that {} needs",
+                tasks.join(" or ")
+            )));
+        }
+        if useful.len() < all {
+            eprintln!(
+                "m6: data.sources.{name}: {} of {all} samples serve none of its tasks and are left out",
+                all - useful.len()
+            );
+        }
+        Ok(Self { order: SampleOrder::new(useful.len(), seed)?, useful, open })
+    }
+
+    /// Which sample is visited.
+    fn index(&self, visit: u64) -> usize {
+        self.useful[self.order.index(visit)] as usize
+    }
 }
 
 /// What an [`ExampleSource`] needs to know of the model.
@@ -171,16 +225,14 @@ impl ExampleSource {
                 return Err(Error::Usage(problem));
             }
         }
-        let share = |source: &OpenSource| SourceShare {
-            name: source.name.clone(),
-            weight: source.config.weight,
-            samples: source.shards.len(),
-            epochs: source.config.epochs,
+        let sources = sources.into_iter().map(|open| Source::new(open, seed)).collect::<Result<Vec<_>>>()?;
+        let share = |source: &Source| SourceShare {
+            name: source.open.name.clone(),
+            weight: source.open.config.weight,
+            samples: source.useful.len(),
+            epochs: source.open.config.epochs,
         };
         let mixture = Mixture::new(&sources.iter().map(share).collect::<Vec<_>>(), seed)?;
-        let ordered =
-            |open: OpenSource| Ok(Source { order: SampleOrder::new(open.shards.len(), seed)?, open });
-        let sources = sources.into_iter().map(ordered).collect::<Result<_>>()?;
         Ok(Self { sources, mixture, seed, tokenizer, model })
     }
 
@@ -192,8 +244,17 @@ impl ExampleSource {
         let mut rng = sample_rng(self.seed, ordinal);
         let place = self.mixture.place(ordinal);
         let source = &self.sources[place.source];
-        let task = source.open.tasks.draw(&mut rng);
-        self.build(source, place.visit, task, &mut rng)
+        let index = source.index(place.visit);
+        let task = source.open.tasks.draw(&mut rng, |task| source.open.has_for(index, task));
+        // Of the samples that are visited each serves one.
+        self.build(&source.open, index, task.unwrap_or(Task::LanguageModelling), &mut rng)
+    }
+
+    /// Whether the sample at `ordinal` has the members that a task needs.
+    pub fn has_for(&self, ordinal: u64, task: Task) -> bool {
+        let place = self.mixture.place(ordinal);
+        let source = &self.sources[place.source];
+        source.open.has_for(source.index(place.visit), task)
     }
 
     /// The example at `ordinal` as one of `task`.
@@ -202,25 +263,27 @@ impl ExampleSource {
     /// As for [`ExampleSource::example`].
     pub fn example_of(&self, ordinal: u64, task: Task) -> Result<Example> {
         let place = self.mixture.place(ordinal);
-        self.build(&self.sources[place.source], place.visit, task, &mut sample_rng(self.seed, ordinal))
+        let source = &self.sources[place.source];
+        let index = source.index(place.visit);
+        self.build(&source.open, index, task, &mut sample_rng(self.seed, ordinal))
     }
 
     /// How often each source was gone through in the examples before `ordinal`, by name.
     pub fn epochs(&self, ordinal: u64) -> impl Iterator<Item = (&str, f64)> {
         let visits = self.mixture.visits(ordinal);
-        self.sources.iter().zip(visits).map(|(source, visits)| {
-            (source.open.name.as_str(), visits as f64 / source.open.shards.len() as f64)
-        })
+        self.sources
+            .iter()
+            .zip(visits)
+            .map(|(source, visits)| (source.open.name.as_str(), visits as f64 / source.useful.len() as f64))
     }
 
-    fn build(&self, source: &Source, visit: u64, task: Task, rng: &mut impl Rng) -> Result<Example> {
-        let OpenSource { config, tasks, shards, codes, .. } = &source.open;
+    fn build(&self, source: &OpenSource, index: usize, task: Task, rng: &mut impl Rng) -> Result<Example> {
+        let OpenSource { config, tasks, shards, codes, .. } = source;
         let (vocab, captions, prompts) = (self.model.vocab, &config.captions, config.prompts());
-        let index = source.order.index(visit);
         let sample = shards.sample(index)?;
         let picture = |rng: &mut _| match &config.transform {
             Some(transform) => Ok::<_, Error>(transform.load(&sample, rng)?),
-            None => Err(sample.error("is of a source without a transform").into()),
+            None => Err(sample.error(FlawClass::Unfit, "is of a source without a transform").into()),
         };
         Ok(match task {
             Task::LanguageModelling => {
@@ -241,18 +304,17 @@ impl ExampleSource {
             }
             Task::TextToImage => {
                 let (_, prompt) = self.text(&sample, prompts, rng)?;
-                let codes = codes.as_ref().ok_or_else(|| sample.error("has no codes"))?;
-                let view = rng.random_range(0..codes.views());
-                let codes =
-                    codes.view(index, view).ok_or_else(|| sample.error("its picture could not be read"))?;
+                let codes = codes.as_ref();
+                let codes = codes.ok_or_else(|| sample.error(FlawClass::MissingMember, "has no codes"))?;
+                let codes = codes.draw(&sample, index, rng)?;
                 tasks.text_to_image.example(vocab, prompt, &codes, self.model.code_order, rng)
             }
         })
     }
 
-    /// Samples of all sources.
+    /// Samples of all sources that serve a task.
     pub fn samples(&self) -> usize {
-        self.sources.iter().map(|source| source.open.shards.len()).sum()
+        self.sources.iter().map(|source| source.useful.len()).sum()
     }
 
     /// A caption as ids, cut to what fits between a target's begin and end.
@@ -262,10 +324,13 @@ impl ExampleSource {
         fields: &CaptionFields,
         rng: &mut impl Rng,
     ) -> Result<(Language, Vec<i64>)> {
-        let caption = fields.pick(sample, rng)?.ok_or_else(|| sample.error("all its captions are empty"))?;
+        let caption = fields
+            .pick(sample, rng)?
+            .ok_or_else(|| sample.error(FlawClass::Unfit, "all its captions are empty"))?;
         let mut ids: Vec<i64> = self.tokenizer.encode(&caption.text)?.into_iter().map(i64::from).collect();
         if ids.is_empty() {
-            return Err(sample.error("its caption has no token in the vocabulary").into());
+            let reason = "its caption has no token in the vocabulary";
+            return Err(sample.error(FlawClass::Unfit, reason).into());
         }
         ids.truncate(self.model.max_text as usize - 1);
         Ok((language(&caption), ids))

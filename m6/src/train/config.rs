@@ -156,6 +156,7 @@ impl TrainConfig {
         if self.data.sources.is_empty() {
             return Err(Error::Usage("data.sources: expected at least one source".into()));
         }
+        self.data.skip.validate().map_err(|problem| Error::Usage(format!("data.skip.{problem}")))?;
         for (name, source) in &self.data.sources {
             let tasks = self.tasks_of(source);
             let at = |problem: String| Error::Usage(format!("data.sources.{name}.{problem}"));

@@ -6,13 +6,13 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use m6_data::{Item, Loader, RowPacker};
+use m6_data::{FlawClass, Item, Loader, RowPacker, SkipCounts, SkipLimits, SkipLog, Skipped};
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
 use crate::error::{Error, Result};
 use crate::model::{Positions, Vocab};
-use crate::objectives::{Batch, Example, ExampleSource, HostBatch, Skipped, lay_out};
+use crate::objectives::{Batch, Example, ExampleSource, HostBatch, lay_out};
 
 /// Examples that each worker makes ahead.
 const EXAMPLES_AHEAD: usize = 64;
@@ -37,7 +37,7 @@ struct StreamPlace {
     /// Examples before it that are in none of the batches so far, the longest waiting first.
     waiting: Vec<u64>,
     /// Samples that could not be used so far.
-    skipped: u64,
+    samples: SkipCounts,
 }
 
 impl Place {
@@ -51,9 +51,13 @@ impl Place {
         self.streams.values().map(|stream| stream.position).sum()
     }
 
-    /// Samples that could not be used.
-    pub fn skipped(&self) -> u64 {
-        self.streams.values().map(|stream| stream.skipped).sum()
+    /// Samples that could not be used, by what is wrong with them.
+    pub fn skipped(&self) -> BTreeMap<FlawClass, u64> {
+        let mut sums = BTreeMap::new();
+        for (class, count) in self.streams.values().flat_map(|stream| &stream.samples.skipped) {
+            *sums.entry(*class).or_default() += count;
+        }
+        sums
     }
 }
 
@@ -80,6 +84,8 @@ pub struct Recipe {
     pub streams: usize,
     /// Threads that make examples.
     pub workers: usize,
+    /// When samples that cannot be used are too many.
+    pub skip: SkipLimits,
     /// Tokens of a micro-batch.
     pub tokens: usize,
     /// The model's vocabulary.
@@ -91,16 +97,20 @@ pub struct Recipe {
 }
 
 impl Feed {
-    /// Starts at `place` in the run, whose streams take turns; one thread packs their examples into rows.
+    /// Starts at `place` in the run, whose streams take turns; one thread packs their examples into rows. Samples that
+    /// cannot be used go to `log`.
     ///
     /// # Errors
     /// When the system refuses a thread, or an example that waited cannot be made again.
-    pub fn start(source: &Arc<ExampleSource>, place: Place, recipe: Recipe) -> Result<Self> {
+    pub fn start(source: &Arc<ExampleSource>, place: Place, recipe: Recipe, log: SkipLog) -> Result<Self> {
+        let log = Arc::new(log);
         let workers = recipe.workers.div_ceil(place.streams.len().max(1));
         let mut streams = place
             .streams
             .iter()
-            .map(|(&stream, place)| Stream::start(source.clone(), stream, place, workers, &recipe))
+            .map(|(&stream, place)| {
+                Stream::start(source.clone(), stream, place, workers, &recipe, log.clone())
+            })
             .collect::<Result<Vec<_>>>()?;
         let (sender, batches) = sync_channel(BATCHES_AHEAD);
         let thread = std::thread::Builder::new()
@@ -170,7 +180,18 @@ struct Stream {
     loader: Loader<Result<Item<Example>>>,
     packer: RowPacker<Example>,
     skipped: Skipped,
+    log: Arc<SkipLog>,
     recipe: Recipe,
+}
+
+/// The value, or `None` for a sample that cannot be used; see [`Skipped::check`].
+pub(super) fn check<T>(skipped: &mut Skipped, made: Result<T>, log: Option<&SkipLog>) -> Result<Option<T>> {
+    let made = match made {
+        Ok(value) => Ok(value),
+        Err(Error::Data(error)) => Err(error),
+        Err(error) => return Err(error),
+    };
+    Ok(skipped.check(made, log, |note| eprintln!("{note}"))?)
 }
 
 impl Stream {
@@ -180,6 +201,7 @@ impl Stream {
         place: &StreamPlace,
         workers: usize,
         recipe: &Recipe,
+        log: Arc<SkipLog>,
     ) -> Result<Self> {
         let (patches, streams) = (recipe.positions.patches(), recipe.streams as u64);
         let make = move |ordinal: u64| -> Result<Item<Example>> {
@@ -191,7 +213,8 @@ impl Stream {
             number,
             loader: Loader::start(place.position, workers, EXAMPLES_AHEAD * workers, make)?,
             packer: RowPacker::resume(recipe.tokens, waiting),
-            skipped: Skipped::resume(place.skipped),
+            skipped: Skipped::new(recipe.skip, place.samples.clone()),
+            log,
             recipe: *recipe,
         })
     }
@@ -202,13 +225,14 @@ impl Stream {
         loop {
             let (ordinal, made) =
                 self.loader.next().ok_or_else(|| Error::Usage("the loader has stopped".into()))??;
-            let Some(item) = self.skipped.check(made)? else { continue };
+            let Some(item) = check(&mut self.skipped, made, Some(&self.log))? else { continue };
             if let Some(row) = self.packer.push(item) {
                 let examples = row.into_iter().map(|item| item.value);
                 let fill_to = device.is_cuda().then_some(tokens);
                 let batch = lay_out(vocab, positions, examples, fill_to)?;
                 let waiting = self.packer.waiting().collect();
-                let place = StreamPlace { position: ordinal + 1, waiting, skipped: self.skipped.count() };
+                let samples = self.skipped.counts().clone();
+                let place = StreamPlace { position: ordinal + 1, waiting, samples };
                 return Ok(Packed { stream: self.number, batch, place });
             }
         }
@@ -217,6 +241,8 @@ impl Stream {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use m6_data::{ShardSet, ShardWriter, train_bpe};
     use tch::Tensor;
 
@@ -246,15 +272,22 @@ mod tests {
         let open = OpenSource {
             name: "texts".into(),
             tasks: config.tasks.clone().unwrap(),
-            shards: ShardSet::open(&shards).unwrap(),
+            shards: ShardSet::open(&shards).unwrap().into(),
             codes: None,
             config,
         };
         let view = ModelView { vocab, max_text: 32, resolution: 16, code_order: CodeOrder::Rows };
         let source = ExampleSource::new(vec![open], 1, tokenizer, view).unwrap();
         let positions = Positions { text: 32, patch_grid: 1, code_grid: 1 };
-        let recipe =
-            Recipe { streams: STREAMS, workers: 2, tokens: 64, vocab, positions, device: Device::Cpu };
+        let recipe = Recipe {
+            streams: STREAMS,
+            workers: 2,
+            skip: SkipLimits::default(),
+            tokens: 64,
+            vocab,
+            positions,
+            device: Device::Cpu,
+        };
         (dir, Arc::new(source), recipe)
     }
 
@@ -265,7 +298,7 @@ mod tests {
         recipe: Recipe,
         batches: usize,
     ) -> (Vec<Tensor>, Place) {
-        let mut feed = Feed::start(source, place, recipe).unwrap();
+        let mut feed = Feed::start(source, place, recipe, SkipLog::new(Path::new("unused"))).unwrap();
         let ids = (0..batches).map(|_| feed.next_batch(Device::Cpu).unwrap().tokens.ids).collect();
         (ids, feed.place().clone())
     }

@@ -12,8 +12,8 @@ mod window;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use m6_data::Rgb8;
 use m6_data::tokenizer::{Tokenizer, train_bpe};
+use m6_data::{Rgb8, SkipLog};
 use m6_run::{Checkpoints, MetricLog, Progress, RunDir, Schedule, StopFlag};
 use m6_runtime::device::{device, memory, set_tf32};
 use m6_runtime::optim::{Ema, Optimizer};
@@ -36,7 +36,7 @@ use window::Window;
 const TOKENIZER: &str = "tokenizer.json";
 const MODEL: &str = "model";
 /// Keys that may change when a run goes on: they do not touch what it computes, or are checked on their own.
-const FREE_KEYS: [&str; 9] = [
+const FREE_KEYS: [&str; 10] = [
     "run",
     "device",
     "vqgan",
@@ -44,6 +44,7 @@ const FREE_KEYS: [&str; 9] = [
     "checkpoint_every",
     "keep",
     "data.workers",
+    "data.skip",
     "validation",
     "samples",
 ];
@@ -163,12 +164,14 @@ impl Trainer {
         let recipe = Recipe {
             streams: plan.accumulation as usize,
             workers: self.config.data.workers,
+            skip: self.config.data.skip,
             tokens: plan.tokens,
             vocab: self.model.transformer.vocab(),
             positions: self.model.transformer.positions(),
             device: self.device,
         };
-        let mut feed = Feed::start(&self.source, self.place.clone(), recipe)?;
+        let log = SkipLog::new(&self.run.skipped());
+        let mut feed = Feed::start(&self.source, self.place.clone(), recipe, log)?;
         while self.step < plan.steps && !stop.requested() {
             self.optimizer.zero_grad()?;
             for _ in 0..plan.accumulation {
@@ -217,6 +220,7 @@ impl Trainer {
         let mut shown = vec![("loss", report.loss)];
         shown.extend(report.tasks.iter().map(|(task, loss)| (task.name(), *loss)));
         let rate = self.progress.report(self.step, &shown, report.tokens, "tokens");
+        let skipped = self.place.skipped();
         let mut row: Vec<(String, f64)> = vec![
             ("loss".into(), report.loss),
             ("lr".into(), lr),
@@ -225,10 +229,13 @@ impl Trainer {
             ("tokens_per_s".into(), rate),
             ("fill".into(), report.tokens_per_batch / self.config.schedule.tokens as f64),
             ("data_wait".into(), feed.take_waited().as_secs_f64() / report.seconds),
-            ("skipped_samples".into(), self.place.skipped() as f64),
+            ("skipped_samples".into(), skipped.values().sum::<u64>() as f64),
             ("memory_peak_bytes".into(), memory(self.device)?.peak as f64),
         ];
         row.extend(report.tasks.iter().map(|(task, loss)| (format!("loss/{}", task.name()), *loss)));
+        row.extend(
+            skipped.iter().map(|(class, count)| (format!("skipped_samples/{}", class.name()), *count as f64)),
+        );
         row.extend(
             self.source
                 .epochs(self.place.examples())

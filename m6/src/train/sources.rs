@@ -1,14 +1,16 @@
 //! Opens the sources of a run.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use m6_data::ShardSet;
 use m6_run::fetching;
 use m6_vqgan::Vqgan;
 use tch::Device;
 
+use crate::codes::{CodeMember, CodeTable, Codes, TableRecipe, Views};
 use crate::error::Result;
-use crate::objectives::{CodeRecipe, CodeTable, OpenSource, SourceConfig, Task, TasksConfig};
+use crate::objectives::{OpenSource, SourceConfig, Task, TasksConfig};
 
 /// What sources are opened with, all of them alike.
 pub(super) struct Opening<'a> {
@@ -20,7 +22,7 @@ pub(super) struct Opening<'a> {
 }
 
 impl Opening<'_> {
-    /// Opens a source; where it serves text to image, the codes of its pictures are read or made with `vqgan`.
+    /// Opens a source; where it serves text to image, the codes of its pictures are found or made with `vqgan`.
     ///
     /// # Errors
     /// When shards cannot be read, or codes not be made.
@@ -31,24 +33,27 @@ impl Opening<'_> {
         tasks: TasksConfig,
         vqgan: &Vqgan,
     ) -> Result<OpenSource> {
-        let shards = ShardSet::open_with(&config.shards, fetching())?;
+        let shards = Arc::new(ShardSet::open_with(&config.shards, fetching())?);
         for flaw in shards.flaws() {
             eprintln!("m6: {flaw}");
         }
         let codes = match &config.code_transform {
-            Some(transform) if tasks.weight(Task::TextToImage) > 0.0 => {
-                let recipe = CodeRecipe {
-                    source: name,
-                    shards: &shards,
-                    transform,
-                    views: config.code_views,
+            _ if tasks.weight(Task::TextToImage) == 0.0 => None,
+            Some(transform) => {
+                let views = Views {
+                    transform: transform.clone(),
+                    count: config.code_views,
                     seed: self.seed,
                     workers: self.workers,
-                    patterns: &config.shards,
                 };
-                Some(CodeTable::open_or_make(self.run, &recipe, vqgan, self.device)?)
+                let recipe = TableRecipe { source: name, shards: &shards, views };
+                Some(Codes::Table(CodeTable::open_or_make(self.run, &recipe, vqgan, self.device)?))
             }
-            _ => None,
+            None => {
+                let member = CodeMember::of(vqgan)?;
+                member.check(name, &shards)?;
+                Some(Codes::Member(member))
+            }
         };
         Ok(OpenSource { name: name.to_owned(), config, tasks, shards, codes })
     }

@@ -1,9 +1,8 @@
 //! The texts that a tokenizer is trained on.
 
-use m6_data::{CaptionFields, ShardSet};
+use m6_data::{CaptionFields, ShardSet, Skipped};
 
 use crate::error::{Error, Result};
-use crate::objectives::Skipped;
 
 /// Every text of `fields` in every sample; `on_sample` is called after each. Samples whose texts cannot be read are
 /// named and left out.
@@ -20,7 +19,7 @@ pub fn texts(
     for index in 0..shards.len() {
         let sample = shards.sample(index)?;
         for fields in fields {
-            let found = skipped.check(fields.all(&sample).map_err(Error::from))?;
+            let found = skipped.check(fields.all(&sample), None, |note| eprintln!("{note}"))?;
             texts.extend(found.into_iter().flatten().map(|caption| caption.text));
         }
         on_sample();

@@ -1,14 +1,15 @@
 //! Losses on held-out data, task by task, with the averaged weights.
 
-use m6_data::{Item, RowPacker, Transform};
+use m6_data::{Item, RowPacker, Skipped, Transform};
 use tch::{Device, Kind, Tensor};
 
 use super::config::{TrainConfig, ValidationConfig};
+use super::feed::check;
 use super::loss::losses;
 use super::sources::Opening;
 use crate::error::Result;
 use crate::model::{Mode, Model};
-use crate::objectives::{Example, ExampleSource, ModelView, Skipped, SourceConfig, Task, lay_out};
+use crate::objectives::{Example, ExampleSource, ModelView, SourceConfig, Task, lay_out};
 
 /// Held-out examples.
 pub(super) struct Validation {
@@ -32,7 +33,7 @@ impl Validation {
         shares.text_to_image.noise = 0.0;
         // Drawings are made in the model's own order.
         shares.text_to_image.shuffled = 0.0;
-        let tasks = Task::ALL.into_iter().filter(|task| shares.weight(*task) > 0.0).collect();
+        let tasks = shares.served().collect();
         let held_out = SourceConfig {
             shards: settings.shards.clone(),
             epochs: None,
@@ -69,8 +70,11 @@ impl Validation {
                 Tensor::stack(&[result.task_sums.get(task as i64), result.task_counts.get(task as i64)], 0);
             Ok(())
         };
-        for ordinal in 0..self.examples {
-            let Some(value) = skipped.check(self.source.example_of(ordinal, task))? else { continue };
+        // An epoch without an example of the task is followed by none with one.
+        let has_one = (0..self.source.samples() as u64).any(|ordinal| self.source.has_for(ordinal, task));
+        let ordinals = (0..).filter(|&ordinal| self.source.has_for(ordinal, task));
+        for ordinal in ordinals.take(if has_one { self.examples as usize } else { 0 }) {
+            let Some(value) = check(skipped, self.source.example_of(ordinal, task), None)? else { continue };
             let tokens = value.tokens(positions.patches());
             if let Some(row) = packer.push(Item { ordinal, tokens, value }) {
                 score(row)?;

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use m6_data::Transform;
+use m6_data::{SkipLimits, Transform};
 use m6_run::Schedule;
 use m6_runtime::optim::OptimizerConfig;
 use serde::{Deserialize, Serialize};
@@ -60,6 +60,9 @@ pub struct DataConfig {
     pub transform: Transform,
     /// Threads that decode.
     pub workers: usize,
+    /// When pictures that cannot be used end the run.
+    #[serde(default)]
+    pub skip: SkipLimits,
 }
 
 /// Where held-out pictures come from and how often they are looked at.
@@ -158,6 +161,9 @@ impl TrainConfig {
             if value == 0 {
                 return problem(key, "0, expected at least 1".into());
             }
+        }
+        if let Err(message) = self.data.skip.validate() {
+            return problem("data.skip", message);
         }
         if let Err(message) = self.optimizer.validate() {
             return problem("optimizer", message);

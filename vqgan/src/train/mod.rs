@@ -6,7 +6,7 @@ mod state;
 
 use std::path::{Path, PathBuf};
 
-use m6_data::{SampleOrder, ShardSet};
+use m6_data::{SampleOrder, ShardSet, SkipLog};
 use m6_run::config::Loaded;
 use m6_run::{Checkpoints, MetricLog, Progress, RunDir, StopFlag, fetching};
 use m6_runtime::device::device;
@@ -22,7 +22,7 @@ use crate::metrics::perplexity;
 use crate::model::{Bottleneck, Dtype, Vqgan};
 use crate::pictures::{pictures_to_tensor, to_unit};
 use crate::revive::initialise;
-use crate::stream::PictureStream;
+use crate::stream::{PictureStream, with_picture};
 use state::State;
 
 /// Folder of the finished model inside of the run.
@@ -32,8 +32,8 @@ const SHOWN: i64 = 8;
 /// Batches that the data threads may be ahead.
 const BATCHES_AHEAD: usize = 4;
 /// Keys that may change when a run goes on: they do not touch what it computes.
-const FREE_KEYS: [&str; 7] =
-    ["device", "log_every", "checkpoint_every", "keep", "data.workers", "validation", "run"];
+const FREE_KEYS: [&str; 8] =
+    ["device", "log_every", "checkpoint_every", "keep", "data.workers", "data.skip", "validation", "run"];
 
 /// What a training run made.
 #[derive(Debug)]
@@ -92,6 +92,7 @@ fn train(
         config.schedule.steps
     ));
     let mut pictures = training_stream(config, shards, first_ordinal)?;
+    pictures = pictures.skipping(config.data.skip, SkipLog::new(&run.skipped()));
     let reconstruction = ReconstructionLoss::new(config.model.resolution, config.loss, device);
     let schedule = config.schedule();
     let ScheduleConfig { steps, batch, accumulation, clip, .. } = config.schedule;
@@ -193,21 +194,23 @@ fn export(state: &mut State, dir: &Path) -> Result<Vqgan> {
 }
 
 fn training_stream(config: &TrainConfig, shards: ShardSet, first_ordinal: u64) -> Result<PictureStream> {
-    let order = SampleOrder::new(shards.len(), config.seed)?;
+    let pictures = with_picture(&shards)?;
+    let order = SampleOrder::new(pictures.len(), config.seed)?;
     let DataConfig { transform, workers, .. } = &config.data;
     let ahead = BATCHES_AHEAD * config.schedule.batch;
-    let index = move |ordinal| order.index(ordinal);
+    let index = move |ordinal| pictures[order.index(ordinal)];
     PictureStream::start(shards, transform.clone(), config.seed, index, (first_ordinal, *workers, ahead))
 }
 
 /// The held-out pictures, bytes `[n, 3, h, w]`.
 fn validation_pictures(config: &TrainConfig) -> Result<Tensor> {
     let shards = ShardSet::open_with(&config.validation.shards, fetching())?;
-    let count = config.validation.samples.min(shards.len());
+    let pictures = with_picture(&shards)?;
+    let count = config.validation.samples.min(pictures.len());
     let ahead = (0, config.data.workers, count);
     let transform = config.validation.transform.clone();
     let mut stream =
-        PictureStream::start(shards, transform, config.seed, move |o| o as usize % count, ahead)?;
+        PictureStream::start(shards, transform, config.seed, move |o| pictures[o as usize % count], ahead)?;
     pictures_to_tensor(&stream.batch(count, count as u64, |note| eprintln!("{note}"))?)
 }
 
