@@ -27,6 +27,7 @@ mod quantize;
 mod revive;
 mod stream;
 pub mod train;
+pub mod weights;
 
 pub use config::{ConfigProblem, QuantizerKind, VqganConfig};
 pub use error::{Result, VqganError};

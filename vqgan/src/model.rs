@@ -14,7 +14,7 @@ use crate::error::{Result, VqganError};
 use crate::layers::{Decoder, Encoder};
 use crate::quantize::{Quantized, Quantizer};
 
-const CONFIG_FILE: &str = "config.json";
+pub(crate) const CONFIG_FILE: &str = "config.json";
 const WEIGHT_FILE: &str = "model.safetensors";
 /// The files of a model folder.
 pub const FILES: [&str; 2] = [CONFIG_FILE, WEIGHT_FILE];
@@ -147,6 +147,11 @@ impl Vqgan {
             .map_err(|error| VqganError::model(&path, error))?;
         self.params.save(&dir.join(WEIGHT_FILE), dtype.kind())?;
         Ok(write_atomic(path, &json)?)
+    }
+
+    /// All weights by their names in taming-transformers' state dict.
+    pub(crate) fn tensors(&self) -> Vec<(String, Tensor)> {
+        self.params.entries().into_iter().map(|(name, param)| (name, param.tensor.detach())).collect()
     }
 
     /// The shape of the model.
