@@ -119,7 +119,8 @@ fn read(
         return Err(format!("{} bytes, expected at most {limit}", file.size()));
     }
     let mut bytes = Vec::new();
-    file.take(limit).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
+    // The checksum is compared at the end of the file, which has to be reached.
+    file.take(limit.saturating_add(1)).read_to_end(&mut bytes).map_err(|error| error.to_string())?;
     Ok(bytes)
 }
 
@@ -134,5 +135,65 @@ fn kind_of(element: Element) -> Kind {
         Element::I16 => Kind::Int16,
         Element::U8 => Kind::Uint8,
         Element::Bool => Kind::Bool,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    /// A checkpoint that torch wrote, as `make.py` describes it.
+    fn odd() -> TorchFile {
+        TorchFile::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/weights/odd.pt")).unwrap()
+    }
+
+    #[test]
+    fn every_kind_of_tensor_is_read() {
+        let file = odd();
+        let grid = Tensor::arange(12, (Kind::Float, Device::Cpu)).reshape([3, 4]) / 7.0;
+        for (name, expected) in [
+            ("float", grid.copy()),
+            ("half", grid.to_kind(Kind::Half)),
+            ("bfloat", grid.to_kind(Kind::BFloat16)),
+            ("double", grid.to_kind(Kind::Double)),
+            ("long", grid.to_kind(Kind::Int64)),
+            ("transposed", grid.tr()),
+            ("part", grid.narrow(0, 1, 2).narrow(1, 2, 2)),
+            ("scalar", grid.get(2).get(3)),
+            ("empty", grid.narrow(0, 0, 0)),
+            ("channels_last", grid.reshape([1, 2, 2, 3])),
+            ("parameter", grid.copy()),
+        ] {
+            let tensor = file.read(name).unwrap();
+            assert_eq!((tensor.kind(), tensor.size()), (expected.kind(), expected.size()), "{name}");
+            assert_eq!(tensor, expected, "{name}");
+            assert_eq!(file.shapes()[name], expected.size());
+        }
+        assert_eq!(file.shapes().len(), 11);
+    }
+
+    #[test]
+    fn what_is_no_tensor_is_known_by_its_maker() {
+        let file = odd();
+        assert_eq!(file.other("complex"), Some("torch._utils._rebuild_tensor_v2"));
+        assert_eq!((file.other("epoch"), file.other("float")), (None, None));
+        assert!(file.read("complex").unwrap_err().to_string().ends_with("odd.pt: `complex` is missing"));
+    }
+
+    #[test]
+    fn damaged_numbers_are_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut bytes = std::fs::read(odd().path).unwrap();
+        let third = (2.0f32 / 7.0).to_le_bytes();
+        let place = bytes.windows(4).position(|window| window == third).unwrap();
+        bytes[place] ^= 1;
+        let path = dir.path().join("damaged.pt");
+        std::fs::write(&path, bytes).unwrap();
+        let file = TorchFile::open(&path).unwrap();
+        let message = file.read("float").unwrap_err().to_string();
+        assert!(message.contains("`float` in `odd/data/"), "{message}");
+        assert!(message.ends_with("Invalid checksum"), "{message}");
     }
 }
