@@ -46,7 +46,7 @@ check: setup ## formatting, lints, documentation
 bench: setup ## benchmarks
 	cargo bench --workspace $(FEATURES)
 
-fuzz: ## a minute of any bytes for each parser of the data crate; needs nightly Rust and cargo-fuzz
+fuzz: ## a minute of any bytes for each parser; needs nightly Rust and cargo-fuzz
 	set -e; targets=$$(cargo +nightly fuzz list); \
 	for target in $$targets; do cargo +nightly fuzz run $$target -- -max_total_time=60; done
 

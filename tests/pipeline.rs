@@ -61,6 +61,16 @@ fn pictures_become_a_model_that_draws_and_captions() {
     assert_eq!(scores["samples"], PICTURES);
     assert!(scene.path("grid.png").is_file());
 
+    let layouts = ["taming", "diffusers"].map(|layout| (layout, format!("{layout}.safetensors")));
+    for (layout, file) in &layouts {
+        scene.succeed(&["vqgan", "export", "tokenizer/model", "--layout", layout, "-o", file]);
+        let said = scene.succeed(&["vqgan", "import", file, "-o", layout, "--resolution", "16"]);
+        assert!(said.contains(&format!("layout {layout}")), "{}", said);
+        let again =
+            one(scene.json(&["vqgan", "eval", layout, "shards/train-*.tar", "--device", "cpu", "--json"]));
+        assert_eq!(again, scores);
+    }
+
     let own_bpe = ["--set", "tokenizer={ file = 'bpe.json' }"];
     scene.succeed(&[&["train", "train.toml", "--set", "schedule.steps=8"], own_bpe.as_slice()].concat());
     let rows = fs::read_to_string(scene.path("run/metrics.jsonl")).unwrap();

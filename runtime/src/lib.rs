@@ -17,5 +17,5 @@ mod traps;
 mod weights;
 
 pub use error::{Result, RuntimeError, first_line};
-pub use params::{Group, Init, Param, Params, named_seed};
-pub use weights::{read_tensors, write_tensors};
+pub use params::{Group, Init, Param, Params, first_problems, named_seed};
+pub use weights::{TensorFile, read_tensors, write_tensors};

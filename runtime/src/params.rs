@@ -193,7 +193,10 @@ impl Params {
         }
         problems.extend(file.keys().map(|name| format!("`{name}` is not part of the model")));
         if !problems.is_empty() {
-            return Err(RuntimeError::Mismatch { path: path.to_path_buf(), problem: shorten(&problems) });
+            return Err(RuntimeError::Mismatch {
+                path: path.to_path_buf(),
+                problem: first_problems(&problems),
+            });
         }
         let _guard = tch::no_grad_guard();
         for (mut target, source) in pairs {
@@ -209,7 +212,8 @@ impl Params {
 
 const NAMED_PROBLEMS: usize = 3;
 
-fn shorten(problems: &[String]) -> String {
+/// The first three of `problems` in one line, and how many more there are.
+pub fn first_problems(problems: &[String]) -> String {
     let mut text = problems[..problems.len().min(NAMED_PROBLEMS)].join("; ");
     if problems.len() > NAMED_PROBLEMS {
         text += &format!("; and {} more", problems.len() - NAMED_PROBLEMS);

@@ -1,12 +1,13 @@
 //! Tensors in and out of safetensors files, with atomic writes and dtypes kept as they are.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use memmap2::Mmap;
-use safetensors::tensor::{Dtype, SafeTensors, View};
+use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo, View};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Result, RuntimeError};
@@ -91,25 +92,61 @@ pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
         .map_err(|error| RuntimeError::file(path, error))
 }
 
+/// A safetensors file whose tensors are read one at a time.
+#[derive(Debug)]
+pub struct TensorFile {
+    path: PathBuf,
+    map: Mmap,
+    metadata: Metadata,
+    /// Where the numbers begin.
+    start: usize,
+}
+
+impl TensorFile {
+    /// Opens a file and reads what it holds, without the numbers.
+    ///
+    /// # Errors
+    /// When the file is missing or damaged.
+    pub fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|error| RuntimeError::file(path, error))?;
+        // SAFETY: weight files appear by rename (those of this program) or whole and are not written in place, so the
+        // map does not change.
+        let map = unsafe { Mmap::map(&file) }.map_err(|error| RuntimeError::file(path, error))?;
+        let (header, metadata) = SafeTensors::read_metadata(&map)
+            .map_err(|error| RuntimeError::file(path, format!("is not a whole safetensors file: {error}")))?;
+        Ok(Self { path: path.to_owned(), map, metadata, start: size_of::<u64>() + header })
+    }
+
+    /// Names and shapes, in the order of the names.
+    pub fn shapes(&self) -> BTreeMap<String, Vec<i64>> {
+        let shape = |info: &TensorInfo| info.shape.iter().map(|&n| n as i64).collect();
+        self.metadata.tensors().into_iter().map(|(name, info)| (name, shape(info))).collect()
+    }
+
+    /// Reads the tensor `name` to the CPU.
+    ///
+    /// # Errors
+    /// When it is not there or has a dtype that libtorch lacks.
+    pub fn read(&self, name: &str) -> Result<Tensor> {
+        let info = self
+            .metadata
+            .info(name)
+            .ok_or_else(|| RuntimeError::file(&self.path, format!("`{name}` is missing")))?;
+        let kind = kind_of(info.dtype)
+            .ok_or_else(|| RuntimeError::file(&self.path, format!("`{name}` is {:?}", info.dtype)))?;
+        let shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
+        let (begin, end) = info.data_offsets;
+        Ok(Tensor::f_from_data_size(&self.map[self.start + begin..self.start + end], &shape, kind)?)
+    }
+}
+
 /// Reads all tensors of a safetensors file to the CPU, in the order of their names.
 ///
 /// # Errors
 /// When the file is missing, damaged, or holds a dtype that libtorch lacks.
 pub fn read_tensors(path: &Path) -> Result<Vec<(String, Tensor)>> {
-    let file = File::open(path).map_err(|error| RuntimeError::file(path, error))?;
-    // SAFETY: files of this program appear by rename and are never written in place, so the map does not change.
-    let map = unsafe { Mmap::map(&file) }.map_err(|error| RuntimeError::file(path, error))?;
-    let parsed = SafeTensors::deserialize(&map)
-        .map_err(|error| RuntimeError::file(path, format!("is not a whole safetensors file: {error}")))?;
-    let mut tensors = Vec::new();
-    for (name, view) in parsed.tensors() {
-        let kind = kind_of(view.dtype())
-            .ok_or_else(|| RuntimeError::file(path, format!("`{name}` is {:?}", view.dtype())))?;
-        let shape: Vec<i64> = view.shape().iter().map(|&n| n as i64).collect();
-        tensors.push((name, Tensor::f_from_data_size(view.data(), &shape, kind)?));
-    }
-    tensors.sort_by(|a, b| a.0.cmp(&b.0));
-    Ok(tensors)
+    let file = TensorFile::open(path)?;
+    file.shapes().into_keys().map(|name| file.read(&name).map(|tensor| (name, tensor))).collect()
 }
 
 #[cfg(test)]

@@ -12,6 +12,17 @@ const MAX_RESOLUTION: i64 = 4096;
 const MAX_WIDTH: i64 = 1 << 16;
 const MAX_LEVELS: usize = 8;
 
+/// How a position gets its code.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum QuantizerKind {
+    /// By the angle: the encoder's rows and the codes are scaled to length one (LlamaGen, Sun et al. 2024).
+    #[default]
+    Normalized,
+    /// By the distance between rows as they are (van den Oord et al. 2017; taming-transformers, Chameleon).
+    Nearest,
+}
+
 /// Encoder, decoder and codebook, under the names of taming-transformers' `ddconfig` (Esser et al. 2021).
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -24,15 +35,25 @@ pub struct VqganConfig {
     pub ch_mult: Vec<i64>,
     /// Residual blocks a level in the encoder; the decoder has one more.
     pub num_res_blocks: i64,
-    /// Levels with attention, by their side at `resolution`. The innermost blocks have attention in any case.
+    /// Levels with attention, by their side at `resolution`.
     #[serde(default)]
     pub attn_resolutions: Vec<i64>,
+    /// Whether there is attention between the two innermost blocks of each half.
+    #[serde(default = "yes")]
+    pub mid_attention: bool,
     /// Channels between the encoder and the projection to codes.
     pub z_channels: i64,
     /// Codes in the codebook.
     pub codebook_size: i64,
-    /// Width of a code; small and normalised as in LlamaGen (Sun et al. 2024).
+    /// Width of a code; small for normalised codes.
     pub code_dim: i64,
+    /// How a position gets its code.
+    #[serde(default)]
+    pub quantizer: QuantizerKind,
+}
+
+fn yes() -> bool {
+    true
 }
 
 /// A key of [`VqganConfig`] and what is wrong with its value.
@@ -142,7 +163,18 @@ pub(crate) mod tests {
             z_channels: 16,
             codebook_size: 32,
             code_dim: 8,
+            mid_attention: true,
+            quantizer: QuantizerKind::Normalized,
         }
+    }
+
+    #[test]
+    fn keys_that_came_later_have_the_meaning_of_before() {
+        let old = serde_json::json!({
+            "resolution": 16, "ch": 32, "ch_mult": [1, 2], "num_res_blocks": 1, "attn_resolutions": [8],
+            "z_channels": 16, "codebook_size": 32, "code_dim": 8
+        });
+        assert_eq!(serde_json::from_value::<VqganConfig>(old).unwrap(), tiny());
     }
 
     #[test]

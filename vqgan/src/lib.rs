@@ -1,5 +1,6 @@
 //! Pictures to discrete codes and back: the VQGAN image tokenizer (Esser et al. 2021) with the narrow, normalised
-//! codebook of LlamaGen (Sun et al. 2024), its losses, its training and its scores.
+//! codebook of LlamaGen (Sun et al. 2024), its losses, its training and its scores; weights of other projects in and
+//! out.
 //!
 //! ```no_run
 //! use m6_vqgan::{Vqgan, pictures_to_tensor, to_pictures, to_unit};
@@ -28,8 +29,9 @@ mod quantize;
 mod revive;
 mod stream;
 pub mod train;
+pub mod weights;
 
-pub use config::{ConfigProblem, VqganConfig};
+pub use config::{ConfigProblem, QuantizerKind, VqganConfig};
 pub use error::{Result, VqganError};
 pub use eval::VqganReport;
 pub use loss::LossWeights;

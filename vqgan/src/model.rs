@@ -12,9 +12,9 @@ use tch::{Device, Kind, Tensor};
 use crate::config::{COLOURS, VqganConfig};
 use crate::error::{Result, VqganError};
 use crate::layers::{Decoder, Encoder};
-use crate::quantize::{Quantized, Quantizer, normalize};
+use crate::quantize::{Quantized, Quantizer};
 
-const CONFIG_FILE: &str = "config.json";
+pub(crate) const CONFIG_FILE: &str = "config.json";
 const WEIGHT_FILE: &str = "model.safetensors";
 /// The files of a model folder.
 pub const FILES: [&str; 2] = [CONFIG_FILE, WEIGHT_FILE];
@@ -62,7 +62,8 @@ pub enum Bottleneck {
 pub struct VqganOutput {
     /// Pictures `[b, 3, h, w]`, float32, about -1 to 1.
     pub reconstruction: Tensor,
-    /// The encoder's unit rows `[n, code_dim]`, float32; `n` runs over pictures, rows, columns.
+    /// The encoder's rows `[n, code_dim]` as they are compared with codes, float32; `n` runs over pictures, rows,
+    /// columns.
     pub rows_nd: Tensor,
     /// Their codes, unless the pass was continuous.
     pub quantized: Option<Quantized>,
@@ -148,6 +149,11 @@ impl Vqgan {
         Ok(write_atomic(path, &json)?)
     }
 
+    /// All weights by their names in taming-transformers' state dict.
+    pub(crate) fn tensors(&self) -> Vec<(String, Tensor)> {
+        self.params.entries().into_iter().map(|(name, param)| (name, param.tensor.detach())).collect()
+    }
+
     /// The shape of the model.
     #[must_use]
     pub fn config(&self) -> &VqganConfig {
@@ -175,7 +181,7 @@ impl Vqgan {
     /// One training pass over pictures `[b, 3, h, w]` from -1 to 1, with gradients.
     #[must_use]
     pub fn forward(&self, x: &Tensor, bottleneck: Bottleneck) -> VqganOutput {
-        let grid = normalize(&self.latent(x).permute([0, 2, 3, 1]));
+        let grid = self.quantizer.rows(&self.latent(x).permute([0, 2, 3, 1]));
         let rows_nd = grid.reshape([-1, self.config.code_dim]);
         let quantized = (bottleneck == Bottleneck::Codes).then(|| self.quantizer.quantize(&rows_nd));
         let decoded = match &quantized {
@@ -193,11 +199,11 @@ impl Vqgan {
     pub fn encode(&self, x: &Tensor) -> Result<Tensor> {
         let latent = self.encode_latent(x)?;
         let _guard = tch::no_grad_guard();
-        let rows = normalize(&latent.permute([0, 2, 3, 1])).reshape([-1, self.config.code_dim]);
+        let rows = self.quantizer.rows(&latent.permute([0, 2, 3, 1])).reshape([-1, self.config.code_dim]);
         Ok(self.quantizer.quantize(&rows).codes_n.view([latent.size()[0], -1]))
     }
 
-    /// What the quantiser sees, `[b, code_dim, h / f, w / f]`, float32, before normalisation: a feature space for
+    /// What the quantiser sees, `[b, code_dim, h / f, w / f]`, float32, before any normalisation: a feature space for
     /// evaluation.
     ///
     /// # Errors
@@ -247,7 +253,7 @@ impl Vqgan {
         self.quant_conv.forward(&self.encoder.forward(&x.to_device(self.device()).to_kind(self.compute)))
     }
 
-    /// Unit rows `[b, h, w, code_dim]` to pictures.
+    /// Rows `[b, h, w, code_dim]` to pictures.
     fn decode_grid(&self, grid: &Tensor) -> Tensor {
         let z = grid.permute([0, 3, 1, 2]).contiguous().to_kind(self.compute);
         self.decoder.forward(&self.post_quant_conv.forward(&z)).to_kind(Kind::Float)
@@ -286,10 +292,17 @@ mod tests {
     use m6_runtime::{Group, Init};
 
     use super::*;
+    use crate::config::QuantizerKind;
     use crate::config::tests::tiny;
 
+    const KINDS: [QuantizerKind; 2] = [QuantizerKind::Normalized, QuantizerKind::Nearest];
+
     fn model(seed: u64) -> Vqgan {
-        Vqgan::new(&Params::new(Device::Cpu, seed), &tiny())
+        with_quantizer(seed, QuantizerKind::Normalized)
+    }
+
+    fn with_quantizer(seed: u64, quantizer: QuantizerKind) -> Vqgan {
+        Vqgan::new(&Params::new(Device::Cpu, seed), &VqganConfig { quantizer, ..tiny() })
     }
 
     fn pictures() -> Tensor {
@@ -298,30 +311,34 @@ mod tests {
 
     #[test]
     fn forward_agrees_with_encode_then_decode() {
-        let model = model(1);
-        let x = pictures();
-        let codes = model.encode(&x).unwrap();
-        assert_eq!((codes.size(), codes.kind()), (vec![2, 8 * 12], Kind::Int64));
-        let decoded = model.decode_codes(&codes, 8, 12).unwrap();
-        assert_eq!(decoded.size(), x.size());
-        let output = model.forward(&x, Bottleneck::Codes);
-        assert_eq!(output.quantized.unwrap().codes_n, codes.flatten(0, 1));
-        let gap = (output.reconstruction.clamp(-1.0, 1.0) - decoded).abs().max().double_value(&[]);
-        assert!(gap < 1e-5, "{gap}");
+        for quantizer in KINDS {
+            let model = with_quantizer(1, quantizer);
+            let x = pictures();
+            let codes = model.encode(&x).unwrap();
+            assert_eq!((codes.size(), codes.kind()), (vec![2, 8 * 12], Kind::Int64));
+            let decoded = model.decode_codes(&codes, 8, 12).unwrap();
+            assert_eq!(decoded.size(), x.size());
+            let output = model.forward(&x, Bottleneck::Codes);
+            assert_eq!(output.quantized.unwrap().codes_n, codes.flatten(0, 1));
+            let gap = (output.reconstruction.clamp(-1.0, 1.0) - decoded).abs().max().double_value(&[]);
+            assert!(gap < 1e-5, "{quantizer:?}: {gap}");
+        }
     }
 
     #[test]
     fn gradients_reach_every_parameter() {
-        let model = model(1);
-        let output = model.forward(&pictures(), Bottleneck::Codes);
-        let quantized = output.quantized.as_ref().unwrap();
-        let loss = output.reconstruction.square().mean(Kind::Float)
-            + quantized.codebook_loss(&output.rows_nd)
-            + quantized.commitment_loss(&output.rows_nd);
-        loss.backward();
-        let untouched: Vec<_> =
-            model.params.trainable().into_iter().filter(|(_, p)| !p.tensor.grad().defined()).collect();
-        assert!(untouched.is_empty(), "{untouched:?}");
+        for quantizer in KINDS {
+            let model = with_quantizer(1, quantizer);
+            let output = model.forward(&pictures(), Bottleneck::Codes);
+            let quantized = output.quantized.as_ref().unwrap();
+            let loss = output.reconstruction.square().mean(Kind::Float)
+                + quantized.codebook_loss(&output.rows_nd)
+                + quantized.commitment_loss(&output.rows_nd);
+            loss.backward();
+            let untouched: Vec<_> =
+                model.params.trainable().into_iter().filter(|(_, p)| !p.tensor.grad().defined()).collect();
+            assert!(untouched.is_empty(), "{quantizer:?}: {untouched:?}");
+        }
     }
 
     /// A bright corner must change codes near the same corner of the grid: the order is row by row.

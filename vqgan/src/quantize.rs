@@ -1,4 +1,4 @@
-//! The quantiser of LlamaGen (Sun et al. 2024): narrow, normalised codes.
+//! The quantiser: from the encoder's rows to codes and back.
 //!
 //! Legend: `n` positions of all pictures of a batch, `d` code width, `k` codes.
 
@@ -6,18 +6,19 @@ use m6_runtime::nn::Embedding;
 use m6_runtime::{Init, Params};
 use tch::{Kind, Tensor};
 
-use crate::config::VqganConfig;
+use crate::config::{QuantizerKind, VqganConfig};
 
-/// Codebook of unit vectors; which one a position gets is decided by the angle.
+/// The codebook and how it is compared with the encoder's rows.
 #[derive(Debug)]
 pub(crate) struct Quantizer {
+    kind: QuantizerKind,
     embedding: Embedding,
 }
 
 /// Positions with their codes.
 #[derive(Debug)]
 pub struct Quantized {
-    /// Unit rows of the codebook, float32 `[n, d]`.
+    /// Rows of the codebook, float32 `[n, d]`.
     pub rows_nd: Tensor,
     /// Their indices, int64 `[n]`.
     pub codes_n: Tensor,
@@ -29,10 +30,10 @@ impl Quantizer {
             &(params / "embedding"),
             config.codebook_size,
             config.code_dim,
-            // Replaced by encoder outputs before it is trained; only directions count.
+            // Replaced by encoder outputs before it is trained.
             Init::Normal(1.0),
         );
-        Self { embedding }
+        Self { kind: config.quantizer, embedding }
     }
 
     /// The table `[k, d]` as it is stored, not normalised.
@@ -40,33 +41,63 @@ impl Quantizer {
         self.embedding.weight()
     }
 
-    /// Unit codes at `codes`, float32 `[.., d]`.
-    pub(crate) fn lookup(&self, codes: &Tensor) -> Tensor {
-        normalize(&self.embedding.forward(codes))
+    /// The encoder's vectors `[.., d]` as they are compared with codes, float32.
+    pub(crate) fn rows(&self, x: &Tensor) -> Tensor {
+        self.kind.scale(x)
     }
 
-    /// The nearest code of each unit row of `rows_nd`.
+    /// Codes at `codes` as the decoder gets them, float32 `[.., d]`.
+    pub(crate) fn lookup(&self, codes: &Tensor) -> Tensor {
+        self.kind.scale(&self.embedding.forward(codes))
+    }
+
+    /// The nearest code of each of the rows `rows_nd` that [`Quantizer::rows`] made.
     pub(crate) fn quantize(&self, rows_nd: &Tensor) -> Quantized {
-        let (codes_n, _) = nearest(rows_nd, self.codebook());
+        let (codes_n, _) = self.kind.nearest(rows_nd, self.codebook());
         Quantized { rows_nd: self.lookup(&codes_n), codes_n }
     }
 }
 
-/// Float32 `x` with its last axis scaled to length one. Reduced precision here would pick wrong codes.
+impl QuantizerKind {
+    /// `x` in float32, since reduced precision would pick wrong codes; its last axis at the length that counts.
+    pub(crate) fn scale(self, x: &Tensor) -> Tensor {
+        match self {
+            Self::Normalized => normalize(x),
+            Self::Nearest => x.to_kind(Kind::Float),
+        }
+    }
+
+    /// For each row of `rows_nd` the index of the nearest code in `codebook_kd`, and a distance of the two that grows
+    /// as the squared one does. No gradient flows.
+    pub(crate) fn nearest(self, rows_nd: &Tensor, codebook_kd: &Tensor) -> (Tensor, Tensor) {
+        let _guard = tch::no_grad_guard();
+        let codes_kd = self.scale(codebook_kd);
+        let product_nk = rows_nd.matmul(&codes_kd.tr());
+        match self {
+            // Between unit vectors the smallest distance is the largest product.
+            Self::Normalized => {
+                let (cosine_n, codes_n) = product_nk.max_dim(-1, false);
+                (codes_n, (1.0f64 - cosine_n).clamp_min(0.0))
+            }
+            Self::Nearest => {
+                let (rest_n, codes_n) = (squares(&codes_kd) - product_nk * 2.0).min_dim(-1, false);
+                (codes_n, (squares(rows_nd) + rest_n).clamp_min(0.0))
+            }
+        }
+    }
+}
+
+/// Squared length of each row.
+fn squares(rows: &Tensor) -> Tensor {
+    rows.square().sum_dim_intlist([-1].as_slice(), false, Kind::Float)
+}
+
+/// Float32 `x` with its last axis scaled to length one.
 pub(crate) fn normalize(x: &Tensor) -> Tensor {
     /// Keeps a zero vector's gradient finite.
     const NORM_EPS: f64 = 1e-12;
     let x = x.to_kind(Kind::Float);
     &x / x.square().sum_dim_intlist([-1].as_slice(), true, Kind::Float).clamp_min(NORM_EPS).sqrt()
-}
-
-/// For each unit row of `rows_nd` the index of the nearest code in `codebook_kd` and the cosine between the two.
-/// No gradient flows.
-pub(crate) fn nearest(rows_nd: &Tensor, codebook_kd: &Tensor) -> (Tensor, Tensor) {
-    let _guard = tch::no_grad_guard();
-    // Between unit vectors the smallest distance is the largest product.
-    let (cosine_n, codes_n) = rows_nd.matmul(&normalize(codebook_kd).tr()).max_dim(-1, false);
-    (codes_n, cosine_n)
 }
 
 impl Quantized {
@@ -112,6 +143,23 @@ mod tests {
         assert_eq!(quantized.codes_n, expected);
         let lengths = quantized.rows_nd.square().sum_dim_intlist([-1].as_slice(), false, Kind::Float);
         assert!((lengths - 1.0).abs().max().double_value(&[]) < 1e-5);
+    }
+
+    #[test]
+    fn nearest_codes_are_those_of_the_euclidean_distance_of_rows_as_they_are() {
+        let params = Params::new(Device::Cpu, 1);
+        let config = VqganConfig { quantizer: QuantizerKind::Nearest, ..tiny() };
+        let quantizer = Quantizer::new(&params, &config);
+        let rows = quantizer.rows(&params.add("raw", &[10, 8], Init::Normal(3.0), Group::Decay).detach());
+        let distances = (rows.unsqueeze(1) - quantizer.codebook().unsqueeze(0)).square();
+        let distances = distances.sum_dim_intlist([-1].as_slice(), false, Kind::Float);
+        let (expected, codes) = distances.min_dim(-1, false);
+        let (codes_n, distance_n) = QuantizerKind::Nearest.nearest(&rows, quantizer.codebook());
+        assert_eq!(codes_n, codes);
+        assert!((distance_n - expected).abs().max().double_value(&[]) < 1e-4);
+        let quantized = quantizer.quantize(&rows);
+        assert_eq!(quantized.rows_nd, quantizer.codebook().index_select(0, &codes));
+        assert_ne!(codes, QuantizerKind::Normalized.nearest(&normalize(&rows), quantizer.codebook()).0);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use m6_runtime::{Group, Init, Params};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-use crate::quantize::nearest;
+use crate::config::{QuantizerKind, VqganConfig};
 
 /// How the codebook starts and is kept alive.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -26,14 +26,16 @@ pub struct RevivalConfig {
 #[derive(Debug)]
 pub(crate) struct Revival {
     config: RevivalConfig,
+    quantizer: QuantizerKind,
     /// Share of positions a code gets, 1 being an equal share; `[k]`.
     usage_k: Tensor,
 }
 
 impl Revival {
     /// All codes start with an equal share, which is also the grace that a revived code gets.
-    pub(crate) fn new(params: &Params, codebook_size: i64, config: RevivalConfig) -> Self {
-        Self { config, usage_k: params.add("usage", &[codebook_size], Init::Ones, Group::Buffer) }
+    pub(crate) fn new(params: &Params, model: &VqganConfig, config: RevivalConfig) -> Self {
+        let usage_k = params.add("usage", &[model.codebook_size], Init::Ones, Group::Buffer);
+        Self { config, quantizer: model.quantizer, usage_k }
     }
 
     /// Running usage `[k]`, 1 being an equal share.
@@ -59,7 +61,7 @@ impl Revival {
     pub(crate) fn revive(&mut self, rows_nd: &Tensor, tables: &mut [Tensor]) {
         let _guard = tch::no_grad_guard();
         let dead = self.dead();
-        replace(&dead, rows_nd, tables);
+        replace(self.quantizer, &dead, rows_nd, tables);
         self.usage_k.copy_(&self.usage_k.ones_like().where_self(&dead, &self.usage_k));
     }
 
@@ -70,23 +72,22 @@ impl Revival {
 
 /// Makes the codebook from encoder outputs `rows_nd`: random rows, then a few rounds that move the codes nothing
 /// chooses to badly served rows.
-pub(crate) fn initialise(rows_nd: &Tensor, tables: &mut [Tensor]) {
+pub(crate) fn initialise(quantizer: QuantizerKind, rows_nd: &Tensor, tables: &mut [Tensor]) {
     const ROUNDS: usize = 8;
     let _guard = tch::no_grad_guard();
     let size = tables[0].size()[0];
     let random = rows_nd.index_select(0, &draw(&rows_nd.select(1, 0).ones_like(), size));
     tables.iter_mut().for_each(|table| table.copy_(&random));
     for _ in 0..ROUNDS {
-        let (codes_n, _) = nearest(rows_nd, &tables[0]);
-        replace(&counts(&codes_n, size).eq(0.0), rows_nd, tables);
+        let (codes_n, _) = quantizer.nearest(rows_nd, &tables[0]);
+        replace(quantizer, &counts(&codes_n, size).eq(0.0), rows_nd, tables);
     }
 }
 
 /// Overwrites the rows `which_k` of all `tables` by rows drawn from `rows_nd` by their squared distance to the
 /// codebook, `tables[0]`.
-fn replace(which_k: &Tensor, rows_nd: &Tensor, tables: &mut [Tensor]) {
-    let (_, cosine_n) = nearest(rows_nd, &tables[0]);
-    let distance_n = (1.0f64 - cosine_n).clamp_min(0.0);
+fn replace(quantizer: QuantizerKind, which_k: &Tensor, rows_nd: &Tensor, tables: &mut [Tensor]) {
+    let (_, distance_n) = quantizer.nearest(rows_nd, &tables[0]);
     // The first of the codes to replace takes the first row drawn, and so on.
     let turn_k = (which_k.cumsum(0, Kind::Int64) - 1).clamp_min(0);
     let drawn = draw(&distance_n, which_k.size()[0]).index_select(0, &turn_k);
@@ -122,10 +123,18 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::config::tests::tiny;
     use crate::quantize::normalize;
 
     const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
     const CONFIG: RevivalConfig = RevivalConfig { warmup: 0, decay: 0.5, threshold: 0.1, until: 1.0 };
+
+    const KINDS: [QuantizerKind; 2] = [QuantizerKind::Normalized, QuantizerKind::Nearest];
+
+    fn revival(quantizer: QuantizerKind, codebook_size: i64) -> Revival {
+        let model = VqganConfig { quantizer, codebook_size, ..tiny() };
+        Revival::new(&Params::new(Device::Cpu, 1), &model, CONFIG)
+    }
 
     /// `clusters` far apart, the first of them with nearly all rows.
     fn rows(clusters: i64) -> Tensor {
@@ -136,7 +145,7 @@ mod tests {
 
     #[test]
     fn usage_is_relative_to_an_equal_share() {
-        let mut revival = Revival::new(&Params::new(Device::Cpu, 1), 4, CONFIG);
+        let mut revival = revival(QuantizerKind::Normalized, 4);
         revival.observe(&Tensor::from_slice(&[0i64, 0, 0, 1]));
         // Half of the start, half of the counts 3, 1, 0, 0 over an equal share of 1.
         assert_eq!(Vec::<f32>::try_from(revival.usage()).unwrap(), [2.0, 1.0, 0.5, 0.5]);
@@ -144,32 +153,36 @@ mod tests {
 
     #[test]
     fn dead_codes_move_to_where_they_are_needed_and_the_living_stay() {
-        let mut revival = Revival::new(&Params::new(Device::Cpu, 1), 6, CONFIG);
-        let rows = rows(6);
-        // Code 0 serves the large cluster; the others are far from everything.
-        let mut tables = [-Tensor::ones([6, 6], FLOAT), -Tensor::ones([6, 6], FLOAT)];
-        tables[0].get(0).copy_(&rows.get(0));
-        let living = tables[0].get(0);
-        for _ in 0..4 {
-            revival.observe(&Tensor::zeros([100], (Kind::Int64, Device::Cpu)));
+        for quantizer in KINDS {
+            let mut revival = revival(quantizer, 6);
+            let rows = rows(6);
+            // Code 0 serves the large cluster; the others are far from everything.
+            let mut tables = [-Tensor::ones([6, 6], FLOAT), -Tensor::ones([6, 6], FLOAT)];
+            tables[0].get(0).copy_(&rows.get(0));
+            let living = tables[0].get(0);
+            for _ in 0..4 {
+                revival.observe(&Tensor::zeros([100], (Kind::Int64, Device::Cpu)));
+            }
+            assert_eq!(revival.dead().sum(Kind::Int64).int64_value(&[]), 5);
+            revival.revive(&rows, &mut tables);
+            assert_eq!(tables[0].get(0), living);
+            let (_, distance) = quantizer.nearest(&rows, &tables[0]);
+            assert!(distance.max().double_value(&[]) < 0.01, "every cluster has a code: {distance}");
+            assert_eq!(tables[0].narrow(0, 1, 5), tables[1].narrow(0, 1, 5));
+            assert_eq!(revival.dead().sum(Kind::Int64).int64_value(&[]), 0);
         }
-        assert_eq!(revival.dead().sum(Kind::Int64).int64_value(&[]), 5);
-        revival.revive(&rows, &mut tables);
-        assert_eq!(tables[0].get(0), living);
-        let (_, cosine) = nearest(&rows, &tables[0]);
-        assert!(cosine.min().double_value(&[]) > 0.99, "every cluster has a code: {cosine}");
-        assert_eq!(tables[0].narrow(0, 1, 5), tables[1].narrow(0, 1, 5));
-        assert_eq!(revival.dead().sum(Kind::Int64).int64_value(&[]), 0);
     }
 
     #[test]
     fn the_first_codebook_covers_rare_rows_too() {
-        let rows = rows(8);
-        let mut tables = [Tensor::zeros([12, 8], FLOAT)];
-        initialise(&rows, &mut tables);
-        let (_, cosine) = nearest(&rows, &tables[0]);
-        assert!(cosine.min().double_value(&[]) > 0.99, "{cosine}");
-        assert_eq!(tables[0], normalize(&tables[0]));
+        for (quantizer, length) in [(QuantizerKind::Normalized, 1.0), (QuantizerKind::Nearest, 5.0)] {
+            let rows = rows(8) * length;
+            let mut tables = [Tensor::zeros([12, 8], FLOAT)];
+            initialise(quantizer, &rows, &mut tables);
+            let (_, distance) = quantizer.nearest(&rows, &tables[0]);
+            assert!(distance.max().double_value(&[]) < 0.01, "{distance}");
+            assert_eq!(tables[0], normalize(&tables[0]) * length);
+        }
     }
 
     #[test]

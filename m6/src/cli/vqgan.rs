@@ -1,14 +1,16 @@
 //! `m6 vqgan`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use clap::ValueEnum;
 use m6::Result;
-use m6_vqgan::VqganReport;
+use m6_vqgan::weights::{self, Imported};
+use m6_vqgan::{Dtype, VqganReport};
 
 use super::args::ConfigArgs;
 use super::output;
 
-/// Train and score an image tokenizer, which turns pictures into codes and back
+/// Train and score an image tokenizer, which turns pictures into codes and back, or take over a published one
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
     /// Train an image tokenizer; the same command again resumes an unfinished run
@@ -17,6 +19,10 @@ pub enum Command {
     Eval(EvalArgs),
     /// Measure how fast pictures become codes and codes pictures
     Bench(BenchArgs),
+    /// Make a model folder of weights of taming-transformers, latent-diffusion, LlamaGen, diffusers or Janus
+    Import(ImportArgs),
+    /// Write a model's weights under the names of another project
+    Export(ExportArgs),
 }
 
 impl Command {
@@ -25,6 +31,8 @@ impl Command {
             Self::Train(args) => args.run(),
             Self::Eval(args) => args.run(),
             Self::Bench(args) => args.run(),
+            Self::Import(args) => args.run(),
+            Self::Export(args) => args.run(),
         }
     }
 }
@@ -138,4 +146,96 @@ fn print_scores(report: &VqganReport) -> Result<()> {
         100.0 * report.codebook_usage,
         report.perplexity
     ))
+}
+
+/// Other tensors that are named.
+const NAMED: usize = 3;
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  m6 vqgan import vq_ds16_c2i.pt -o tokenizer\n  \
+    m6 vqgan eval tokenizer 'shards/val-*.tar' --grid grid.png\n\n\
+    The layout is found out by the names of the tensors, the network by their shapes. Read are safetensors files and \
+    torch files (.pt, .ckpt, .bin) of torch 1.6 and later; nothing that a torch file asks to run is run. Networks with a \
+    Gumbel quantiser, MoVQ and Chameleon's files of Hugging Face, which lack a decoder, are refused.")]
+pub struct ImportArgs {
+    /// Weight file, or a folder with one
+    source: PathBuf,
+    /// Folder for the model
+    #[arg(short, long, value_name = "DIR")]
+    out: PathBuf,
+    /// Side of the pictures that it was trained on; a folder of this program has its own
+    #[arg(long, value_name = "PIXELS", default_value_t = 256)]
+    resolution: u16,
+    /// How weights are stored
+    #[arg(long, value_enum, default_value = "float32")]
+    dtype: StoredDtype,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum StoredDtype {
+    Float32,
+    Bfloat16,
+}
+
+impl ImportArgs {
+    fn run(self) -> Result<()> {
+        let dtype = match self.dtype {
+            StoredDtype::Float32 => Dtype::Float32,
+            StoredDtype::Bfloat16 => Dtype::Bfloat16,
+        };
+        let imported = weights::import(&self.source, &self.out, i64::from(self.resolution), dtype)?;
+        print_imported(&self.source, &imported)?;
+        output::line(format_args!("{}  model", self.out.display()))
+    }
+}
+
+fn print_imported(source: &Path, imported: &Imported) -> Result<()> {
+    let Imported { layout, config, left_out } = imported;
+    output::line(format_args!("{}  layout {layout}", source.display()))?;
+    if !left_out.is_empty() {
+        let named = left_out[..left_out.len().min(NAMED)].join(", ");
+        let more = if left_out.len() > NAMED { ", ..." } else { "" };
+        output::line(format_args!("left out {} tensors of other parts: {named}{more}", left_out.len()))?;
+    }
+    output::json(config)
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example:\n  m6 vqgan export models/emoji/vqgan --layout taming -o emoji.safetensors\n\n\
+    For diffusers a folder is written. Codes that are compared by angle become unit vectors where the other project \
+    compares by distance, which gives the same codes."
+)]
+pub struct ExportArgs {
+    /// Folder of the tokenizer
+    dir: PathBuf,
+    /// Whose names the tensors get
+    #[arg(long, value_enum)]
+    layout: Layout,
+    /// File to write, *.safetensors, or a folder for diffusers
+    #[arg(short, long, value_name = "FILE")]
+    out: PathBuf,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Layout {
+    Taming,
+    Llamagen,
+    Diffusers,
+}
+
+impl ExportArgs {
+    fn run(self) -> Result<()> {
+        let layout = match self.layout {
+            Layout::Taming => weights::Layout::Taming,
+            Layout::Llamagen => weights::Layout::LlamaGen,
+            Layout::Diffusers => weights::Layout::Diffusers,
+        };
+        if self.layout != Layout::Diffusers {
+            output::check_extension("-o", &self.out, "safetensors")?;
+            output::check_writable(&self.out)?;
+        }
+        weights::export(&self.dir, layout, &self.out)?;
+        output::line(format_args!("{}  weights for {layout}", self.out.display()))
+    }
 }

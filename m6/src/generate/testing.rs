@@ -4,7 +4,7 @@ use m6_data::picture::Rgb8;
 use m6_data::tokenizer::train_bpe;
 use m6_runtime::Params;
 use m6_vision::PatchConfig;
-use m6_vqgan::{Dtype, Vqgan, VqganConfig};
+use m6_vqgan::{Dtype, QuantizerKind, Vqgan, VqganConfig};
 use tch::Device;
 
 use crate::model::{CodeOrder, Model, ModelConfig, Transformer, Vocab};
@@ -39,9 +39,11 @@ pub fn tiny_model() -> Model {
         ch_mult: vec![1, 1, 1],
         num_res_blocks: 1,
         attn_resolutions: Vec::new(),
+        mid_attention: true,
         z_channels: 32,
         codebook_size: CODES,
         code_dim: 4,
+        quantizer: QuantizerKind::Normalized,
     };
     // A model takes a tokenizer that has been saved, because it records the hash of its weights.
     let dir = tempfile::tempdir().unwrap();

@@ -41,7 +41,7 @@ impl Decoder {
         let up = up.collect();
         Self {
             conv_in: Conv2d::new(&(params / "conv_in"), config.z_channels, inner, 3, 1, 1),
-            mid: Middle::new(&(params / "mid"), inner),
+            mid: Middle::new(&(params / "mid"), config),
             up,
             norm_out: norm(&(params / "norm_out"), width),
             conv_out: Conv2d::new(&(params / "conv_out"), width, COLOURS, 3, 1, 1),

@@ -42,7 +42,7 @@ impl Encoder {
         Self {
             conv_in: Conv2d::new(&(params / "conv_in"), COLOURS, config.ch, 3, 1, 1),
             down,
-            mid: Middle::new(&(params / "mid"), width),
+            mid: Middle::new(&(params / "mid"), config),
             norm_out: norm(&(params / "norm_out"), width),
             conv_out: Conv2d::new(&(params / "conv_out"), width, config.z_channels, 3, 1, 1),
         }

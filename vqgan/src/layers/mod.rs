@@ -16,7 +16,7 @@ use tch::Tensor;
 pub(crate) use decoder::Decoder;
 pub(crate) use encoder::Encoder;
 
-use crate::config::NORM_GROUPS;
+use crate::config::{NORM_GROUPS, VqganConfig};
 use attention::AttnBlock;
 use resnet::ResnetBlock;
 
@@ -48,30 +48,38 @@ impl Stage {
     }
 
     fn forward(&self, x: &Tensor) -> Tensor {
-        let x = self.block.forward(x);
-        self.attention.as_ref().map_or_else(|| x.shallow_clone(), |attention| attention.forward(&x))
+        attend(self.attention.as_ref(), self.block.forward(x))
     }
 }
 
-/// The innermost blocks: residual, attention, residual.
+/// `x` after `attention`, where there is one.
+fn attend(attention: Option<&AttnBlock>, x: Tensor) -> Tensor {
+    match attention {
+        Some(attention) => attention.forward(&x),
+        None => x,
+    }
+}
+
+/// The innermost blocks: residual, attention where the config has it, residual.
 #[derive(Debug)]
 struct Middle {
     block_1: ResnetBlock,
-    attn_1: AttnBlock,
+    attn_1: Option<AttnBlock>,
     block_2: ResnetBlock,
 }
 
 impl Middle {
-    fn new(params: &Params, channels: i64) -> Self {
+    fn new(params: &Params, config: &VqganConfig) -> Self {
+        let channels = config.inner_width();
         Self {
             block_1: ResnetBlock::new(&(params / "block_1"), channels, channels),
-            attn_1: AttnBlock::new(&(params / "attn_1"), channels),
+            attn_1: config.mid_attention.then(|| AttnBlock::new(&(params / "attn_1"), channels)),
             block_2: ResnetBlock::new(&(params / "block_2"), channels, channels),
         }
     }
 
     fn forward(&self, x: &Tensor) -> Tensor {
-        self.block_2.forward(&self.attn_1.forward(&self.block_1.forward(x)))
+        self.block_2.forward(&attend(self.attn_1.as_ref(), self.block_1.forward(x)))
     }
 }
 
@@ -81,7 +89,6 @@ mod tests {
     use tch::{Device, Kind, Tensor};
 
     use super::*;
-    use crate::config::VqganConfig;
     use crate::config::tests::tiny;
 
     fn shapes(params: &Params) -> Vec<(String, Vec<i64>)> {
@@ -124,10 +131,21 @@ mod tests {
             z_channels: 32,
             codebook_size: 2,
             code_dim: 2,
+            ..tiny()
         };
         Encoder::new(&(&params / "encoder"), &config);
         Decoder::new(&(&params / "decoder"), &config);
         assert_eq!(params.entries().len(), 343 - 5);
+    }
+
+    #[test]
+    fn a_network_can_do_without_attention() {
+        let params = Params::new(Device::Cpu, 1);
+        let config = VqganConfig { attn_resolutions: vec![], mid_attention: false, ..tiny() };
+        let decoder = Decoder::new(&params, &config);
+        assert!(!params.entries().iter().any(|(name, _)| name.contains("attn")));
+        let z = Tensor::zeros([1, 16, 2, 2], (Kind::Float, Device::Cpu));
+        assert_eq!(decoder.forward(&z).size(), [1, 3, 4, 4]);
     }
 
     #[test]

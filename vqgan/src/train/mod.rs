@@ -112,7 +112,7 @@ fn train(
             let batch = pictures.batch(batch, u64::MAX, |note| progress.note(note))?;
             let x = to_unit(&pictures_to_tensor(&batch)?, device)?;
             if config.init.is_none() && step == config.codebook.warmup && micro_batch == 0 {
-                initialise(&encoder_rows(&state.model, &x), &mut state.codebooks);
+                initialise(config.model.quantizer, &encoder_rows(&state.model, &x), &mut state.codebooks);
             }
             let output = state.model.forward(&x, bottleneck);
             let y = &output.reconstruction;
@@ -272,6 +272,7 @@ mod tests {
     use std::sync::{Mutex, MutexGuard, PoisonError};
 
     use super::*;
+    use crate::config::QuantizerKind;
     use crate::stream::tests::random_shard;
 
     /// Steps seed the process's random generator, which tests on other threads would draw from too.
@@ -368,6 +369,17 @@ mod tests {
         let tuned = [small.as_slice(), &["schedule.lr=0.0", "schedule.min_ratio=0.0", &init, &run]].concat();
         let (_, tuned) = train_until(&path, &tuned, u64::MAX).unwrap().finished.unwrap();
         assert!((tuned.psnr - report.psnr).abs() < 0.5, "{tuned:?} against {report:?}");
+    }
+
+    #[test]
+    fn codes_can_be_learnt_by_distance() {
+        let _alone = alone();
+        let dir = tempfile::tempdir().unwrap();
+        let path = write_config(dir.path());
+        let (model, report) =
+            train_until(&path, &["model.quantizer=nearest"], u64::MAX).unwrap().finished.unwrap();
+        assert_eq!(Vqgan::load(&model, Device::Cpu).unwrap().config().quantizer, QuantizerKind::Nearest);
+        assert!(report.psnr.is_finite() && report.perplexity > 1.0, "{report:?}");
     }
 
     #[test]

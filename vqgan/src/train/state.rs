@@ -56,7 +56,7 @@ impl State {
             model.load_weights(dir)?;
         }
         let usage_params = Params::new(device, config.seed);
-        let revival = Revival::new(&usage_params, config.model.codebook_size, config.codebook);
+        let revival = Revival::new(&usage_params, &config.model, config.codebook);
         let ema = Ema::new(&params, config.ema);
         let average = ema.state().into_iter().find(|(name, _)| name == CODEBOOK).map(|(_, tensor)| tensor);
         let codebooks = [
