@@ -19,6 +19,8 @@ const GRID: i64 = SIDE / 4;
 const TOLERANCE: f64 = 1e-4;
 const CODEBOOK: &str = "quantize.embedding.weight";
 
+type Named = Vec<(String, Tensor)>;
+
 #[derive(Deserialize)]
 struct Golden {
     /// Names and shapes, in the order of the state dict.
@@ -66,7 +68,7 @@ fn of_length_3(codes: &Tensor) -> Tensor {
     codes * 3.0 / codes.square().sum_dim_intlist([-1].as_slice(), true, Kind::Float).sqrt()
 }
 
-fn weights(golden: &Golden, change: impl Fn(&str, Tensor) -> Tensor) -> Vec<(String, Tensor)> {
+fn weights(golden: &Golden, change: impl Fn(&str, Tensor) -> Tensor) -> Named {
     let of = |(name, shape): &(String, Vec<i64>)| (name.clone(), change(name, weight(name, shape)));
     golden.tensors.iter().map(of).collect()
 }
@@ -226,7 +228,7 @@ fn what_does_not_fit_is_named() {
     let dir = TempDir::new().unwrap();
     let (file, out) = (dir.path().join("model.safetensors"), dir.path().join("out"));
     let golden = golden("taming");
-    let message = |change: &dyn Fn(&mut Vec<(String, Tensor)>), side: i64| {
+    let message = |change: &dyn Fn(&mut Named), side: i64| {
         let mut tensors = weights(&golden, |_, tensor| tensor);
         for (name, _) in &mut tensors {
             *name = name.replace("first_stage_model.", "");
@@ -238,7 +240,7 @@ fn what_does_not_fit_is_named() {
         message.replace(&format!("{}: ", file.display()), "")
     };
     let set = |name: &'static str, shape: &'static [i64]| {
-        move |tensors: &mut Vec<(String, Tensor)>| {
+        move |tensors: &mut Named| {
             tensors.retain(|(found, _)| found != name);
             tensors.push((name.into(), weight(name, shape)));
         }
@@ -254,7 +256,7 @@ fn what_does_not_fit_is_named() {
             SIDE
         ),
         "`decoder.conv_in.weight` has shape [64, 16, 1, 1], the model needs [64, 16, 3, 3]; `post_quant_conv.bias` is \
-         missing; `quantize.proj.weight` of shape [64, 4] is not part of the model; and 1 more"
+         missing, the model needs [16]; `quantize.proj.weight` of shape [64, 4] is not part of the model; and 1 more"
     );
     assert_eq!(
         message(&|tensors| tensors[0].1 = &tensors[0].1 * f64::NAN, SIDE),

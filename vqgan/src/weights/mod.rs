@@ -261,7 +261,7 @@ impl Foreign {
             let expected = self.layout.shape(&own, &param.tensor.size());
             rest.remove(name.as_str());
             match self.file.shapes().get(&name) {
-                None => problems.push(self.file.missing(&name)),
+                None => problems.push(format!("{}, the model needs {expected:?}", self.file.missing(&name))),
                 Some(shape) if *shape != expected => {
                     problems.push(format!("`{name}` has shape {shape:?}, the model needs {expected:?}"));
                 }
