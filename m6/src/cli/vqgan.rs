@@ -155,8 +155,8 @@ const NAMED: usize = 3;
 #[command(after_help = "Example:\n  m6 vqgan import vq_ds16_c2i.pt -o tokenizer\n  \
     m6 vqgan eval tokenizer 'shards/val-*.tar' --grid grid.png\n\n\
     The layout is found out by the names of the tensors, the network by their shapes. Read are safetensors files and \
-    torch files (.pt, .ckpt, .bin) of torch 1.6 and later; nothing that a torch file asks to run is run. Networks with a \
-    Gumbel quantiser, MoVQ and Chameleon's files of Hugging Face, which lack a decoder, are refused.")]
+    torch files (.pt, .ckpt, .bin) of torch 1.6 and later; nothing that a torch file asks to run is run. Networks \
+    with a Gumbel quantiser, MoVQ and Chameleon's files of Hugging Face, which lack a decoder, are refused.")]
 pub struct ImportArgs {
     /// Weight file, or a folder with one
     source: PathBuf,

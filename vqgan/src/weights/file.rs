@@ -45,7 +45,7 @@ impl WeightFile {
         let format = match first_bytes(&path)? {
             ZIP_MAGIC => Format::Torch(TorchFile::open(&path)?),
             OLD_MAGIC => {
-                let reason = "is a torch file of the old format, which is not read; load it with torch and save it again";
+                let reason = "is a torch file of the old format; load and save it with a newer torch";
                 return Err(VqganError::model(&path, reason));
             }
             _ => Format::Safetensors(TensorFile::open(&path)?),

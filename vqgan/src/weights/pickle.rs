@@ -535,7 +535,8 @@ mod tests {
         format!("c{module}\n{name}\n").into_bytes()
     }
 
-    /// The pickle of `_rebuild_tensor_v2(storage "0" of 6 numbers of `class`, 0, (2, 3), (3, 1), False, OrderedDict())`.
+    /// The pickle of `_rebuild_tensor_v2(storage, 0, (2, 3), (3, 1), False, OrderedDict())`, where the storage "0"
+    /// has 6 numbers and is of `class`.
     fn tensor(class: &str) -> Vec<u8> {
         let storage = [
             b"(X\x07\0\0\0storage".as_slice(),
