@@ -11,7 +11,7 @@ readonly CPU_PACKAGES=(
     nvidia-cuda-runtime==13.0.96
     nvidia-cuda-cupti==13.0.85
 )
-# The last two bring headers only.
+# The last four bring headers and the compiler of our own kernels.
 readonly CUDA_PACKAGES=(
     "${CPU_PACKAGES[@]}"
     nvidia-cublas==13.1.0.3
@@ -29,6 +29,8 @@ readonly CUDA_PACKAGES=(
     nvidia-nvtx==13.0.85
     nvidia-cuda-cccl==13.0.85
     nvidia-cuda-crt==13.0.88
+    nvidia-cuda-nvcc==13.0.88
+    nvidia-nvvm==13.0.88
 )
 # Which build of the packages to take; nothing of Python is used, so that the machine's own version does not matter.
 readonly PYTHON_VERSION=3.11

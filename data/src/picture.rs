@@ -52,7 +52,7 @@ impl Rgb8 {
 
     /// As [`Rgb8::decode`]; but of a JPEG that will be scaled down to `short_side` only as much may be decoded as that
     /// needs: a half, a quarter or an eighth of its size, never smaller than `short_side`. Only with the feature
-    /// `turbojpeg`, so that pixels differ a little between builds; without it every picture has its full size.
+    /// `turbojpeg`; without it every picture has its full size.
     ///
     /// # Errors
     /// As for [`Rgb8::decode`].
@@ -294,8 +294,8 @@ fn decode_jpeg(bytes: &[u8], short_side: Option<u32>) -> Result<(DynamicImage, O
     check_size((width, height))?;
     let orientation = decoder.exif().and_then(|exif| Orientation::from_exif_chunk(exif));
     let orientation = orientation.unwrap_or(Orientation::NoTransforms);
-    if let Some(reduced) = short_side.and_then(|short| decode_reduced(bytes, (width, height), short)) {
-        return Ok((reduced, orientation));
+    if let Some(picture) = decode_turbo(bytes, (width, height), short_side) {
+        return Ok((picture, orientation));
     }
     let is_grey = decoder.input_colorspace() == Some(ColorSpace::Luma);
     let colours = if is_grey { ColorSpace::Luma } else { ColorSpace::RGB };
@@ -309,30 +309,37 @@ fn decode_jpeg(bytes: &[u8], short_side: Option<u32>) -> Result<(DynamicImage, O
     Ok((picture.ok_or_else(fault)?, orientation))
 }
 
-/// A JPEG of the given size at the smallest scale that leaves at least `short_side`, of those for which libjpeg-turbo has
-/// fast inverse transforms; `None` where that is the full size, or where the general decoder has to judge.
+/// A JPEG of the given size by libjpeg-turbo, at the smallest scale that leaves at least `short_side`, of those for which
+/// it has fast inverse transforms; `None` where the general decoder has to judge.
 #[cfg(feature = "turbojpeg")]
-fn decode_reduced(bytes: &[u8], (width, height): (u32, u32), short_side: u32) -> Option<DynamicImage> {
+fn decode_turbo(bytes: &[u8], (width, height): (u32, u32), short_side: Option<u32>) -> Option<DynamicImage> {
+    use std::cell::RefCell;
     use turbojpeg::{Colorspace, Decompressor, Image, PixelFormat, ScalingFactor};
-    let fits = |part: &u32| (width.min(height) / part) >= short_side;
-    let part = [8, 4, 2].into_iter().find(fits)?;
-    let mut decoder = Decompressor::new().ok()?;
-    let scale = ScalingFactor::new(1, part as usize);
-    decoder.set_scaling_factor(scale).ok()?;
-    let header = decoder.read_header(bytes).ok()?;
-    if matches!(header.colorspace, Colorspace::CMYK | Colorspace::YCCK) {
-        return None;
+    thread_local! {
+        // Its tables and buffers are worth keeping from picture to picture.
+        static DECODER: RefCell<Option<Decompressor>> = RefCell::new(Decompressor::new().ok());
     }
-    let (width, height) = (scale.scale(header.width), scale.scale(header.height));
-    let pitch = width * CHANNELS;
-    let mut pixels = vec![0; height * pitch];
-    let image = Image { pixels: pixels.as_mut_slice(), width, pitch, height, format: PixelFormat::RGB };
-    decoder.decompress(bytes, image).ok()?;
-    RgbImage::from_raw(width as u32, height as u32, pixels).map(DynamicImage::from)
+    let fits = |part: &u32| short_side.is_some_and(|short| width.min(height) / part >= short);
+    let part = [8, 4, 2].into_iter().find(fits).unwrap_or(1);
+    let scale = ScalingFactor::new(1, part as usize);
+    DECODER.with_borrow_mut(|decoder| {
+        let decoder = decoder.as_mut()?;
+        decoder.set_scaling_factor(scale).ok()?;
+        let header = decoder.read_header(bytes).ok()?;
+        if matches!(header.colorspace, Colorspace::CMYK | Colorspace::YCCK) {
+            return None;
+        }
+        let (width, height) = (scale.scale(header.width), scale.scale(header.height));
+        let pitch = width * CHANNELS;
+        let mut pixels = vec![0; height * pitch];
+        let image = Image { pixels: pixels.as_mut_slice(), width, pitch, height, format: PixelFormat::RGB };
+        decoder.decompress(bytes, image).ok()?;
+        RgbImage::from_raw(width as u32, height as u32, pixels).map(DynamicImage::from)
+    })
 }
 
 #[cfg(not(feature = "turbojpeg"))]
-fn decode_reduced(_: &[u8], _: (u32, u32), _: u32) -> Option<DynamicImage> {
+fn decode_turbo(_: &[u8], _: (u32, u32), _: Option<u32>) -> Option<DynamicImage> {
     None
 }
 

@@ -1,5 +1,4 @@
 // The C++ half of m6-runtime: ATen functions that tch does not bind.
-// Every function returns nullptr or a message made by strdup that the caller frees with m6_free.
 
 #include <ATen/ATen.h>
 #include <ATen/CPUGeneratorImpl.h>
@@ -8,7 +7,6 @@
 #include <c10/core/GradMode.h>
 #include <climits>
 #include <cstdlib>
-#include <cstring>
 #include <mutex>
 #include <tuple>
 #include <vector>
@@ -17,21 +15,9 @@
 #include <malloc.h>
 #endif
 
-namespace {
+#include "guarded.h"
 
-template <typename F>
-char* guarded(F&& body) {
-  try {
-    body();
-    return nullptr;
-  } catch (const c10::Error& error) {
-    return strdup(error.what_without_backtrace());
-  } catch (const std::exception& error) {
-    return strdup(error.what());
-  } catch (...) {
-    return strdup("an exception of unknown type");
-  }
-}
+namespace {
 
 std::vector<at::Tensor> gather(at::Tensor* const* tensors, size_t count) {
   std::vector<at::Tensor> list;
@@ -130,6 +116,10 @@ char* m6_varlen_flash(
         *q, *k, *v, *cu_q, *cu_k, max_q, max_k, /*dropout_p=*/0.0, causal, /*return_debug_mask=*/false);
     *out = new at::Tensor(std::get<0>(result));
   });
+}
+
+char* m6_leaky_relu(const at::Tensor* x, double slope, at::Tensor** out) {
+  return guarded([&] { *out = new at::Tensor(at::leaky_relu(*x, slope)); });
 }
 
 char* m6_upload(const at::Tensor* host, int cuda_index, at::Tensor** out) {

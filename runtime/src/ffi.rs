@@ -1,4 +1,4 @@
-//! The functions of `csrc/shim.cpp`, and the one place that turns their messages into errors.
+//! The functions of `csrc/shim.cpp` and `csrc/fused.cpp`, and the one place that turns their messages into errors.
 
 use std::ffi::{CStr, c_char, c_int};
 
@@ -54,6 +54,7 @@ unsafe extern "C" {
         causal: bool,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
+    pub(crate) fn m6_leaky_relu(x: *const C_tensor, slope: f64, out: *mut *mut C_tensor) -> *mut c_char;
     pub(crate) fn m6_upload(host: *const C_tensor, cuda_index: c_int, out: *mut *mut C_tensor)
     -> *mut c_char;
     pub(crate) fn m6_rng_state(cuda_index: c_int, out: *mut *mut C_tensor) -> *mut c_char;
@@ -66,6 +67,27 @@ unsafe extern "C" {
         peak: *mut i64,
         reserved: *mut i64,
     ) -> *mut c_char;
+}
+
+#[cfg(feature = "cuda")]
+unsafe extern "C" {
+    pub(crate) fn m6_set_kernels(image: *const u8);
+    pub(crate) fn m6_group_norm(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        bias: *const C_tensor,
+        groups: i64,
+        eps: f64,
+        swish: bool,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_rms_norm(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        eps: f64,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_swiglu(gate_up: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
 }
 
 /// Turns the shim's answer into a result, freeing its message.

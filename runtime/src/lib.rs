@@ -1,5 +1,5 @@
 //! What libtorch can do and `tch` does not bind: a parameter registry with strict weights, fused AdamW and Muon,
-//! averaged weights, attention by sequence lengths, random state, determinism and memory figures, and the few layers that
+//! averaged weights, attention by sequence lengths, fused norms and gates, random state, determinism and memory figures, and the few layers that
 //! every model here is built from. The only crate with `unsafe` and C++.
 
 #![allow(unsafe_code)]
@@ -8,6 +8,7 @@ pub mod attention;
 pub mod device;
 mod error;
 mod ffi;
+pub mod fused;
 mod muon;
 pub mod nn;
 pub mod optim;

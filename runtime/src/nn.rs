@@ -5,6 +5,7 @@
 
 use tch::Tensor;
 
+use crate::fused;
 use crate::params::{Group, Init, Params};
 
 /// `y = x W^T + b`, `W` of shape `[out, in]`.
@@ -76,7 +77,7 @@ impl RmsNorm {
 
     /// Same shape and dtype as `x`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        x.rms_norm(self.weight.size(), Some(&self.weight.to_kind(x.kind())), self.eps)
+        fused::rms_norm(x, &self.weight, self.eps)
     }
 }
 
@@ -99,8 +100,12 @@ impl GroupNorm {
 
     /// Same shape and dtype as `x`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        let (weight, bias) = (self.weight.to_kind(x.kind()), self.bias.to_kind(x.kind()));
-        x.group_norm(self.groups, Some(&weight), Some(&bias), self.eps, true)
+        fused::group_norm(x, self.groups, &self.weight, &self.bias, self.eps, false)
+    }
+
+    /// [`GroupNorm::forward`], then swish.
+    pub fn forward_swish(&self, x: &Tensor) -> Tensor {
+        fused::group_norm(x, self.groups, &self.weight, &self.bias, self.eps, true)
     }
 }
 

@@ -1,6 +1,7 @@
 //! The PatchGAN discriminator (Isola et al. 2017): tells real patches from reconstructed ones.
 
 use m6_runtime::Params;
+use m6_runtime::fused::{channels_last, leaky_relu};
 use m6_runtime::nn::{Conv2d, GroupNorm};
 use tch::{Kind, Tensor};
 
@@ -56,11 +57,11 @@ impl Discriminator {
     /// Judges pictures `[b, 3, h, w]` from -1 to 1 in their dtype.
     pub(crate) fn forward(&self, x: &Tensor) -> Verdict {
         let mut features: Vec<Tensor> = Vec::with_capacity(self.hidden.len());
+        let x = &channels_last(x);
         for Hidden { conv, norm } in &self.hidden {
             let x = conv.forward(features.last().unwrap_or(x));
             let x = norm.as_ref().map_or_else(|| x.shallow_clone(), |norm| norm.forward(&x));
-            // leaky_relu(x) = max(x, leak x); tch binds the function with its default slope only.
-            features.push(x.maximum(&(&x * LEAK)));
+            features.push(leaky_relu(&x, LEAK));
         }
         let logits = self.verdict.forward(features.last().unwrap_or(x)).to_kind(Kind::Float);
         Verdict { features, logits }

@@ -5,6 +5,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 
+use m6_runtime::fused::channels_last;
 use m6_runtime::read_tensors;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -111,7 +112,7 @@ impl Lpips {
 
     /// The last activations of each stage, their channels scaled to length one, float32.
     fn features(&self, x: &Tensor) -> Vec<Tensor> {
-        let mut x = ((x - &self.shift) / &self.scale).to_kind(self.compute);
+        let mut x = channels_last(&((x - &self.shift) / &self.scale).to_kind(self.compute));
         let mut features = Vec::with_capacity(STAGES.len());
         for (number, stage) in self.stages.iter().enumerate() {
             if number > 0 {

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use m6_run::write_atomic;
+use m6_runtime::fused::channels_last;
 use m6_runtime::nn::Conv2d;
 use m6_runtime::{Params, RuntimeError};
 use serde::{Deserialize, Serialize};
@@ -250,12 +251,13 @@ impl Vqgan {
     }
 
     fn latent(&self, x: &Tensor) -> Tensor {
-        self.quant_conv.forward(&self.encoder.forward(&x.to_device(self.device()).to_kind(self.compute)))
+        let x = channels_last(&x.to_device(self.device()).to_kind(self.compute));
+        self.quant_conv.forward(&self.encoder.forward(&x))
     }
 
     /// Rows `[b, h, w, code_dim]` to pictures.
     fn decode_grid(&self, grid: &Tensor) -> Tensor {
-        let z = grid.permute([0, 3, 1, 2]).contiguous().to_kind(self.compute);
+        let z = channels_last(&grid.permute([0, 3, 1, 2]).to_kind(self.compute));
         self.decoder.forward(&self.post_quant_conv.forward(&z)).to_kind(Kind::Float)
     }
 }

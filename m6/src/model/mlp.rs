@@ -1,5 +1,6 @@
 //! The dense feed-forward: SwiGLU (Shazeer 2020).
 
+use m6_runtime::fused::swiglu;
 use m6_runtime::nn::Linear;
 use m6_runtime::{Init, Params};
 use tch::Tensor;
@@ -26,10 +27,4 @@ impl Mlp {
     pub fn forward(&self, x_nd: &Tensor) -> Tensor {
         self.down.forward(&swiglu(&self.gate_up.forward(x_nd)))
     }
-}
-
-/// `[.., 2 f] -> [.., f]`: the first half gates the second.
-pub(super) fn swiglu(gate_up: &Tensor) -> Tensor {
-    let halves = gate_up.chunk(2, -1);
-    halves[0].silu() * &halves[1]
 }

@@ -4,12 +4,12 @@
 //! needed to size a buffer. Legend: `n` tokens, `d` model width, `f` expert width, `e` experts, `a` active experts,
 //! `r = n * a` routed rows.
 
+use m6_runtime::fused::swiglu;
 use m6_runtime::nn::Linear;
 use m6_runtime::{Group, Init, Params};
 use tch::{Kind, Tensor};
 
 use super::config::MoeConfig;
-use super::mlp::swiglu;
 use super::{INIT_STD, ModelConfig};
 
 /// The feed-forward of a block with experts.

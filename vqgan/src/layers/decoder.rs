@@ -5,7 +5,7 @@ use m6_runtime::nn::{Conv2d, GroupNorm};
 use tch::Tensor;
 
 use super::resample::Upsample;
-use super::{Middle, Stage, activate, norm};
+use super::{Middle, Stage, norm};
 use crate::config::{COLOURS, VqganConfig};
 
 /// The decoder; `up` is in the order of use, innermost level first, while names count from the outermost.
@@ -59,6 +59,6 @@ impl Decoder {
                 x = upsample.forward(&x);
             }
         }
-        self.conv_out.forward(&activate(&self.norm_out, &x))
+        self.conv_out.forward(&self.norm_out.forward_swish(&x))
     }
 }

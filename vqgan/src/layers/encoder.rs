@@ -5,7 +5,7 @@ use m6_runtime::nn::{Conv2d, GroupNorm};
 use tch::Tensor;
 
 use super::resample::Downsample;
-use super::{Middle, Stage, activate, norm};
+use super::{Middle, Stage, norm};
 use crate::config::{COLOURS, VqganConfig};
 
 /// The encoder; level 0 is the outermost.
@@ -59,6 +59,6 @@ impl Encoder {
                 x = downsample.forward(&x);
             }
         }
-        self.conv_out.forward(&activate(&self.norm_out, &self.mid.forward(&x)))
+        self.conv_out.forward(&self.norm_out.forward_swish(&self.mid.forward(&x)))
     }
 }

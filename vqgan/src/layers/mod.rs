@@ -26,11 +26,6 @@ fn norm(params: &Params, channels: i64) -> GroupNorm {
     GroupNorm::new(params, NORM_GROUPS, channels, NORM_EPS)
 }
 
-/// Group norm, then swish.
-fn activate(norm: &GroupNorm, x: &Tensor) -> Tensor {
-    norm.forward(x).silu()
-}
-
 /// A residual block, followed by attention on levels that have it.
 #[derive(Debug)]
 struct Stage {

@@ -4,7 +4,7 @@ use m6_runtime::Params;
 use m6_runtime::nn::{Conv2d, GroupNorm};
 use tch::Tensor;
 
-use super::{activate, norm};
+use super::norm;
 
 /// Norm, swish, convolution, twice; a 1x1 convolution carries the input across where the width changes.
 #[derive(Debug)]
@@ -30,8 +30,8 @@ impl ResnetBlock {
 
     /// `[b, input, h, w] -> [b, output, h, w]`.
     pub(super) fn forward(&self, x: &Tensor) -> Tensor {
-        let h = self.conv1.forward(&activate(&self.norm1, x));
-        let h = self.conv2.forward(&activate(&self.norm2, &h));
+        let h = self.conv1.forward(&self.norm1.forward_swish(x));
+        let h = self.conv2.forward(&self.norm2.forward_swish(&h));
         match &self.nin_shortcut {
             Some(shortcut) => shortcut.forward(x) + h,
             None => x + h,

@@ -1,0 +1,274 @@
+// Launches the kernels of kernels.cu and gives them gradients. Compiled with the feature `cuda` only.
+
+#include <ATen/ATen.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <cuda.h>
+#include <dlfcn.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <algorithm>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+#include "guarded.h"
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+// bf16 values of a 16-byte word, as in kernels.cu.
+constexpr int64_t VECTOR = 8;
+constexpr int64_t WARP = 32;
+constexpr int64_t BLOCK = 256;
+// Blocks that keep every multiprocessor of today's GPUs busy to the end.
+constexpr int64_t BLOCKS = 2048;
+
+// The driver's library, which a process that uses a GPU has loaded; linking it would ask for it on machines without one.
+template <typename F>
+F driver_function(const char* name) {
+  static void* driver = dlopen("libcuda.so.1", RTLD_NOW | RTLD_LOCAL);
+  void* function = driver == nullptr ? nullptr : dlsym(driver, name);
+  TORCH_CHECK(function != nullptr, "the NVIDIA driver has no ", name);
+  return reinterpret_cast<F>(function);
+}
+
+void check_driver(CUresult result, const std::string& what) {
+  if (result == CUDA_SUCCESS) return;
+  static const auto describe = driver_function<decltype(&cuGetErrorString)>("cuGetErrorString");
+  const char* reason = nullptr;
+  describe(result, &reason);
+  TORCH_CHECK(false, what, ": ", reason == nullptr ? "unknown error" : reason);
+}
+
+// The fat binary of kernels.cu, loaded at the first launch.
+const void* fat_binary = nullptr;
+
+CUfunction kernel(const std::string& name) {
+  static std::mutex mutex;
+  static std::unordered_map<std::string, CUfunction> known;
+  static CUlibrary library = nullptr;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto found = known.find(name);
+  if (found != known.end()) return found->second;
+  if (library == nullptr) {
+    static const auto load = driver_function<decltype(&cuLibraryLoadData)>("cuLibraryLoadData");
+    check_driver(load(&library, fat_binary, nullptr, nullptr, 0, nullptr, nullptr, 0), "loading m6's kernels");
+  }
+  static const auto get = driver_function<decltype(&cuLibraryGetKernel)>("cuLibraryGetKernel");
+  CUkernel made = nullptr;
+  check_driver(get(&made, library, name.c_str()), name);
+  return known[name] = reinterpret_cast<CUfunction>(made);
+}
+
+struct Grid {
+  int64_t x, y;
+};
+
+template <typename... Arguments>
+void launch(const std::string& name, Grid grid, int64_t threads, int64_t shared_bytes, Arguments... arguments) {
+  static const auto launch_kernel = driver_function<decltype(&cuLaunchKernel)>("cuLaunchKernel");
+  void* pointers[] = {static_cast<void*>(&arguments)...};
+  check_driver(
+      launch_kernel(
+          kernel(name), static_cast<unsigned>(grid.x), static_cast<unsigned>(grid.y), 1, static_cast<unsigned>(threads), 1, 1,
+          static_cast<unsigned>(shared_bytes), c10::cuda::getCurrentCUDAStream().stream(), pointers, nullptr),
+      name);
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How the group norm kernels cut `[b, t, c]`.
+struct Cut {
+  int64_t b, t, c, chunks, threads, shared_bytes;
+
+  explicit Cut(const Tensor& x) : b(x.size(0)), t(x.size(2) * x.size(3)), c(x.size(1)) {
+    const int64_t lanes = c / VECTOR;
+    const int64_t rows = std::max<int64_t>(1, BLOCK / lanes);
+    // Positions for each thread, so that what a block does once is little beside them.
+    constexpr int64_t MIN_POSITIONS = 8;
+    chunks = std::clamp<int64_t>(ceil_div(BLOCKS, b), 1, ceil_div(t, rows * MIN_POSITIONS));
+    threads = lanes * rows;
+    shared_bytes = rows * 2 * c * static_cast<int64_t>(sizeof(float));
+  }
+
+  Grid grid() const { return {chunks, b}; }
+};
+
+const void* bytes(const Tensor& tensor) { return tensor.const_data_ptr(); }
+void* mutable_bytes(const Tensor& tensor) { return tensor.mutable_data_ptr(); }
+
+// Weights as the kernels read them.
+Tensor dense(const Tensor& weight) { return weight.to(at::kFloat).contiguous(); }
+
+class GroupNorm : public torch::autograd::Function<GroupNorm> {
+ public:
+  static Tensor forward(
+      AutogradContext* context, const Tensor& given, const Tensor& weight, const Tensor& bias, int64_t groups, double eps,
+      bool swish) {
+    const c10::DeviceGuard guard(given.device());
+    const Tensor x = given.contiguous(at::MemoryFormat::ChannelsLast);
+    const Tensor w = dense(weight), offset = dense(bias);
+    const Cut cut(x);
+    const auto floats = x.options().dtype(at::kFloat);
+    const Tensor sums = at::empty({cut.b, cut.chunks, groups, 2}, floats);
+    const Tensor moments = at::empty({cut.b, groups, 2}, floats);
+    const Tensor y = at::empty_like(x, at::MemoryFormat::ChannelsLast);
+    const int c = static_cast<int>(cut.c), g = static_cast<int>(groups);
+    launch("m6_group_norm_sums", cut.grid(), cut.threads, cut.shared_bytes, bytes(x), mutable_bytes(sums), cut.t, c, g);
+    launch(
+        "m6_group_norm_moments", {cut.b, 1}, groups * WARP, 0, bytes(x), bytes(sums), mutable_bytes(moments), cut.t, c, g,
+        static_cast<int>(cut.chunks), static_cast<float>(eps));
+    launch(
+        "m6_group_norm_apply", cut.grid(), cut.threads, 0, bytes(x), bytes(moments), bytes(w), bytes(offset),
+        mutable_bytes(y), cut.t, c, g, static_cast<int>(swish));
+    context->save_for_backward({x, w, offset, moments});
+    context->saved_data["groups"] = groups;
+    context->saved_data["swish"] = swish;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1], &bias = saved[2], &moments = saved[3];
+    const c10::DeviceGuard guard(x.device());
+    const int64_t groups = context->saved_data["groups"].toInt();
+    const int swish = static_cast<int>(context->saved_data["swish"].toBool());
+    const Tensor dy = grads[0].to(x.scalar_type()).contiguous(at::MemoryFormat::ChannelsLast);
+    const Cut cut(x);
+    const Tensor sums = at::empty({cut.b, cut.chunks, 2, cut.c}, weight.options());
+    const Tensor channel_sums = at::empty({cut.b, 2, cut.c}, weight.options());
+    const Tensor means = at::empty({cut.b, groups, 2}, weight.options());
+    const Tensor dx = at::empty_like(x, at::MemoryFormat::ChannelsLast);
+    const int c = static_cast<int>(cut.c), g = static_cast<int>(groups);
+    launch(
+        "m6_group_norm_grad_sums", cut.grid(), cut.threads, cut.shared_bytes, bytes(dy), bytes(x), bytes(moments),
+        bytes(weight), bytes(bias), mutable_bytes(sums), cut.t, c, g, swish);
+    launch(
+        "m6_group_norm_grad_means", {cut.b, 1}, BLOCK, 2 * cut.c * static_cast<int64_t>(sizeof(float)), bytes(sums),
+        bytes(weight), mutable_bytes(channel_sums), mutable_bytes(means), cut.t, c, g, static_cast<int>(cut.chunks));
+    launch(
+        "m6_group_norm_grad_apply", cut.grid(), cut.threads, 0, bytes(dy), bytes(x), bytes(moments), bytes(means),
+        bytes(weight), bytes(bias), mutable_bytes(dx), cut.t, c, g, swish);
+    const Tensor total = channel_sums.sum(0);
+    return {dx, total[1], total[0], Tensor(), Tensor(), Tensor()};
+  }
+};
+
+// How the RMS norm kernels lie over rows: `lanes` lanes of a warp for each, with up to `vectors` words.
+struct Rows {
+  int64_t n, k, lanes, vectors, inner, outer_stride, threads;
+
+  explicit Rows(const Tensor& x) : k(x.size(-1)) {
+    n = x.numel() / k;
+    lanes = 1;
+    while (lanes < WARP && lanes * VECTOR < k) lanes *= 2;
+    vectors = 1;
+    while (vectors * lanes * VECTOR < k) vectors *= 2;
+    inner = x.dim() == 3 ? x.size(1) : 1;
+    outer_stride = x.dim() == 3 ? x.stride(0) : k;
+    // Wide rows take many registers, and a row of shared memory each.
+    constexpr int64_t WIDE = 1024;
+    threads = k > WIDE ? BLOCK / 2 : BLOCK;
+  }
+
+  int64_t rows_of_block() const { return threads / lanes; }
+
+  std::string name(const char* base) const { return base + std::to_string(vectors); }
+};
+
+// Heads `[n, h, k]` that lie close together in rows of something wider, and anything contiguous, are read in place.
+Tensor in_place_rows(const Tensor& x) {
+  const bool heads = x.dim() == 3 && x.stride(2) == 1 && x.stride(1) == x.size(2) && x.stride(0) % VECTOR == 0;
+  return heads ? x : x.contiguous();
+}
+
+class RmsNorm : public torch::autograd::Function<RmsNorm> {
+ public:
+  static Tensor forward(AutogradContext* context, const Tensor& given, const Tensor& weight, double eps) {
+    const c10::DeviceGuard guard(given.device());
+    const Tensor x = in_place_rows(given);
+    const Tensor w = dense(weight);
+    const Rows rows(x);
+    const Tensor y = at::empty(x.sizes(), x.options());
+    launch(
+        rows.name("m6_rms_norm_"), {ceil_div(rows.n, rows.rows_of_block()), 1}, rows.threads, 0, bytes(x), bytes(w),
+        mutable_bytes(y), rows.n, static_cast<int>(rows.k), static_cast<int>(rows.lanes), static_cast<int>(rows.inner),
+        rows.outer_stride, static_cast<float>(eps));
+    context->save_for_backward({x, w});
+    context->saved_data["eps"] = eps;
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const Tensor &x = saved[0], &weight = saved[1];
+    const c10::DeviceGuard guard(x.device());
+    const Tensor dy = grads[0].to(x.scalar_type()).contiguous();
+    const Rows rows(x);
+    const Tensor dx = at::empty(x.sizes(), x.options());
+    // Every block leaves a row of weight gradients behind.
+    constexpr int64_t GRAD_BLOCKS = 512;
+    const int64_t blocks = std::min(ceil_div(rows.n, rows.rows_of_block()), GRAD_BLOCKS);
+    const Tensor dweights = at::empty({blocks, rows.k}, weight.options());
+    launch(
+        rows.name("m6_rms_norm_grad_"), {blocks, 1}, rows.threads,
+        rows.rows_of_block() * rows.k * static_cast<int64_t>(sizeof(float)), bytes(dy), bytes(x), bytes(weight),
+        mutable_bytes(dx), mutable_bytes(dweights), rows.n, static_cast<int>(rows.k), static_cast<int>(rows.lanes),
+        static_cast<int>(rows.inner), rows.outer_stride, static_cast<float>(context->saved_data["eps"].toDouble()));
+    return {dx, dweights.sum(0), Tensor()};
+  }
+};
+
+class SwiGlu : public torch::autograd::Function<SwiGlu> {
+ public:
+  static Tensor forward(AutogradContext* context, const Tensor& given) {
+    const c10::DeviceGuard guard(given.device());
+    const Tensor gate_up = given.contiguous();
+    auto sizes = gate_up.sizes().vec();
+    sizes.back() /= 2;
+    const Tensor y = at::empty(sizes, gate_up.options());
+    const int64_t words = y.numel() / VECTOR;
+    launch(
+        "m6_swiglu", {ceil_div(words, BLOCK), 1}, BLOCK, 0, bytes(gate_up), mutable_bytes(y), words,
+        static_cast<int>(sizes.back()));
+    context->save_for_backward({gate_up});
+    return y;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const Tensor gate_up = context->get_saved_variables()[0];
+    const c10::DeviceGuard guard(gate_up.device());
+    const Tensor dy = grads[0].to(gate_up.scalar_type()).contiguous();
+    const Tensor dgate_up = at::empty_like(gate_up);
+    const int64_t words = dy.numel() / VECTOR;
+    launch(
+        "m6_swiglu_grad", {ceil_div(words, BLOCK), 1}, BLOCK, 0, bytes(dy), bytes(gate_up), mutable_bytes(dgate_up), words,
+        static_cast<int>(dy.size(-1)));
+    return {dgate_up};
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+void m6_set_kernels(const void* image) { fat_binary = image; }
+
+char* m6_group_norm(
+    const Tensor* x, const Tensor* weight, const Tensor* bias, int64_t groups, double eps, bool swish, Tensor** out) {
+  return guarded([&] { *out = new Tensor(GroupNorm::apply(*x, *weight, *bias, groups, eps, swish)); });
+}
+
+char* m6_rms_norm(const Tensor* x, const Tensor* weight, double eps, Tensor** out) {
+  return guarded([&] { *out = new Tensor(RmsNorm::apply(*x, *weight, eps)); });
+}
+
+char* m6_swiglu(const Tensor* gate_up, Tensor** out) {
+  return guarded([&] { *out = new Tensor(SwiGlu::apply(*gate_up)); });
+}
+
+}  // extern "C"

@@ -1,0 +1,274 @@
+//! Operations that are one or two kernels on a GPU in bf16 where libtorch has one a step. Elsewhere they are libtorch's
+//! own, which define them.
+//!
+//! A norm or a gate moves far more bytes than it computes, so each pass over its input that is saved is time saved.
+
+#[cfg(feature = "cuda")]
+use tch::Kind;
+use tch::Tensor;
+
+use crate::ffi;
+
+/// Group norm (Wu and He 2018) of `x` `[b, c, h, w]`, followed by swish where `swish` says so; moments in float32.
+/// Same shape and dtype as `x`. On a GPU the result lies channels last.
+pub fn group_norm(x: &Tensor, groups: i64, weight: &Tensor, bias: &Tensor, eps: f64, swish: bool) -> Tensor {
+    #[cfg(feature = "cuda")]
+    if kernels::group_norm_fits(x, groups) {
+        return kernels::group_norm(x, groups, weight, bias, eps, swish);
+    }
+    let (weight, bias) = (weight.to_kind(x.kind()), bias.to_kind(x.kind()));
+    let normed = x.group_norm(groups, Some(&weight), Some(&bias), eps, true);
+    if swish { normed.silu() } else { normed }
+}
+
+/// Root-mean-square norm (Zhang and Sennrich 2019) over the last axis of `x`, computed in float32; same shape and dtype.
+pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+    #[cfg(feature = "cuda")]
+    if kernels::rms_norm_fits(x) {
+        return kernels::rms_norm(x, weight, eps);
+    }
+    x.rms_norm(weight.size(), Some(&weight.to_kind(x.kind())), eps)
+}
+
+/// SwiGLU (Shazeer 2020) of `[.., 2 f]`: the first half, through swish, gates the second. Returns `[.., f]`.
+pub fn swiglu(gate_up: &Tensor) -> Tensor {
+    #[cfg(feature = "cuda")]
+    if kernels::swiglu_fits(gate_up) {
+        return kernels::swiglu(gate_up);
+    }
+    let halves = gate_up.chunk(2, -1);
+    halves[0].silu() * &halves[1]
+}
+
+/// `x` where it is positive, `slope * x` elsewhere; tch binds the function with its default slope only.
+pub fn leaky_relu(x: &Tensor, slope: f64) -> Tensor {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: a live tensor that libtorch reads; the result is new.
+    let result = ffi::check(unsafe { ffi::m6_leaky_relu(x.as_ptr(), slope, &mut out) });
+    result.unwrap_or_else(|error| panic!("{error}"));
+    ffi::take(out)
+}
+
+/// The same tensor with its channels last in memory, `[b, c, h, w]`: the layout of a GPU's convolutions. Elsewhere
+/// the tensor as it is.
+pub fn channels_last(x: &Tensor) -> Tensor {
+    if !x.device().is_cuda() {
+        return x.shallow_clone();
+    }
+    x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
+}
+
+#[cfg(feature = "cuda")]
+fn is_bf16_on_gpu(x: &Tensor) -> bool {
+    x.device().is_cuda() && x.kind() == Kind::BFloat16 && x.numel() > 0
+}
+
+/// The calls of `csrc/fused.cpp`.
+#[cfg(feature = "cuda")]
+mod kernels {
+    use std::ptr::null_mut;
+    use std::sync::Once;
+
+    use tch::Tensor;
+    use torch_sys::C_tensor;
+
+    use super::is_bf16_on_gpu;
+    use crate::error::Result;
+    use crate::ffi;
+
+    /// Values in a 16-byte word; rows consist of whole ones.
+    const VECTOR: i64 = 8;
+    /// What a block of threads can hold.
+    const MAX_CHANNELS: i64 = 2048;
+    const MAX_GROUPS: i64 = 32;
+    const MAX_ROW: i64 = 2048;
+
+    /// The driver reads the image as words.
+    #[repr(align(16))]
+    struct Aligned<T: ?Sized>(T);
+    static IMAGE: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
+
+    pub(super) fn group_norm_fits(x: &Tensor, groups: i64) -> bool {
+        let channels = x.size().get(1).copied().unwrap_or(0);
+        is_bf16_on_gpu(x)
+            && x.dim() == 4
+            && channels % VECTOR == 0
+            && channels <= MAX_CHANNELS
+            && groups <= MAX_GROUPS
+    }
+
+    pub(super) fn rms_norm_fits(x: &Tensor) -> bool {
+        let width = x.size().last().copied().unwrap_or(0);
+        is_bf16_on_gpu(x) && width % VECTOR == 0 && width <= MAX_ROW
+    }
+
+    pub(super) fn swiglu_fits(gate_up: &Tensor) -> bool {
+        let width = gate_up.size().last().copied().unwrap_or(0);
+        is_bf16_on_gpu(gate_up) && width % (2 * VECTOR) == 0
+    }
+
+    pub(super) fn group_norm(
+        x: &Tensor,
+        groups: i64,
+        weight: &Tensor,
+        bias: &Tensor,
+        eps: f64,
+        swish: bool,
+    ) -> Tensor {
+        // SAFETY: live tensors that libtorch reads; the result is new.
+        made(|out| unsafe {
+            ffi::m6_group_norm(x.as_ptr(), weight.as_ptr(), bias.as_ptr(), groups, eps, swish, out)
+        })
+    }
+
+    pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
+        // SAFETY: as above.
+        made(|out| unsafe { ffi::m6_rms_norm(x.as_ptr(), weight.as_ptr(), eps, out) })
+    }
+
+    pub(super) fn swiglu(gate_up: &Tensor) -> Tensor {
+        // SAFETY: as above.
+        made(|out| unsafe { ffi::m6_swiglu(gate_up.as_ptr(), out) })
+    }
+
+    /// The tensor that `call` made. Panics where tch's own operations would: when the device fails or has no memory.
+    fn made(call: impl FnOnce(*mut *mut C_tensor) -> *mut std::ffi::c_char) -> Tensor {
+        static LOADED: Once = Once::new();
+        // SAFETY: the image is static.
+        LOADED.call_once(|| unsafe { ffi::m6_set_kernels(IMAGE.0.as_ptr()) });
+        let mut out = null_mut();
+        let result: Result<()> = ffi::check(call(&mut out));
+        result.unwrap_or_else(|error| panic!("{error}"));
+        ffi::take(out)
+    }
+}
+
+/// Need a GPU; run with `cargo test --features cuda`.
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+
+    const CUDA: Device = Device::Cuda(0);
+    /// bf16 keeps eight bits.
+    const BF16_ERROR: f64 = 6e-3;
+
+    fn draw(shape: &[i64]) -> Tensor {
+        Tensor::randn(shape, (Kind::Float, CUDA)).to_kind(Kind::BFloat16)
+    }
+
+    /// Memory that is handed out next holds no numbers, so that what is not written shows.
+    fn poison() {
+        for megabytes in [1, 8, 64] {
+            drop(Tensor::full([megabytes << 18], f64::NAN, (Kind::Float, CUDA)));
+        }
+    }
+
+    /// Results and gradients in bf16 against float64; relative errors.
+    fn check(inputs: &[Tensor], run: impl Fn(&[Tensor]) -> Tensor, reference: impl Fn(&[Tensor]) -> Tensor) {
+        let leaves = |kind: Option<Kind>| -> Vec<Tensor> {
+            let leaf =
+                |t: &Tensor| kind.map_or_else(|| t.copy(), |kind| t.to_kind(kind)).set_requires_grad(true);
+            inputs.iter().map(leaf).collect()
+        };
+        let all = |leaves: &[Tensor], y: &Tensor, probe: &Tensor| {
+            (y * probe.to_kind(y.kind())).sum(Kind::Float).backward();
+            let grads = leaves.iter().map(Tensor::grad);
+            std::iter::once(y.shallow_clone())
+                .chain(grads)
+                .map(|t| t.to_kind(Kind::Double))
+                .collect::<Vec<_>>()
+        };
+        let exact_leaves = leaves(Some(Kind::Double));
+        let exact = reference(&exact_leaves);
+        let probe = draw(&exact.size());
+        let exact = all(&exact_leaves, &exact, &probe);
+        poison();
+        let fast_leaves = leaves(None);
+        let fast = all(&fast_leaves, &run(&fast_leaves), &probe);
+        for (index, (fast, exact)) in fast.iter().zip(&exact).enumerate() {
+            let gap = ((fast - exact).norm() / exact.norm()).double_value(&[]);
+            assert!(gap < BF16_ERROR, "{index}: {gap}");
+        }
+    }
+
+    #[test]
+    fn group_norm_and_its_gradients_match_float64() {
+        tch::manual_seed(1);
+        let shapes = [
+            [2, 128, 33, 17],
+            [3, 512, 16, 16],
+            [1, 64, 1, 1],
+            [5, 384, 5, 7],
+            [64, 32, 3, 2],
+            [1, 256, 96, 96],
+        ];
+        for shape in shapes {
+            for swish in [false, true] {
+                let c = shape[1];
+                // A mean far from zero, as activations have it.
+                let x = channels_last(&(draw(&shape) * 1.5 + 3.0));
+                let weight = Tensor::randn([c], (Kind::Float, CUDA)) + 1.0;
+                let bias = Tensor::randn([c], (Kind::Float, CUDA));
+                check(
+                    &[x, weight, bias],
+                    |t| group_norm(&t[0], 32, &t[1], &t[2], 1e-6, swish),
+                    |t| {
+                        let y = t[0].group_norm(32, Some(&t[1]), Some(&t[2]), 1e-6, false);
+                        if swish { y.silu() } else { y }
+                    },
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn rms_norm_and_its_gradients_match_float64() {
+        tch::manual_seed(2);
+        for shape in [
+            [7, 3, 64],
+            [1000, 12, 128],
+            [33, 1, 512],
+            [5, 2, 24],
+            [300, 1, 896],
+            [70, 1, 1536],
+            [9, 1, 2048],
+        ] {
+            let k = shape[2];
+            let weight = Tensor::randn([k], (Kind::Float, CUDA)) + 1.0;
+            check(
+                &[draw(&shape), weight],
+                |t| rms_norm(&t[0], &t[1], 1e-6),
+                |t| t[0].rms_norm([k], Some(&t[1]), 1e-6),
+            );
+        }
+    }
+
+    #[test]
+    fn rms_norm_reads_heads_where_they_lie() {
+        tch::manual_seed(3);
+        let qkv = draw(&[50, 3, 4, 64]);
+        let weight = Tensor::ones([64], (Kind::Float, CUDA));
+        let [q, k, _] = &qkv.unbind(1)[..] else { unreachable!("three along axis 1") };
+        for heads in [q, k] {
+            let gap = rms_norm(heads, &weight, 1e-6) - rms_norm(&heads.contiguous(), &weight, 1e-6);
+            assert_eq!(gap.abs().max().double_value(&[]), 0.0);
+        }
+    }
+
+    #[test]
+    fn swiglu_and_its_gradient_match_float64() {
+        tch::manual_seed(4);
+        for shape in [[3, 16], [1000, 2 * 1408], [129, 48]] {
+            check(
+                &[draw(&shape)],
+                |t| swiglu(&t[0]),
+                |t| {
+                    let halves = t[0].chunk(2, -1);
+                    halves[0].silu() * &halves[1]
+                },
+            );
+        }
+    }
+}
