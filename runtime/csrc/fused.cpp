@@ -252,6 +252,56 @@ class SwiGlu : public torch::autograd::Function<SwiGlu> {
   }
 };
 
+// Cross-entropy of `hidden weight^T`, whose logits are there for some rows at a time only. Their gradients are made where
+// they lie, in the forward pass, so that no product is computed twice; the backward pass scales what they came to.
+class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> {
+ public:
+  // The weighted sum, and the loss of each row, which has no gradient.
+  static variable_list forward(
+      AutogradContext* context, const Tensor& given, const Tensor& weight, const Tensor& labels, const Tensor& row_weights,
+      bool with_gradient) {
+    // Bytes of logits at once: many rows for the matrix products, little beside what a stack keeps.
+    constexpr int64_t CHUNK_BYTES = int64_t{1} << 29;
+    constexpr int64_t CHUNK_ALIGN = 128;
+    constexpr int64_t THREADS = 512;
+    const c10::DeviceGuard guard(given.device());
+    const Tensor hidden = given.contiguous();
+    const Tensor table = weight.to(hidden.scalar_type()).contiguous();
+    const Tensor weights = dense(row_weights), targets = labels.contiguous();
+    const int64_t rows = hidden.size(0), v = table.size(0);
+    const int64_t stride = ceil_div(v, VECTOR) * VECTOR;
+    const int64_t most = std::max(CHUNK_BYTES / (stride * hidden.element_size()) / CHUNK_ALIGN, int64_t{1}) * CHUNK_ALIGN;
+    const auto floats = hidden.options().dtype(at::kFloat);
+    const Tensor losses = at::empty({rows}, floats);
+    const Tensor dhidden = with_gradient ? at::empty_like(hidden) : Tensor();
+    Tensor dweight;
+    const Tensor buffer = at::empty({std::min(rows, most), stride}, hidden.options());
+    for (int64_t begin = 0; begin < rows; begin += most) {
+      const int64_t count = std::min(most, rows - begin);
+      const Tensor h = hidden.narrow(0, begin, count);
+      Tensor logits = buffer.narrow(0, 0, count).narrow(1, 0, v);
+      at::mm_out(logits, h, table.t());
+      launch(
+          "m6_cross_entropy", {count, 1}, THREADS, 0, mutable_bytes(logits), bytes(targets.narrow(0, begin, count)),
+          bytes(weights.narrow(0, begin, count)), mutable_bytes(losses.narrow(0, begin, count)), v, stride);
+      if (!with_gradient) continue;
+      Tensor dh = dhidden.narrow(0, begin, count);
+      at::mm_out(dh, logits, table);
+      const Tensor share = at::mm(logits.t(), h, at::kFloat);
+      dweight = dweight.defined() ? dweight.add_(share) : share;
+    }
+    context->save_for_backward({dhidden, dweight});
+    const Tensor total = losses.dot(weights);
+    context->mark_non_differentiable({losses});
+    return {total, losses};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    return {saved[0] * grads[0].to(saved[0].scalar_type()), saved[1] * grads[0], Tensor(), Tensor(), Tensor()};
+  }
+};
+
 }  // namespace
 
 extern "C" {
@@ -269,6 +319,18 @@ char* m6_rms_norm(const Tensor* x, const Tensor* weight, double eps, Tensor** ou
 
 char* m6_swiglu(const Tensor* gate_up, Tensor** out) {
   return guarded([&] { *out = new Tensor(SwiGlu::apply(*gate_up)); });
+}
+
+char* m6_linear_cross_entropy(
+    const Tensor* hidden, const Tensor* weight, const Tensor* labels, const Tensor* row_weights, Tensor** total,
+    Tensor** losses) {
+  return guarded([&] {
+    // Asked here, since a function's own forward pass runs without gradients.
+    const bool with_gradient = at::GradMode::is_enabled() && (hidden->requires_grad() || weight->requires_grad());
+    const auto results = LinearCrossEntropy::apply(*hidden, *weight, *labels, *row_weights, with_gradient);
+    *total = new Tensor(results[0]);
+    *losses = new Tensor(results[1]);
+  });
 }
 
 }  // extern "C"

@@ -404,3 +404,65 @@ extern "C" __global__ void m6_swiglu_grad(const bf16* dy, const bf16* gate_up, b
   store(dgate_up + from, gate);
   store(dgate_up + from + f, up);
 }
+
+// ---- Cross-entropy of rows of logits `[n, v]`, `stride` apart, and its gradient in their place. A block for each row. ----
+
+namespace {
+
+// The largest and the sum of exponentials less it, of the values so far.
+struct Partition {
+  float largest, sum;
+
+  __device__ void merge(const Partition& other) {
+    const float above = fmaxf(largest, other.largest);
+    sum = sum * __expf(largest - above) + other.sum * __expf(other.largest - above);
+    largest = above;
+  }
+};
+
+// Finite, so that the difference of two of them is a number.
+constexpr float LOWEST = -1e30f;
+
+}  // namespace
+
+// `losses[row]` is the row's cross-entropy; the logits become `weights[row] * (softmax - one at the label)`. Words past v
+// are padding: they are ignored and become zero.
+extern "C" __global__ void m6_cross_entropy(
+    bf16* logits, const int64_t* labels, const float* weights, float* losses, int64_t v, int64_t stride) {
+  __shared__ Partition shared[WARP];
+  const int64_t row = blockIdx.x;
+  bf16* own = logits + row * stride;
+  const int64_t label = labels[row];
+  Partition part{LOWEST, 0};
+  for (int64_t at = threadIdx.x * VECTOR; at < v; at += blockDim.x * VECTOR) {
+    const Vector value = load(own + at);
+    float largest = part.largest;
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) largest = at + i < v ? fmaxf(largest, value.at[i]) : largest;
+    float sum = part.sum * __expf(part.largest - largest);
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) sum += at + i < v ? __expf(value.at[i] - largest) : 0.0f;
+    part = Partition{largest, sum};
+  }
+  for (int step = WARP / 2; step > 0; step /= 2) {
+    part.merge(Partition{
+        __shfl_xor_sync(ALL_LANES, part.largest, step), __shfl_xor_sync(ALL_LANES, part.sum, step)});
+  }
+  if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = part;
+  const float at_label = __bfloat162float(own[label]);
+  __syncthreads();
+  part = shared[0];
+  for (int warp = 1; warp < static_cast<int>(blockDim.x) / WARP; ++warp) part.merge(shared[warp]);
+  const float log_sum = part.largest + __logf(part.sum);
+  if (threadIdx.x == 0) losses[row] = log_sum - at_label;
+  const float weight = weights[row];
+  for (int64_t at = threadIdx.x * VECTOR; at < stride; at += blockDim.x * VECTOR) {
+    Vector value = load(own + at);
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+      const float target = at + i == label ? 1.0f : 0.0f;
+      value.at[i] = at + i < v ? weight * (__expf(value.at[i] - log_sum) - target) : 0.0f;
+    }
+    store(own + at, value);
+  }
+}

@@ -88,6 +88,14 @@ unsafe extern "C" {
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub(crate) fn m6_swiglu(gate_up: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
+    pub(crate) fn m6_linear_cross_entropy(
+        hidden: *const C_tensor,
+        weight: *const C_tensor,
+        labels: *const C_tensor,
+        row_weights: *const C_tensor,
+        total: *mut *mut C_tensor,
+        losses: *mut *mut C_tensor,
+    ) -> *mut c_char;
 }
 
 /// Turns the shim's answer into a result, freeing its message.

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use m6_data::{SampleOrder, ShardSet, SkipLog};
 use m6_run::config::Loaded;
 use m6_run::{Checkpoints, MetricLog, Progress, RunDir, StopFlag, fetching};
-use m6_runtime::device::device;
+use m6_runtime::device::{device, memory};
 use m6_runtime::named_seed;
 use tch::{Device, Kind, Tensor};
 
@@ -157,7 +157,8 @@ fn train(
             let rate = progress.report(step, &[("l1", values[0].1)], std::mem::take(&mut images), "images");
             let mut row: Vec<(&str, f64)> =
                 values.iter().map(|(name, value)| (name.as_str(), *value)).collect();
-            row.extend([("lr", lr), ("images_per_second", rate)]);
+            let memory_peak = memory(device)?.peak as f64;
+            row.extend([("lr", lr), ("images_per_second", rate), ("memory_peak_bytes", memory_peak)]);
             metrics.scalars(step, &row)?;
         }
         if step % config.validation.every == 0 && step < steps {
