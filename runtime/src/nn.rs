@@ -32,6 +32,11 @@ impl Linear {
         Self { weight: params.add("weight", &[output, input], init, Group::Decay), bias: None }
     }
 
+    /// The matrix, `[out, in]`, for losses that take it as it is.
+    pub fn weight(&self) -> &Tensor {
+        &self.weight
+    }
+
     /// `[.., in] -> [.., out]` in the dtype of `x`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         let kind = x.kind();

@@ -208,10 +208,19 @@ impl Transformer {
         })
     }
 
+    /// The output head of text and special ids, `[text rows, d]`.
+    pub fn text_head(&self) -> Tensor {
+        self.tokens.weight().narrow(0, 0, self.vocab.text_rows())
+    }
+
+    /// The output head of codes and the end of the image, `[codes + 1, d]`.
+    pub fn code_head(&self) -> Tensor {
+        self.code_head.weight().shallow_clone()
+    }
+
     /// `[m, d]` hidden rows to logits over text and special ids, `[m, text rows]` float32.
     pub fn text_logits(&self, hidden: &Tensor) -> Tensor {
-        let rows = self.tokens.weight().narrow(0, 0, self.vocab.text_rows());
-        hidden.linear(&rows.to_kind(hidden.kind()), None::<&Tensor>).to_kind(Kind::Float)
+        hidden.linear(&self.text_head().to_kind(hidden.kind()), None::<&Tensor>).to_kind(Kind::Float)
     }
 
     /// `[m, d]` hidden rows to logits over codes and the end of the image, `[m, codes + 1]` float32.

@@ -1,6 +1,7 @@
 //! Cross-entropy of a packed batch, by head and by task.
 
-use tch::{Kind, Reduction, Tensor};
+use m6_runtime::fused::linear_cross_entropy;
+use tch::{Kind, Tensor};
 
 use crate::error::Result;
 use crate::model::{Mode, Transformer};
@@ -31,17 +32,15 @@ pub fn losses(transformer: &Transformer, batch: &Batch, mode: Mode) -> Result<Lo
     let zeros = || Tensor::zeros([Task::ALL.len() as i64], (Kind::Float, device));
     let (mut task_sums, mut task_counts) = (zeros(), zeros());
     let mut total = hidden.router_loss.unwrap_or_else(|| Tensor::zeros([], (Kind::Float, device)));
-    type Head = fn(&Transformer, &Tensor) -> Tensor;
-    let heads: [(&Targets, Head); 2] =
-        [(&batch.texts, Transformer::text_logits), (&batch.codes, Transformer::code_logits)];
+    let heads: [(&Targets, Tensor); 2] =
+        [(&batch.texts, transformer.text_head()), (&batch.codes, transformer.code_head())];
     for (targets, head) in heads {
         if targets.count == 0 {
             continue;
         }
-        let logits = head(transformer, &hidden.x_nd.index_select(0, &targets.rows));
-        let each = logits.cross_entropy_loss(&targets.labels, None::<Tensor>, Reduction::None, -100, 0.0);
-        total = each.mean(Kind::Float) + total;
-        let each = each.detach();
+        let rows = hidden.x_nd.index_select(0, &targets.rows);
+        let (mean, each) = linear_cross_entropy(&rows, &head, &targets.labels);
+        total = mean + total;
         task_sums = task_sums.index_add(0, &targets.tasks, &each);
         task_counts = task_counts.index_add(0, &targets.tasks, &each.ones_like());
     }
