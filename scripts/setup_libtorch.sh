@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Puts libtorch into .libtorch, once: the CPU half (1.2 GB), or all of it with CUDA=1 (3.9 GB).
+# Puts libtorch into .libtorch, once: the CPU half (1.2 GB), or all of it with CUDA=1 (4.1 GB).
 #
 # Safe to interrupt and to repeat: the new folder is built beside the old one and takes its place by rename, and a
 # stamp in it says what it was made from. A link called .libtorch, or a LIBTORCH variable, is used as it is.
@@ -36,7 +36,7 @@ readonly CUDA_PACKAGES=(
 readonly PYTHON_VERSION=3.11
 # Free disk for the downloaded archives and what is in them.
 readonly CPU_MIB=2200
-readonly CUDA_MIB=7200
+readonly CUDA_MIB=7500
 
 fail() {
     echo "setup: $*" >&2
