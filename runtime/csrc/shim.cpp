@@ -110,10 +110,13 @@ char* m6_foreach_lerp(size_t count, at::Tensor* const* averages, at::Tensor* con
 
 char* m6_varlen_flash(
     const at::Tensor* q, const at::Tensor* k, const at::Tensor* v, const at::Tensor* cu_q, const at::Tensor* cu_k,
-    int64_t max_q, int64_t max_k, bool causal, at::Tensor** out) {
+    int64_t max_q, int64_t max_k, bool causal, int64_t window_left, at::Tensor** out) {
   return guarded([&] {
+    // A negative number is no limit.
+    auto left = window_left < 0 ? std::nullopt : std::make_optional(window_left);
     auto result = at::_flash_attention_forward(
-        *q, *k, *v, *cu_q, *cu_k, max_q, max_k, /*dropout_p=*/0.0, causal, /*return_debug_mask=*/false);
+        *q, *k, *v, *cu_q, *cu_k, max_q, max_k, /*dropout_p=*/0.0, causal, /*return_debug_mask=*/false,
+        /*scale=*/std::nullopt, left);
     *out = new at::Tensor(std::get<0>(result));
   });
 }

@@ -97,28 +97,41 @@ impl FlashLayout {
 }
 
 /// Attention of `q`, `k`, `v` of shape `[n, h, k]` (fewer key heads than query heads are allowed: grouped
-/// queries) under the prefix/target rule of `layout`; returns `[n, h, k]`.
+/// queries) under the prefix/target rule of `layout`; returns `[n, h, k]`. With a `window`, a token sees of what is
+/// before it only so many tokens, itself included.
 ///
 /// On a GPU and in bf16 this is one causal variable-length flash call over everything, then the prefix rows
 /// once more without the causal rule, put in place; elsewhere a masked call for each example.
 ///
 /// # Errors
 /// When libtorch refuses a flash call.
-pub fn prefix_attention(q: &Tensor, k: &Tensor, v: &Tensor, layout: &Layout) -> Result<Tensor> {
+pub fn prefix_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    layout: &Layout,
+    window: Option<i64>,
+) -> Result<Tensor> {
     match &layout.flash {
-        Some(flash) if q.kind() == Kind::BFloat16 => flash_attention(q, k, v, flash),
-        _ => Ok(masked_attention(q, k, v, &layout.spans)),
+        Some(flash) if q.kind() == Kind::BFloat16 => flash_attention(q, k, v, flash, window),
+        _ => Ok(masked_attention(q, k, v, &layout.spans, window)),
     }
 }
 
-fn flash_attention(q: &Tensor, k: &Tensor, v: &Tensor, layout: &FlashLayout) -> Result<Tensor> {
-    let all = varlen_flash(q, k, v, &layout.cumulative, layout.longest, true)?;
+fn flash_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    layout: &FlashLayout,
+    window: Option<i64>,
+) -> Result<Tensor> {
+    let all = varlen_flash(q, k, v, &layout.cumulative, layout.longest, true, window)?;
     if layout.prefix_longest == 0 {
         return Ok(all);
     }
     let rows = &layout.prefix_rows;
     let [q, k, v] = [q, k, v].map(|t| t.index_select(0, rows));
-    let prefix = varlen_flash(&q, &k, &v, &layout.prefix_cumulative, layout.prefix_longest, false)?;
+    let prefix = varlen_flash(&q, &k, &v, &layout.prefix_cumulative, layout.prefix_longest, false, window)?;
     Ok(all.index_copy(0, rows, &prefix))
 }
 
@@ -129,7 +142,9 @@ fn varlen_flash(
     ends: &Tensor,
     longest: i64,
     causal: bool,
+    window: Option<i64>,
 ) -> Result<Tensor> {
+    const UNLIMITED: i64 = -1;
     let mut out = std::ptr::null_mut();
     // SAFETY: live tensors that libtorch reads; `out` receives a new one on success.
     ffi::check(unsafe {
@@ -142,6 +157,7 @@ fn varlen_flash(
             longest,
             longest,
             causal,
+            window.map_or(UNLIMITED, |size| size - 1),
             &mut out,
         )
     })?;
@@ -149,12 +165,13 @@ fn varlen_flash(
 }
 
 /// The reference: one masked call for each example.
-fn masked_attention(q: &Tensor, k: &Tensor, v: &Tensor, spans: &[Span]) -> Tensor {
+fn masked_attention(q: &Tensor, k: &Tensor, v: &Tensor, spans: &[Span], window: Option<i64>) -> Tensor {
     let mut outputs = Vec::with_capacity(spans.len());
     let mut start = 0;
     for span in spans.iter().filter(|span| !span.is_empty()) {
         let example = |t: &Tensor| t.narrow(0, start, span.len()).transpose(0, 1).unsqueeze(0); // [1, h, t, k]
-        let mask = (span.prefix > 1).then(|| span_mask(*span, q.device()));
+        let window = window.filter(|size| *size < span.len());
+        let mask = (span.prefix > 1 || window.is_some()).then(|| span_mask(*span, window, q.device()));
         let out = Tensor::scaled_dot_product_attention(
             &example(q),
             &example(k),
@@ -172,10 +189,14 @@ fn masked_attention(q: &Tensor, k: &Tensor, v: &Tensor, spans: &[Span]) -> Tenso
 }
 
 /// `[t, t]`, true where a query (row) may look at a key (column).
-fn span_mask(span: Span, device: Device) -> Tensor {
-    let mask = Tensor::ones([span.len(), span.len()], (Kind::Bool, device)).tril(0);
+fn span_mask(span: Span, window: Option<i64>, device: Device) -> Tensor {
+    let all = Tensor::ones([span.len(), span.len()], (Kind::Bool, device));
+    let mask = all.tril(0);
     let _ = mask.narrow(0, 0, span.prefix).narrow(1, 0, span.prefix).fill_(1);
-    mask
+    match window {
+        Some(size) => mask.logical_and(&all.triu(1 - size)),
+        None => mask,
+    }
 }
 
 #[cfg(test)]
@@ -185,7 +206,7 @@ mod tests {
     const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
 
     /// The rule, written out token by token in f64.
-    fn by_definition(q: &Tensor, k: &Tensor, v: &Tensor, spans: &[Span]) -> Tensor {
+    fn by_definition(q: &Tensor, k: &Tensor, v: &Tensor, spans: &[Span], window: Option<i64>) -> Tensor {
         let n = q.size()[0];
         let allowed = Tensor::zeros([n, n], (Kind::Bool, Device::Cpu));
         let mut start = 0;
@@ -193,7 +214,8 @@ mod tests {
             for row in 0..span.len() {
                 for column in 0..span.len() {
                     let prefix_pair = row < span.prefix && column < span.prefix;
-                    if prefix_pair || column <= row {
+                    let is_near = window.is_none_or(|size| row - column < size);
+                    if is_near && (prefix_pair || column <= row) {
                         let _ = allowed.get(start + row).get(start + column).fill_(1);
                     }
                 }
@@ -218,9 +240,26 @@ mod tests {
         let spans = spans();
         let n = spans.iter().map(Span::len).sum::<i64>();
         let [q, k, v] = [0; 3].map(|_| Tensor::randn([n, 2, 8], FLOAT));
-        let out = prefix_attention(&q, &k, &v, &Layout::new(spans.clone(), Device::Cpu).unwrap()).unwrap();
-        let gap = (out - by_definition(&q, &k, &v, &spans)).abs().max().double_value(&[]);
-        assert!(gap < 1e-5, "{gap}");
+        let layout = Layout::new(spans.clone(), Device::Cpu).unwrap();
+        for window in [None, Some(1), Some(3), Some(100)] {
+            let out = prefix_attention(&q, &k, &v, &layout, window).unwrap();
+            let gap = (out - by_definition(&q, &k, &v, &spans, window)).abs().max().double_value(&[]);
+            assert!(gap < 1e-5, "{window:?}: {gap}");
+        }
+    }
+
+    #[test]
+    fn a_key_head_serves_its_group_of_query_heads() {
+        tch::manual_seed(4);
+        let spans = spans();
+        let n = spans.iter().map(Span::len).sum::<i64>();
+        let q = Tensor::randn([n, 6, 8], FLOAT);
+        let [k, v] = [0; 2].map(|_| Tensor::randn([n, 2, 8], FLOAT));
+        let layout = Layout::new(spans, Device::Cpu).unwrap();
+        let few = prefix_attention(&q, &k, &v, &layout, Some(4)).unwrap();
+        let [k, v] = [k, v].map(|t| t.repeat_interleave_self_int(3, 1, None));
+        let many = prefix_attention(&q, &k, &v, &layout, Some(4)).unwrap();
+        assert!((few - many).abs().max().double_value(&[]) < 1e-6);
     }
 
     #[test]
@@ -230,10 +269,10 @@ mod tests {
         let n = spans.iter().map(Span::len).sum::<i64>();
         let [q, k, v] = [0; 3].map(|_| Tensor::randn([n, 2, 8], FLOAT));
         let layout = Layout::new(spans, Device::Cpu).unwrap();
-        let before = prefix_attention(&q, &k, &v, &layout).unwrap();
+        let before = prefix_attention(&q, &k, &v, &layout, None).unwrap();
         // Token 5 is the third target of the first example: only targets after it may change.
         let _ = v.get(5).fill_(9.0);
-        let after = prefix_attention(&q, &k, &v, &layout).unwrap();
+        let after = prefix_attention(&q, &k, &v, &layout, None).unwrap();
         let changed = (before - after).abs().sum_dim_intlist([1, 2].as_slice(), false, Kind::Float);
         let changed: Vec<f32> = Vec::try_from(changed).unwrap();
         for (token, change) in changed.iter().enumerate() {
@@ -250,23 +289,28 @@ mod tests {
         let mut spans = spans();
         spans.extend((0..20).map(|i| Span { prefix: (i * 7) % 65, target: 1 + (i * 31) % 257 }));
         let n = spans.iter().map(Span::len).sum::<i64>();
-        let draw = || Tensor::randn([n, 6, 64], FLOAT).to_kind(Kind::BFloat16);
-        let inputs = [draw(), draw(), draw()];
-        let probe = draw();
-        let run = |device: Device, kind: Kind, spans: Vec<Span>| {
-            let leaves = inputs.each_ref().map(|t| t.to_device(device).to_kind(kind).set_requires_grad(true));
-            let [q, k, v] = &leaves;
-            let out = prefix_attention(q, k, v, &Layout::new(spans, device).unwrap()).unwrap();
-            (&out * probe.to_device(device).to_kind(kind)).sum(Kind::Float).backward();
-            let host = |t: Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
-            [host(out), host(q.grad()), host(k.grad()), host(v.grad())]
-        };
+        let draw = |heads: i64| Tensor::randn([n, heads, 64], FLOAT).to_kind(Kind::BFloat16);
+        let probe = draw(6);
+        let run =
+            |inputs: &[Tensor; 3], device: Device, kind: Kind, spans: Vec<Span>, window: Option<i64>| {
+                let leaves =
+                    inputs.each_ref().map(|t| t.to_device(device).to_kind(kind).set_requires_grad(true));
+                let [q, k, v] = &leaves;
+                let out = prefix_attention(q, k, v, &Layout::new(spans, device).unwrap(), window).unwrap();
+                (&out * probe.to_device(device).to_kind(kind)).sum(Kind::Float).backward();
+                let host = |t: Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
+                [host(out), host(q.grad()), host(k.grad()), host(v.grad())]
+            };
         /// bf16 keeps eight bits.
         const BF16_ERROR: f64 = 1e-2;
-        let reference = run(Device::Cpu, Kind::Float, spans.clone());
-        for (flash, exact) in run(device, Kind::BFloat16, spans).iter().zip(&reference) {
-            let gap = ((flash - exact).norm() / exact.norm()).double_value(&[]);
-            assert!(gap < BF16_ERROR, "{gap}");
+        for (key_heads, window) in [(6, None), (2, None), (2, Some(24))] {
+            let inputs = [draw(6), draw(key_heads), draw(key_heads)];
+            let reference = run(&inputs, Device::Cpu, Kind::Float, spans.clone(), window);
+            let flash = run(&inputs, device, Kind::BFloat16, spans.clone(), window);
+            for (flash, exact) in flash.iter().zip(&reference) {
+                let gap = ((flash - exact).norm() / exact.norm()).double_value(&[]);
+                assert!(gap < BF16_ERROR, "{key_heads} {window:?}: {gap}");
+            }
         }
     }
 }

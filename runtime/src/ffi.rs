@@ -52,6 +52,7 @@ unsafe extern "C" {
         max_q: i64,
         max_k: i64,
         causal: bool,
+        window_left: i64,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub(crate) fn m6_leaky_relu(x: *const C_tensor, slope: f64, out: *mut *mut C_tensor) -> *mut c_char;

@@ -86,6 +86,29 @@ impl RmsNorm {
     }
 }
 
+/// Layer norm over the last axis (Ba et al. 2016).
+#[derive(Debug)]
+pub struct LayerNorm {
+    weight: Tensor,
+    bias: Tensor,
+    eps: f64,
+}
+
+impl LayerNorm {
+    /// Over `width` values.
+    pub fn new(params: &Params, width: i64, eps: f64) -> Self {
+        let weight = params.add("weight", &[width], Init::Ones, Group::NoDecay);
+        let bias = params.add("bias", &[width], Init::Zeros, Group::NoDecay);
+        Self { weight, bias, eps }
+    }
+
+    /// Same shape and dtype as `x`.
+    pub fn forward(&self, x: &Tensor) -> Tensor {
+        let (weight, bias) = (self.weight.to_kind(x.kind()), self.bias.to_kind(x.kind()));
+        x.layer_norm(self.weight.size(), Some(&weight), Some(&bias), self.eps, true)
+    }
+}
+
 /// Group norm over `[b, c, h, w]` (Wu and He 2018).
 #[derive(Debug)]
 pub struct GroupNorm {

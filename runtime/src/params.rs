@@ -55,7 +55,8 @@ pub struct Param {
 #[derive(Debug)]
 struct Registry {
     device: Device,
-    seed: u64,
+    /// None where the values come from a file.
+    seed: Option<u64>,
     entries: BTreeMap<String, Param>,
 }
 
@@ -99,6 +100,15 @@ pub fn named_seed(seed: u64, name: &str) -> u64 {
 impl Params {
     /// An empty registry whose parameters live on `device` and start from `seed`.
     pub fn new(device: Device, seed: u64) -> Self {
+        Self::empty(device, Some(seed))
+    }
+
+    /// An empty registry whose parameters hold nothing in particular until they are loaded, which saves drawing them.
+    pub fn unfilled(device: Device) -> Self {
+        Self::empty(device, None)
+    }
+
+    fn empty(device: Device, seed: Option<u64>) -> Self {
         let registry = Registry { device, seed, entries: BTreeMap::new() };
         Self { registry: Rc::new(RefCell::new(registry)), prefix: String::new() }
     }
@@ -115,8 +125,12 @@ impl Params {
     pub fn add(&self, name: &str, shape: &[i64], init: Init, group: Group) -> Tensor {
         let name = join(&self.prefix, name);
         let mut registry = self.registry.borrow_mut();
-        let host = initial(&name, shape, init, registry.seed);
-        let tensor = host.to_device(registry.device).set_requires_grad(group != Group::Buffer);
+        let device = registry.device;
+        let tensor = match registry.seed {
+            Some(seed) => initial(&name, shape, init, seed).to_device(device),
+            None => Tensor::empty(shape, (Kind::Float, device)),
+        };
+        let tensor = tensor.set_requires_grad(group != Group::Buffer);
         let shared = tensor.shallow_clone();
         let taken = registry.entries.insert(name.clone(), Param { tensor, group });
         assert!(taken.is_none(), "the parameter name `{name}` is used twice");

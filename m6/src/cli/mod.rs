@@ -13,6 +13,7 @@ mod exit;
 mod generate;
 mod output;
 mod pack;
+mod score;
 mod tokenizer;
 mod train;
 mod vqgan;
@@ -57,6 +58,8 @@ enum Command {
     Generate(generate::Args),
     /// Write captions of pictures in English and Chinese
     Caption(caption::Args),
+    /// Tell how likely a language model finds a text
+    Score(score::Args),
     /// Score a model on held-out pictures
     #[command(subcommand)]
     Eval(eval::Command),
@@ -80,6 +83,7 @@ impl Command {
             Self::Train(args) => args.run(),
             Self::Generate(args) => args.run(),
             Self::Caption(args) => args.run(),
+            Self::Score(args) => args.run(),
             Self::Eval(command) => command.run(),
             Self::Demo(args) => args.run(),
         }

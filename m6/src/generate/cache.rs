@@ -19,10 +19,14 @@ pub struct KvCache {
     blocks: Vec<BlockCache>,
     /// `[r, 1, 1, t]`, true where a key may be seen; absent where no row is padded.
     visible: Option<Tensor>,
+    /// `[r]` tokens of each row's prefix.
+    lengths: Tensor,
+    /// Tokens of the longest prefix.
+    longest: i64,
     filled: i64,
 }
 
-/// Keys and values of one block, `[r, h, t, k]`, written in place.
+/// Keys and values of one block, `[r, g, t, k]` with `g` key heads, written in place.
 #[derive(Debug)]
 struct BlockCache {
     keys: Tensor,
@@ -45,12 +49,14 @@ impl KvCache {
         let rows = prefixes.len() as i64;
         let longest = lengths.iter().copied().max().unwrap_or(0);
         let config = transformer.config();
-        let shape = [rows, config.heads, longest + targets, config.head_width()];
+        let shape = [rows, config.kv_heads(), longest + targets, config.head_width()];
         let empty = || Tensor::zeros(shape, (transformer.compute(), device));
         let uneven = lengths.iter().any(|&length| length != longest);
         let cache = Self {
             blocks: (0..config.layers).map(|_| BlockCache { keys: empty(), values: empty() }).collect(),
             visible: uneven.then(|| visible(&lengths, longest, targets).to_device(device)),
+            lengths: Tensor::from_slice(&lengths).to_device(device),
+            longest,
             filled: longest,
         };
         if longest > 0 {
@@ -58,13 +64,15 @@ impl KvCache {
                 [] => None,
                 some => Some(pictures_to_tensor(some)?.to_device(device)),
             };
-            let x_nd = transformer.embed(&sequence.to_device(device)?, pictures.as_ref());
+            let tokens = sequence.to_device(device)?;
+            let x_nd = transformer.embed(&tokens, pictures.as_ref());
             // A row without a prefix has no key to see; its padding, which nobody looks at, sees all padding instead.
             let seen = uneven.then(|| {
                 let lengths: Vec<i64> = lengths.iter().map(|&n| if n == 0 { longest } else { n }).collect();
                 visible(&lengths, longest, 0).to_device(device)
             });
-            let _hidden = cache.run(transformer, x_nd, 0, longest, seen.as_ref())?;
+            let places = tokens.places.view([rows, longest]);
+            let _hidden = cache.run(transformer, x_nd, &places, 0, seen.as_ref())?;
         }
         Ok(cache)
     }
@@ -77,7 +85,8 @@ impl KvCache {
         let at = self.filled;
         self.filled += 1;
         let seen = self.visible.as_ref().map(|visible| visible.narrow(3, 0, self.filled));
-        self.run(transformer, transformer.embed(tokens, None), at, 1, seen.as_ref())
+        let places = (&self.lengths + (at - self.longest)).unsqueeze(-1);
+        self.run(transformer, transformer.embed(tokens, None), &places, at, seen.as_ref())
     }
 
     /// Makes row `i` a copy of what row `rows[i]` was; the number of rows may change.
@@ -89,19 +98,29 @@ impl KvCache {
             block.values = block.values.index_select(0, &rows);
         }
         self.visible = self.visible.take().map(|visible| visible.index_select(0, &rows));
+        self.lengths = self.lengths.index_select(0, &rows);
     }
 
-    /// Runs `t` tokens a row, `[r * t, d]`, whose keys and values are put at place `at`.
+    /// Runs `t` tokens a row, `[r * t, d]`, of these `places` `[r, t]` in their examples, whose keys and values are put
+    /// at place `at` of the cache.
     fn run(
         &self,
         transformer: &Transformer,
         x_nd: Tensor,
+        places: &Tensor,
         at: i64,
-        t: i64,
         seen: Option<&Tensor>,
     ) -> Result<Tensor> {
-        let real = x_nd.size()[0];
-        let hidden = transformer.run(x_nd, real, Mode::Infer, |index, q, k, v| {
+        let (real, t) = (x_nd.size()[0], places.size()[1]);
+        let config = transformer.config();
+        // As in Qwen, the angles that depend on a length keep those of the prefix: keys in the cache are turned already.
+        let lengths = self.lengths.unsqueeze(-1).expand_as(places).flatten(0, 1);
+        let rotation = transformer.rotation(&places.flatten(0, 1), &lengths, Mode::Infer);
+        let near = config.window.as_ref().map(|window| {
+            let near = self.near(places, at + t, window.size);
+            seen.map_or(near.shallow_clone(), |seen| seen.logical_and(&near))
+        });
+        let hidden = transformer.run(x_nd, rotation.as_ref(), real, Mode::Infer, |index, q, k, v| {
             let [q, k, v] = [q, k, v].map(|x_nhk| {
                 let size = x_nhk.size();
                 x_nhk.reshape([-1, t, size[1], size[2]]).transpose(1, 2) // [r, h, t, k]
@@ -111,10 +130,24 @@ impl KvCache {
             block.values.narrow(2, at, t).copy_(&v);
             let keys = block.keys.narrow(2, 0, at + t);
             let values = block.values.narrow(2, 0, at + t);
-            let out = Tensor::scaled_dot_product_attention(&q, &keys, &values, seen, 0.0, false, None, false);
+            let seen = if config.window(index).is_some() { near.as_ref() } else { seen };
+            let is_grouped = config.kv_heads() < config.heads;
+            let out =
+                Tensor::scaled_dot_product_attention(&q, &keys, &values, seen, 0.0, false, None, is_grouped);
             Ok(out.transpose(1, 2).flatten(0, 1)) // [r * t, h, k]
         })?;
         Ok(hidden.x_nd)
+    }
+
+    /// `[r, 1, t, keys]`, true where a key of the first `keys` is at most `size - 1` places before the query's place
+    /// `[r, t]`.
+    fn near(&self, places: &Tensor, keys: i64, size: i64) -> Tensor {
+        let slots = Tensor::arange(keys, (Kind::Int64, places.device()));
+        // Targets begin behind the longest prefix, but their places behind their own.
+        let shift = (self.longest - &self.lengths).unsqueeze(-1) * slots.ge(self.longest);
+        let key_places = slots - shift; // [r, keys]
+        let distance = places.unsqueeze(-1) - key_places.unsqueeze(1);
+        distance.lt(size).unsqueeze(1)
     }
 }
 
@@ -127,6 +160,7 @@ fn pad(transformer: &Transformer, prefixes: &[Vec<Piece>]) -> (Sequence, Vec<i64
     let mut sequence = Sequence::new(transformer.vocab(), positions);
     let mut pictures = Vec::new();
     for (prefix, length) in prefixes.iter().zip(&lengths) {
+        sequence.begin();
         for piece in prefix {
             piece.clone().append(&mut sequence, &mut pictures);
         }

@@ -72,7 +72,7 @@ pub fn caption(
 
 /// The picture scaled to what the model's patches are made for, its long side to the whole side, on a white square.
 pub(super) fn fit(picture: &Rgb8, model: &Model) -> Result<Rgb8> {
-    let resolution = model.info.model.patches.resolution as u32;
+    let resolution = model.resolution() as u32;
     let long_side = u64::from(picture.width.max(picture.height));
     let scaled = |side: u32| ((u64::from(side) * u64::from(resolution)).div_ceil(long_side)).max(1) as u32;
     let small = picture.resize(scaled(picture.width), scaled(picture.height))?;

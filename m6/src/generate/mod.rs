@@ -1,9 +1,10 @@
-//! Using a trained model: pictures from prompts, captions of pictures.
+//! Using a trained model: pictures from prompts, captions of pictures, the likelihood of texts.
 
 mod beam;
 mod cache;
 mod caption;
 mod grid;
+mod likelihood;
 mod picture;
 mod rerank;
 mod sampler;
@@ -14,6 +15,7 @@ pub(crate) mod testing;
 pub use cache::KvCache;
 pub use caption::{Caption, caption};
 pub use grid::rows_grid;
+pub use likelihood::{Likelihood, likelihood};
 pub use picture::{DrawRequest, Drawing, draw};
 pub use sampler::{Sampling, guide};
 pub use score::{perplexities, score_texts};

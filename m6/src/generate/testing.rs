@@ -56,16 +56,10 @@ pub fn tiny_model() -> Model {
 
 fn config() -> ModelConfig {
     ModelConfig {
-        width: 32,
-        layers: 2,
-        heads: 2,
-        hidden: 48,
-        max_text: 16,
-        dropout: 0.0,
         any_order: true,
         code_order: CodeOrder::CoarseToFine,
-        patches: PatchConfig { resolution: i64::from(SIDE), channels: vec![16, 16] },
-        moe: None,
+        patches: Some(PatchConfig { resolution: i64::from(SIDE), channels: vec![16, 16] }),
+        ..ModelConfig::new(32, 2, 2, 48, 16)
     }
 }
 

@@ -1,40 +1,44 @@
-//! Self-attention with normalised queries and keys (Chameleon's cure for divergence with mixed modalities).
+//! Self-attention, by default with normalised queries and keys (Chameleon's cure for divergence with mixed modalities).
 //!
-//! Legend: `n` tokens, `d` model width, `h` heads, `k` head width.
+//! Legend: `n` tokens, `d` model width, `h` heads, `g` key heads, `k` head width.
 
 use crate::error::Result;
 use m6_runtime::nn::{Linear, RmsNorm};
 use m6_runtime::{Init, Params};
 use tch::Tensor;
 
-use super::config::ModelConfig;
-use super::{INIT_STD, NORM_EPS};
+use super::INIT_STD;
+use super::config::{Bias, ModelConfig};
+use super::rotary::Rotation;
 
 /// Projections around an attention that the caller provides: over packed examples in training, over a cache in
 /// generation.
 #[derive(Debug)]
 pub struct Attention {
     qkv: Linear,
-    q_norm: RmsNorm,
-    k_norm: RmsNorm,
+    norms: Option<[RmsNorm; 2]>,
     out: Linear,
     heads: i64,
+    kv_heads: i64,
     head_width: i64,
 }
 
-/// `q`, `k`, `v` of shape `[n, h, k]` to the attended values `[n, h, k]`.
+/// `q` of shape `[n, h, k]`, `k` and `v` of shape `[n, g, k]` to the attended values `[n, h, k]`.
 pub type Attend<'a> = dyn FnMut(&Tensor, &Tensor, &Tensor) -> Result<Tensor> + 'a;
 
 impl Attention {
     /// The attention of one block; `out_std` is the initial width of the output projection.
     pub fn new(params: &Params, config: &ModelConfig, out_std: f64) -> Self {
         let (d, k) = (config.width, config.head_width());
+        let (heads, kv_heads) = (config.heads, config.kv_heads());
+        let norm = |name: &str| RmsNorm::new(&(params / name), k, config.norm_eps);
+        let rows = (heads + 2 * kv_heads) * k;
         Self {
-            qkv: Linear::without_bias(&(params / "qkv"), d, 3 * d, Init::Normal(INIT_STD)),
-            q_norm: RmsNorm::new(&(params / "q_norm"), k, NORM_EPS),
-            k_norm: RmsNorm::new(&(params / "k_norm"), k, NORM_EPS),
-            out: Linear::without_bias(&(params / "out"), d, d, Init::Normal(out_std)),
-            heads: config.heads,
+            qkv: linear(&(params / "qkv"), d, rows, INIT_STD, config.bias != Bias::None),
+            norms: config.qk_norm.then(|| [norm("q_norm"), norm("k_norm")]),
+            out: linear(&(params / "out"), heads * k, d, out_std, config.bias == Bias::All),
+            heads,
+            kv_heads,
             head_width: k,
         }
     }
@@ -43,11 +47,25 @@ impl Attention {
     ///
     /// # Errors
     /// Those of `attend`.
-    pub fn forward(&self, x_nd: &Tensor, attend: &mut Attend) -> Result<Tensor> {
-        let qkv = self.qkv.forward(x_nd).view([-1, 3, self.heads, self.head_width]); // [n, 3, h, k]
-        // One node of the graph: three selects would each fill the gradient of all of `qkv` with zeros.
-        let [q, k, v] = &qkv.unbind(1)[..] else { unreachable!("three along axis 1") };
-        let attended = attend(&self.q_norm.forward(q), &self.k_norm.forward(k), v)?; // [n, h, k]
+    pub fn forward(&self, x_nd: &Tensor, rotation: Option<&Rotation>, attend: &mut Attend) -> Result<Tensor> {
+        let qkv = self.qkv.forward(x_nd).view([-1, self.heads + 2 * self.kv_heads, self.head_width]);
+        // One node of the graph: three narrows would each fill the gradient of all of `qkv` with zeros.
+        let parts = qkv.split_with_sizes([self.heads, self.kv_heads, self.kv_heads], 1);
+        let [q, k, v] = &parts[..] else { unreachable!("three along axis 1") };
+        let (mut q, mut k) = (q.shallow_clone(), k.shallow_clone());
+        if let Some([q_norm, k_norm]) = &self.norms {
+            (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
+        }
+        if let Some(rotation) = rotation {
+            (q, k) = (rotation.queries(&q), rotation.keys(&k));
+        }
+        let attended = attend(&q, &k, v)?; // [n, h, k]
         Ok(self.out.forward(&attended.flatten(1, 2)))
     }
+}
+
+/// A product with or without a bias.
+pub(super) fn linear(params: &Params, input: i64, output: i64, std: f64, has_bias: bool) -> Linear {
+    let new = if has_bias { Linear::new } else { Linear::without_bias };
+    new(params, input, output, Init::Normal(std))
 }

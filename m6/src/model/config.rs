@@ -3,9 +3,11 @@
 use m6_vision::PatchConfig;
 use serde::{Deserialize, Serialize};
 
+use super::moe::MoeConfig;
 use super::order::CodeOrder;
+use super::rotary::RotaryConfig;
 
-/// Settings of one stack: sizes, feed-forward kind, patch extractor.
+/// Settings of one stack. A family of models is a choice of them: the files in `configs/model`.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ModelConfig {
@@ -13,12 +15,42 @@ pub struct ModelConfig {
     pub width: i64,
     /// Number of blocks.
     pub layers: i64,
-    /// Attention heads, `h`; they divide the width.
+    /// Attention heads, `h`.
     pub heads: i64,
-    /// Width of the SwiGLU feed-forward, `f`; with experts, of each expert.
+    /// Heads of keys and values, each for a group of query heads (Ainslie et al. 2023); as many as `heads` where absent.
+    #[serde(default)]
+    pub kv_heads: Option<i64>,
+    /// Width of one head, `k`; the width over the heads where absent.
+    #[serde(default)]
+    pub head_width: Option<i64>,
+    /// Width of the feed-forward, `f`; with experts, of each expert that has no width of its own.
     pub hidden: i64,
     /// Longest text of one segment, in tokens.
     pub max_text: i64,
+    /// Norms between the layers.
+    #[serde(default)]
+    pub norm: NormKind,
+    /// Epsilon of every norm.
+    #[serde(default = "norm_eps")]
+    pub norm_eps: f64,
+    /// Whether queries and keys are normalised (Chameleon's cure for divergence with mixed modalities).
+    #[serde(default = "yes")]
+    pub qk_norm: bool,
+    /// Which products have a bias.
+    #[serde(default)]
+    pub bias: Bias,
+    /// The dense feed-forward and the experts.
+    #[serde(default)]
+    pub feed_forward: FeedForwardKind,
+    /// Rotary positions in place of the learned table.
+    #[serde(default)]
+    pub rotary: Option<RotaryConfig>,
+    /// How far back some blocks see.
+    #[serde(default)]
+    pub window: Option<WindowConfig>,
+    /// Whether the text head shares the input table.
+    #[serde(default = "yes")]
+    pub tied: bool,
     /// Share of values dropped after each sub-layer and after the embedding, while training.
     #[serde(default)]
     pub dropout: f64,
@@ -29,42 +61,119 @@ pub struct ModelConfig {
     /// The order in which pictures are drawn; any but row by row needs `any_order`.
     #[serde(default)]
     pub code_order: CodeOrder,
-    /// How pictures become patch features.
-    pub patches: PatchConfig,
+    /// How pictures become patch features; absent where the model sees none.
+    #[serde(default)]
+    pub patches: Option<PatchConfig>,
     /// Experts in place of the dense feed-forward.
     #[serde(default)]
     pub moe: Option<MoeConfig>,
 }
 
-/// Settings of the mixture-of-experts feed-forward.
+/// A kind of norm.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum NormKind {
+    /// Root mean square.
+    #[default]
+    Rms,
+    /// Layer norm, with a bias.
+    Layer,
+}
+
+/// The products of a block that have a bias.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Bias {
+    /// None.
+    #[default]
+    None,
+    /// Queries, keys and values, as in Qwen.
+    Qkv,
+    /// All of attention and of the dense feed-forward, as in BERT.
+    All,
+}
+
+/// A kind of feed-forward.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FeedForwardKind {
+    /// Three matrices, the first of which gates the second (Shazeer 2020).
+    #[default]
+    Swiglu,
+    /// Two matrices.
+    Gelu,
+}
+
+/// A limit of how far back is seen.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct MoeConfig {
-    /// Number of experts, `e`.
-    pub experts: i64,
-    /// Experts that each token goes through.
-    pub active: i64,
-    /// Every n-th block has experts (the n-th, the 2n-th, ...); the others are dense.
-    pub every: i64,
-    /// Weight of the load-balance loss (Fedus et al. 2021, Switch Transformer, equation 4).
-    pub balance_loss: f64,
-    /// Weight of the squared log-partition of the router (Zoph et al. 2022, ST-MoE, equation 5).
-    pub z_loss: f64,
+pub struct WindowConfig {
+    /// Tokens that are seen, the one that looks included.
+    pub size: i64,
+    /// The first block that is limited; the ones before it see everything.
+    pub from: i64,
 }
 
 /// Bounds that keep a damaged or absurd config from asking for all memory; far above any model that is built.
 const MAX_WIDTH: i64 = 1 << 16;
 const MAX_LAYERS: i64 = 1 << 10;
 const MAX_TEXT: i64 = 1 << 20;
-/// What a grouped matrix product takes at once.
-const MAX_EXPERTS: i64 = 1 << 10;
 /// What flash attention takes.
 const MAX_HEAD_WIDTH: i64 = 256;
 
+fn norm_eps() -> f64 {
+    1e-6
+}
+
+fn yes() -> bool {
+    true
+}
+
 impl ModelConfig {
+    /// A stack of these sizes with everything else as it is by default.
+    pub fn new(width: i64, layers: i64, heads: i64, hidden: i64, max_text: i64) -> Self {
+        Self {
+            width,
+            layers,
+            heads,
+            kv_heads: None,
+            head_width: None,
+            hidden,
+            max_text,
+            norm: NormKind::default(),
+            norm_eps: norm_eps(),
+            qk_norm: yes(),
+            bias: Bias::default(),
+            feed_forward: FeedForwardKind::default(),
+            rotary: None,
+            window: None,
+            tied: yes(),
+            dropout: 0.0,
+            any_order: false,
+            code_order: CodeOrder::default(),
+            patches: None,
+            moe: None,
+        }
+    }
+
     /// Width of one head, `k`.
     pub fn head_width(&self) -> i64 {
-        self.width / self.heads
+        self.head_width.unwrap_or(self.width / self.heads)
+    }
+
+    /// Heads of keys and values.
+    pub fn kv_heads(&self) -> i64 {
+        self.kv_heads.unwrap_or(self.heads)
+    }
+
+    /// How far back block `layer` sees, where that is limited.
+    pub fn window(&self, layer: usize) -> Option<i64> {
+        self.window.as_ref().filter(|window| layer as i64 >= window.from).map(|window| window.size)
+    }
+
+    /// What block `layer` has in place of a dense feed-forward, if anything.
+    pub fn experts(&self, layer: i64) -> Option<&MoeConfig> {
+        self.moe.as_ref().filter(|moe| (layer + 1) % moe.every == 0 && !moe.dense_layers.contains(&layer))
     }
 
     /// What is wrong with these settings, in one line naming the key.
@@ -82,45 +191,103 @@ impl ModelConfig {
         if let Some((key, value, most)) = sizes.iter().find(|(_, value, most)| !(1..=*most).contains(value)) {
             return Err(format!("{key} = {value}: expected 1 to {most}"));
         }
-        // Flash attention and grouped products want rows of whole 16-byte words in bf16.
-        if self.width % (8 * self.heads) != 0 {
-            return Err(format!(
-                "width = {}: expected a multiple of 8 * heads = {}",
-                self.width,
-                8 * self.heads
-            ));
-        }
-        if self.head_width() > MAX_HEAD_WIDTH {
-            return Err(format!("heads = {}: expected heads of at most {MAX_HEAD_WIDTH} values", self.heads));
-        }
+        self.validate_heads()?;
         if self.hidden % 8 != 0 {
             return Err(format!("hidden = {}: expected a multiple of 8", self.hidden));
         }
         if !(0.0..1.0).contains(&self.dropout) {
             return Err(format!("dropout = {}: expected 0 <= dropout < 1", self.dropout));
         }
+        if !(self.norm_eps > 0.0 && self.norm_eps < 1.0) {
+            return Err(format!("norm_eps = {}: expected 0 < norm_eps < 1", self.norm_eps));
+        }
         if self.code_order != CodeOrder::Rows && !self.any_order {
             return Err("code_order is not rows: expected any_order = true".into());
         }
+        if let Some(rotary) = &self.rotary {
+            rotary.validate().map_err(|problem| format!("rotary.{problem}"))?;
+        }
+        if let Some(window) = &self.window {
+            window.validate(self.layers).map_err(|problem| format!("window.{problem}"))?;
+        }
         if let Some(moe) = &self.moe {
-            if !(1..=MAX_EXPERTS).contains(&moe.experts) {
-                return Err(format!("moe.experts = {}: expected 1 to {MAX_EXPERTS}", moe.experts));
-            }
-            for (key, value) in [("balance_loss", moe.balance_loss), ("z_loss", moe.z_loss)] {
-                if !(value >= 0.0 && value.is_finite()) {
-                    return Err(format!("moe.{key} = {value}: expected 0 or more"));
-                }
-            }
-            if moe.active < 1 || moe.active > moe.experts {
-                return Err(format!(
-                    "moe.active = {}: expected 1 to moe.experts = {}",
-                    moe.active, moe.experts
-                ));
-            }
-            if moe.every < 1 || moe.every > self.layers {
-                return Err(format!("moe.every = {}: expected 1 to layers = {}", moe.every, self.layers));
+            moe.validate(self.layers).map_err(|problem| format!("moe.{problem}"))?;
+            if self.feed_forward != FeedForwardKind::Swiglu {
+                return Err("feed_forward is not swiglu: experts are".into());
             }
         }
-        self.patches.validate().map_err(|problem| format!("patches.{problem}"))
+        self.patches
+            .as_ref()
+            .map_or(Ok(()), |patches| patches.validate().map_err(|problem| format!("patches.{problem}")))
+    }
+
+    /// Flash attention and grouped products want rows of whole 16-byte words in bf16.
+    fn validate_heads(&self) -> Result<(), String> {
+        if self.head_width.is_none() && self.width % (8 * self.heads) != 0 {
+            return Err(format!(
+                "width = {}: expected a multiple of 8 * heads = {}",
+                self.width,
+                8 * self.heads
+            ));
+        }
+        if self.width % 8 != 0 {
+            return Err(format!("width = {}: expected a multiple of 8", self.width));
+        }
+        let head_width = self.head_width();
+        if !(1..=MAX_HEAD_WIDTH).contains(&head_width) || head_width % 8 != 0 {
+            let expected = format!("a multiple of 8, at most {MAX_HEAD_WIDTH}");
+            return Err(match self.head_width {
+                Some(_) => format!("head_width = {head_width}: expected {expected}"),
+                None => format!("heads = {}: expected heads of at most {MAX_HEAD_WIDTH} values", self.heads),
+            });
+        }
+        let kv_heads = self.kv_heads();
+        if kv_heads < 1 || self.heads % kv_heads != 0 {
+            return Err(format!("kv_heads = {kv_heads}: expected a divisor of heads = {}", self.heads));
+        }
+        Ok(())
+    }
+}
+
+impl WindowConfig {
+    fn validate(&self, layers: i64) -> Result<(), String> {
+        if self.size < 1 {
+            return Err(format!("size = {}: expected 1 or more", self.size));
+        }
+        if !(0..layers).contains(&self.from) {
+            return Err(format!("from = {}: expected 0 to {}, the last block", self.from, layers - 1));
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn heads_that_do_not_divide_are_named() {
+        let config = ModelConfig::new(32, 2, 4, 48, 16);
+        assert_eq!(config.validate(), Ok(()));
+        let problem = |change: fn(&mut ModelConfig)| {
+            let mut config = config.clone();
+            change(&mut config);
+            config.validate().unwrap_err()
+        };
+        assert_eq!(problem(|c| c.heads = 3), "width = 32: expected a multiple of 8 * heads = 24");
+        assert_eq!(problem(|c| c.kv_heads = Some(3)), "kv_heads = 3: expected a divisor of heads = 4");
+        assert_eq!(problem(|c| c.kv_heads = Some(0)), "kv_heads = 0: expected a divisor of heads = 4");
+        let expected = "head_width = 12: expected a multiple of 8, at most 256";
+        assert_eq!(problem(|c| c.head_width = Some(12)), expected);
+        let window = |c: &mut ModelConfig| c.window = Some(WindowConfig { size: 4, from: 2 });
+        assert_eq!(problem(window), "window.from = 2: expected 0 to 1, the last block");
+    }
+
+    #[test]
+    fn what_is_not_said_is_our_own_recipe() {
+        let sizes = r#"{"width": 32, "layers": 2, "heads": 4, "hidden": 48, "max_text": 16}"#;
+        let config: ModelConfig = serde_json::from_str(sizes).unwrap();
+        assert_eq!(config, ModelConfig::new(32, 2, 4, 48, 16));
+        assert!(config.qk_norm && config.tied && config.rotary.is_none());
     }
 }

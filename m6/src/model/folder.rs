@@ -81,7 +81,10 @@ impl Model {
         device: Device,
         seed: u64,
     ) -> Result<Self> {
-        config.validate().map_err(|problem| Error::Usage(format!("model.{problem}")))?;
+        let problem = config.validate().and_then(|()| resolution(config)).err();
+        if let Some(problem) = problem {
+            return Err(Error::Usage(format!("model.{problem}")));
+        }
         let vqgan_hash = vqgan.hash().ok_or_else(|| Error::Usage("vqgan: has no weight file yet".into()))?;
         let info = ModelInfo {
             model: config.clone(),
@@ -94,6 +97,11 @@ impl Model {
         let params = Params::new(device, seed);
         let transformer = Transformer::new(&params, config, info.vocab, info.code_grid);
         Ok(Self { info, params, transformer, tokenizer, vqgan })
+    }
+
+    /// Side of the pictures that it sees, in pixels.
+    pub fn resolution(&self) -> i64 {
+        resolution(&self.info.model).expect("a model without patches is not opened")
     }
 
     /// Takes the weights of another model folder of the same settings and tokenizers.
@@ -156,8 +164,14 @@ fn read_info(dir: &Path) -> Result<ModelInfo> {
     let config = dir.join(CONFIG);
     let text = fs::read_to_string(&config).map_err(|error| Error::file(&config, error))?;
     let info: ModelInfo = serde_json::from_str(&text).map_err(|error| Error::file(&config, error))?;
-    info.model.validate().map_err(|problem| Error::file(&config, format!("model.{problem}")))?;
-    Ok(info)
+    let problem = info.model.validate().and_then(|()| resolution(&info.model)).err();
+    problem.map_or(Ok(info), |problem| Err(Error::file(&config, format!("model.{problem}"))))
+}
+
+/// Side of the pictures that a model of this config sees.
+fn resolution(config: &ModelConfig) -> std::result::Result<i64, String> {
+    let patches = config.patches.as_ref().ok_or("patches is missing: expected how pictures are seen")?;
+    Ok(patches.resolution)
 }
 
 fn same(path: &Path, what: &str, found: &str, expected: &str) -> Result<()> {

@@ -1,30 +1,49 @@
-//! The dense feed-forward: SwiGLU (Shazeer 2020).
+//! The dense feed-forward.
 
+use m6_runtime::Params;
 use m6_runtime::fused::swiglu;
 use m6_runtime::nn::Linear;
-use m6_runtime::{Init, Params};
 use tch::Tensor;
 
 use super::INIT_STD;
+use super::attention::linear;
+use super::config::FeedForwardKind;
 
-/// `down(silu(gate(x)) * up(x))`, gate and up in one product.
+/// `down(act(up(x)))`; of SwiGLU (Shazeer 2020) `down(silu(gate(x)) * up(x))`, gate and up in one product.
 #[derive(Debug)]
 pub struct Mlp {
-    gate_up: Linear,
+    kind: FeedForwardKind,
+    up: Linear,
     down: Linear,
 }
 
 impl Mlp {
     /// Of `width` to `hidden` and back.
-    pub fn new(params: &Params, width: i64, hidden: i64, out_std: f64) -> Self {
+    pub fn new(
+        params: &Params,
+        kind: FeedForwardKind,
+        width: i64,
+        hidden: i64,
+        out_std: f64,
+        has_bias: bool,
+    ) -> Self {
+        let (name, rows) = match kind {
+            FeedForwardKind::Swiglu => ("gate_up", 2 * hidden),
+            FeedForwardKind::Gelu => ("up", hidden),
+        };
         Self {
-            gate_up: Linear::without_bias(&(params / "gate_up"), width, 2 * hidden, Init::Normal(INIT_STD)),
-            down: Linear::without_bias(&(params / "down"), hidden, width, Init::Normal(out_std)),
+            kind,
+            up: linear(&(params / name), width, rows, INIT_STD, has_bias),
+            down: linear(&(params / "down"), hidden, width, out_std, has_bias),
         }
     }
 
     /// `[n, d] -> [n, d]`.
     pub fn forward(&self, x_nd: &Tensor) -> Tensor {
-        self.down.forward(&swiglu(&self.gate_up.forward(x_nd)))
+        let up = self.up.forward(x_nd);
+        self.down.forward(&match self.kind {
+            FeedForwardKind::Swiglu => swiglu(&up),
+            FeedForwardKind::Gelu => up.gelu("none"),
+        })
     }
 }

@@ -3,21 +3,25 @@
 mod attention;
 mod config;
 mod folder;
+mod hub;
 mod mlp;
 mod moe;
+mod norm;
 mod order;
+mod rotary;
 mod sequence;
 mod transformer;
 mod vocab;
 
-pub use config::{ModelConfig, MoeConfig};
+pub use config::{Bias, FeedForwardKind, ModelConfig, NormKind, WindowConfig};
 pub use folder::{Model, ModelInfo};
+pub use hub::{LanguageModel, is_published};
+pub use moe::{Balance, MoeConfig};
 pub use order::CodeOrder;
+pub use rotary::{RotaryConfig, RotaryScaling, Rotation};
 pub use sequence::{Positions, Sequence, Tokens};
 pub use transformer::{Hidden, Mode, Transformer, compute_kind};
 pub use vocab::{Language, Special, Vocab};
 
 /// Initial width of matrices and tables (GPT-2).
 const INIT_STD: f64 = 0.02;
-/// Epsilon of every norm, Qwen's value.
-const NORM_EPS: f64 = 1e-6;

@@ -73,6 +73,8 @@ pub struct Sequence {
     first_aim: Vec<i64>,
     second_aim: Vec<i64>,
     segments: Vec<i64>,
+    /// Where the examples begin.
+    starts: Vec<usize>,
     patch_rows: Vec<i64>,
 }
 
@@ -89,6 +91,7 @@ impl Sequence {
             first_aim: empty(),
             second_aim: empty(),
             segments: empty(),
+            starts: Vec::new(),
             patch_rows: empty(),
         }
     }
@@ -101,6 +104,11 @@ impl Sequence {
     /// Whether there is no token yet.
     pub fn is_empty(&self) -> bool {
         self.ids.is_empty()
+    }
+
+    /// Begins an example: rotary places are counted from here.
+    pub fn begin(&mut self) {
+        self.starts.push(self.ids.len());
     }
 
     /// A text that is seen whole: a prompt, or a text to restore.
@@ -176,6 +184,7 @@ impl Sequence {
     /// When there is no memory for it.
     pub fn to_device(&self, device: Device) -> Result<Tokens> {
         let n = self.ids.len() as i64;
+        let (places, lengths) = self.places();
         let parts = [
             &self.ids,
             &self.first_position,
@@ -183,6 +192,8 @@ impl Sequence {
             &self.first_aim,
             &self.second_aim,
             &self.segments,
+            &places,
+            &lengths,
             &self.patch_rows,
         ];
         let all = upload(&Tensor::from_slice(&parts.map(Vec::as_slice).concat()), device)?;
@@ -194,8 +205,23 @@ impl Sequence {
             first_aim: part(3),
             second_aim: part(4),
             segments: part(5),
-            patch_rows: all.narrow(0, 6 * n, self.patch_rows.len() as i64),
+            places: part(6),
+            lengths: part(7),
+            patch_rows: all.narrow(0, 8 * n, self.patch_rows.len() as i64),
         })
+    }
+
+    /// The place of each token in its example, and the length of that.
+    fn places(&self) -> (Vec<i64>, Vec<i64>) {
+        let (mut places, mut lengths) = (Vec::with_capacity(self.len()), Vec::with_capacity(self.len()));
+        // Tokens before the first beginning, if any, are an example too.
+        let bounds = [&[0], self.starts.as_slice(), &[self.len()]].concat();
+        for bounds in bounds.windows(2) {
+            let length = bounds[1] - bounds[0];
+            places.extend(0..length as i64);
+            lengths.extend(std::iter::repeat_n(length as i64, length));
+        }
+        (places, lengths)
     }
 }
 
@@ -214,6 +240,10 @@ pub struct Tokens {
     pub second_aim: Tensor,
     /// `[n]` rows of the segment table.
     pub segments: Tensor,
+    /// `[n]` place in its example.
+    pub places: Tensor,
+    /// `[n]` tokens of its example.
+    pub lengths: Tensor,
     /// Places in the sequence that take patch features, in the order of the pictures.
     pub patch_rows: Tensor,
 }
@@ -246,5 +276,16 @@ mod tests {
         assert_eq!(aims[6..9], [(&1, &4), (&1, &5), (&1, &6)], "the first row, column by column");
         assert_eq!(aims[14..], [(&3, &6), (&0, &0), (&0, &0)], "the last code aims at nothing");
         assert_eq!(positions.aim_rows(), 7);
+    }
+
+    #[test]
+    fn places_are_counted_from_the_beginning_of_each_example() {
+        let positions = Positions { text: 5, patch_grid: 0, code_grid: 0 };
+        let mut sequence = Sequence::new(Vocab::language(10), positions);
+        for length in [2, 0, 3] {
+            sequence.begin();
+            sequence.target_text(&vec![1; length], 0);
+        }
+        assert_eq!(sequence.places(), (vec![0, 1, 0, 1, 2], vec![2, 2, 3, 3, 3]));
     }
 }

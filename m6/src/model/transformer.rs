@@ -4,18 +4,20 @@
 
 use crate::error::Result;
 use m6_runtime::attention::{Layout, prefix_attention};
-use m6_runtime::nn::{Embedding, Linear, RmsNorm};
+use m6_runtime::nn::{Embedding, Linear};
 use m6_runtime::{Init, Params};
-use m6_vision::PatchEncoder;
+use m6_vision::{PatchConfig, PatchEncoder};
 use tch::{Device, Kind, Tensor};
 
+use super::INIT_STD;
 use super::attention::{Attend, Attention};
-use super::config::ModelConfig;
+use super::config::{Bias, ModelConfig};
 use super::mlp::Mlp;
-use super::moe::Moe;
+use super::moe::{self, Moe};
+use super::norm::Norm;
+use super::rotary::{Rotary, RotaryConfig, Rotation};
 use super::sequence::{Positions, SEGMENTS, Tokens};
 use super::vocab::Vocab;
-use super::{INIT_STD, NORM_EPS};
 
 #[derive(Debug)]
 enum FeedForward {
@@ -25,9 +27,9 @@ enum FeedForward {
 
 #[derive(Debug)]
 struct Block {
-    attention_norm: RmsNorm,
+    attention_norm: Norm,
     attention: Attention,
-    feed_forward_norm: RmsNorm,
+    feed_forward_norm: Norm,
     feed_forward: FeedForward,
 }
 
@@ -51,7 +53,7 @@ pub struct Hidden {
     pub expert_load: Option<Tensor>,
 }
 
-/// One transformer for all tasks.
+/// One transformer for all tasks. A language model is the same without the parts that are for pictures.
 #[derive(Debug)]
 pub struct Transformer {
     config: ModelConfig,
@@ -59,48 +61,61 @@ pub struct Transformer {
     positions: Positions,
     compute: Kind,
     tokens: Embedding,
-    position_table: Embedding,
+    /// Absent where positions are rotary.
+    position_table: Option<Embedding>,
+    rotary: Option<Rotary>,
     aim_table: Option<Embedding>,
-    segment_table: Embedding,
-    patches: PatchEncoder,
+    /// Absent where there is nothing but text.
+    segment_table: Option<Embedding>,
+    patches: Option<PatchEncoder>,
     blocks: Vec<Block>,
-    norm: RmsNorm,
-    code_head: Linear,
+    norm: Norm,
+    /// Absent where texts share the input table.
+    text_head: Option<Linear>,
+    /// Absent where there are no codes.
+    code_head: Option<Linear>,
 }
 
 impl Transformer {
-    /// Registers every weight. Text output shares the input table's rows; codes have a head of their own, since
-    /// a code's neighbours on the way in are not its neighbours on the way out.
+    /// Registers every weight. Text output shares the input table's rows unless the config unties them; codes have a
+    /// head of their own, since a code's neighbours on the way in are not its neighbours on the way out.
     pub fn new(params: &Params, config: &ModelConfig, vocab: Vocab, code_grid: i64) -> Self {
         let d = config.width;
         // Residual branches start narrow, so that the stream's width does not grow with depth (GPT-2).
         let out_std = INIT_STD / (2.0 * config.layers as f64).sqrt();
-        let positions = Positions { text: config.max_text, patch_grid: config.patches.grid(), code_grid };
+        let patch_grid = config.patches.as_ref().map_or(0, PatchConfig::grid);
+        let positions = Positions { text: config.max_text, patch_grid, code_grid };
+        let has_pictures = config.patches.is_some() || !vocab.is_language();
         let blocks = (0..config.layers).map(|i| {
             let at = params / "blocks" / i;
-            let feed_forward = match &config.moe {
-                Some(moe) if (i + 1) % moe.every == 0 => {
-                    FeedForward::Experts(Moe::new(&(&at / "moe"), config, moe, out_std))
+            let feed_forward = match config.experts(i) {
+                Some(moe) => FeedForward::Experts(Moe::new(&(&at / "moe"), config, moe, out_std)),
+                None => {
+                    let (kind, has_bias) = (config.feed_forward, config.bias == Bias::All);
+                    FeedForward::Dense(Mlp::new(&(&at / "mlp"), kind, d, config.hidden, out_std, has_bias))
                 }
-                _ => FeedForward::Dense(Mlp::new(&(&at / "mlp"), d, config.hidden, out_std)),
             };
             Block {
-                attention_norm: RmsNorm::new(&(&at / "attention_norm"), d, NORM_EPS),
+                attention_norm: Norm::new(&(&at / "attention_norm"), config),
                 attention: Attention::new(&(&at / "attention"), config, out_std),
-                feed_forward_norm: RmsNorm::new(&(&at / "feed_forward_norm"), d, NORM_EPS),
+                feed_forward_norm: Norm::new(&(&at / "feed_forward_norm"), config),
                 feed_forward,
             }
         });
         let table = |name: &str, rows: i64| Embedding::new(&(params / name), rows, d, Init::Normal(INIT_STD));
+        let head = |name: &str, rows: i64| Linear::head(&(params / name), d, rows, Init::Normal(INIT_STD));
+        let rotary = |config: &RotaryConfig, width: i64| Rotary::new(config, width, params.device());
         Self {
             blocks: blocks.collect(),
             tokens: table("tokens", vocab.rows()),
-            position_table: table("positions", positions.rows()),
+            position_table: config.rotary.is_none().then(|| table("positions", positions.rows())),
+            rotary: config.rotary.as_ref().map(|settings| rotary(settings, config.head_width())),
             aim_table: config.any_order.then(|| table("aims", positions.aim_rows())),
-            segment_table: table("segments", SEGMENTS),
-            patches: PatchEncoder::new(&(params / "patches"), &config.patches, d),
-            norm: RmsNorm::new(&(params / "norm"), d, NORM_EPS),
-            code_head: Linear::head(&(params / "code_head"), d, vocab.code_rows(), Init::Normal(INIT_STD)),
+            segment_table: has_pictures.then(|| table("segments", SEGMENTS)),
+            patches: config.patches.as_ref().map(|c| PatchEncoder::new(&(params / "patches"), c, d)),
+            norm: Norm::new(&(params / "norm"), config),
+            text_head: (!config.tied).then(|| head("text_head", vocab.text_rows())),
+            code_head: (!vocab.is_language()).then(|| head("code_head", vocab.code_rows())),
             compute: compute_kind(params.device()),
             config: config.clone(),
             vocab,
@@ -128,22 +143,40 @@ impl Transformer {
         self.compute
     }
 
-    /// Embeds a sequence: token, position, aim and segment rows; patches take features of `pictures` `[b, 3, s, s]`
+    /// Sets the dtype of activations.
+    pub fn set_compute(&mut self, kind: Kind) {
+        self.compute = kind;
+    }
+
+    /// Embeds a sequence: token, position, aim and segment rows, as far as there are such; patches take features of `pictures` `[b, 3, s, s]`
     /// bytes in place of the token's row; pictures beyond the sequence's patches are padding. Returns `[n, d]` in the
     /// compute dtype.
     pub fn embed(&self, tokens: &Tokens, pictures: Option<&Tensor>) -> Tensor {
         let mut content = self.tokens.forward(&tokens.ids);
-        if let Some(pictures) = pictures {
-            let features = self.patches.forward(pictures, self.compute).to_kind(Kind::Float);
+        if let (Some(pictures), Some(patches)) = (pictures, &self.patches) {
+            let features = patches.forward(pictures, self.compute).to_kind(Kind::Float);
             let used = features.narrow(0, 0, tokens.patch_rows.size()[0]);
             content = content.index_copy(0, &tokens.patch_rows, &used);
         }
-        let mut places = self.position_table.forward(&tokens.first_position)
-            + self.position_table.forward(&tokens.second_position);
+        let mut places = self
+            .position_table
+            .as_ref()
+            .map(|table| table.forward(&tokens.first_position) + table.forward(&tokens.second_position));
         if let Some(table) = &self.aim_table {
-            places = places + table.forward(&tokens.first_aim) + table.forward(&tokens.second_aim);
+            let aims = table.forward(&tokens.first_aim);
+            places = Some(
+                places.map_or(aims.shallow_clone(), |places| places + aims)
+                    + table.forward(&tokens.second_aim),
+            );
         }
-        (content + places + self.segment_table.forward(&tokens.segments)).to_kind(self.compute)
+        let segments = self.segment_table.as_ref().map(|table| table.forward(&tokens.segments));
+        let sum = [places, segments].into_iter().flatten().fold(content, |sum, part| sum + part);
+        sum.to_kind(self.compute)
+    }
+
+    /// What places `[n]` in texts of `lengths` `[n]` tokens do to queries and keys, where positions are rotary.
+    pub fn rotation(&self, places: &Tensor, lengths: &Tensor, mode: Mode) -> Option<Rotation> {
+        self.rotary.as_ref().map(|rotary| rotary.rotation(places, lengths, mode == Mode::Train))
     }
 
     /// Runs the blocks over embedded tokens `[n, d]`; `attend` gets the block's index first. Only the first
@@ -154,6 +187,7 @@ impl Transformer {
     pub fn run(
         &self,
         x_nd: Tensor,
+        rotation: Option<&Rotation>,
         real: i64,
         mode: Mode,
         mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
@@ -164,31 +198,27 @@ impl Transformer {
         };
         let mut x_nd = drop(x_nd);
         let mut router_losses = Vec::new();
-        let mut loads = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
             let mut with_index = |q: &Tensor, k: &Tensor, v: &Tensor| attend(index, q, k, v);
             let attend_here: &mut Attend = &mut with_index;
-            let attended = block.attention.forward(&block.attention_norm.forward(&x_nd), attend_here)?;
+            let attended =
+                block.attention.forward(&block.attention_norm.forward(&x_nd), rotation, attend_here)?;
             // Never `+=`: in tch that is an in-place update of a tensor that the backward pass needs.
             x_nd = drop(attended) + x_nd;
             let normed = block.feed_forward_norm.forward(&x_nd);
             let fed = match &block.feed_forward {
                 FeedForward::Dense(mlp) => mlp.forward(&normed),
                 FeedForward::Experts(moe) => {
-                    let output = moe.forward(&normed, real);
-                    router_losses.push(output.loss);
-                    loads.push(output.load_e);
-                    output.y_nd
+                    let (y_nd, losses) = moe.forward(&normed, real);
+                    router_losses.push(losses);
+                    y_nd
                 }
             };
             x_nd = drop(fed) + x_nd;
         }
-        let some = !router_losses.is_empty();
-        Ok(Hidden {
-            x_nd: self.norm.forward(&x_nd),
-            router_loss: some.then(|| Tensor::stack(&router_losses, 0).sum(Kind::Float)),
-            expert_load: some.then(|| Tensor::stack(&loads, 0)),
-        })
+        let experts = self.config.moe.as_ref().filter(|_| !router_losses.is_empty());
+        let (router_loss, expert_load) = experts.map(|config| moe::total(config, &router_losses)).unzip();
+        Ok(Hidden { x_nd: self.norm.forward(&x_nd), router_loss, expert_load })
     }
 
     /// The stack over packed examples.
@@ -203,19 +233,23 @@ impl Transformer {
         real: i64,
         mode: Mode,
     ) -> Result<Hidden> {
-        self.run(self.embed(tokens, pictures), real, mode, |_, q, k, v| {
-            Ok(prefix_attention(q, k, v, layout)?)
+        let rotation = self.rotation(&tokens.places, &tokens.lengths, mode);
+        self.run(self.embed(tokens, pictures), rotation.as_ref(), real, mode, |index, q, k, v| {
+            Ok(prefix_attention(q, k, v, layout, self.config.window(index))?)
         })
     }
 
     /// The output head of text and special ids, `[text rows, d]`.
     pub fn text_head(&self) -> Tensor {
-        self.tokens.weight().narrow(0, 0, self.vocab.text_rows())
+        match &self.text_head {
+            Some(head) => head.weight().shallow_clone(),
+            None => self.tokens.weight().narrow(0, 0, self.vocab.text_rows()),
+        }
     }
 
-    /// The output head of codes and the end of the image, `[codes + 1, d]`.
-    pub fn code_head(&self) -> Tensor {
-        self.code_head.weight().shallow_clone()
+    /// The output head of codes and the end of the image, `[codes + 1, d]`; absent in a language model.
+    pub fn code_head(&self) -> Option<Tensor> {
+        self.code_head.as_ref().map(|head| head.weight().shallow_clone())
     }
 
     /// `[m, d]` hidden rows to logits over text and special ids, `[m, text rows]` float32.
@@ -224,8 +258,12 @@ impl Transformer {
     }
 
     /// `[m, d]` hidden rows to logits over codes and the end of the image, `[m, codes + 1]` float32.
+    ///
+    /// # Panics
+    /// In a language model, which has no codes.
     pub fn code_logits(&self, hidden: &Tensor) -> Tensor {
-        self.code_head.forward(hidden).to_kind(Kind::Float)
+        let head = self.code_head.as_ref().expect("a model that draws has codes");
+        head.forward(hidden).to_kind(Kind::Float)
     }
 }
 

@@ -28,11 +28,21 @@ const SPECIALS: i64 = 6;
 pub struct Vocab {
     /// Size of the text tokenizer.
     pub text: i64,
-    /// Size of the image codebook.
+    /// Size of the image codebook; 0 in a language model, whose only ids are those of its text tokenizer.
     pub codes: i64,
 }
 
 impl Vocab {
+    /// Of a model that knows nothing but text.
+    pub fn language(text: i64) -> Self {
+        Self { text, codes: 0 }
+    }
+
+    /// Whether there is nothing but text.
+    pub fn is_language(&self) -> bool {
+        self.codes == 0
+    }
+
     /// Id of a special token.
     pub fn special(&self, special: Special) -> i64 {
         self.text + special as i64
@@ -45,7 +55,7 @@ impl Vocab {
 
     /// Rows of the text head: text and special ids.
     pub fn text_rows(&self) -> i64 {
-        self.text + SPECIALS
+        if self.is_language() { self.text } else { self.text + SPECIALS }
     }
 
     /// Rows of the code head: the codes, then the end of the image.
@@ -103,6 +113,12 @@ mod tests {
         assert_eq!(vocab.special(Special::BeginOfImage), vocab.text_rows() - 1);
         assert_eq!(vocab.code(0), vocab.text_rows());
         assert_eq!(vocab.code(7), vocab.rows() - 1);
+    }
+
+    #[test]
+    fn a_language_model_has_the_rows_of_its_tokenizer() {
+        let vocab = Vocab::language(100);
+        assert_eq!((vocab.text_rows(), vocab.rows()), (100, 100));
     }
 
     #[test]

@@ -61,6 +61,7 @@ pub fn lay_out(
     let (mut texts, mut codes) = (HostTargets::default(), HostTargets::default());
     for example in examples {
         let start = sequence.len();
+        sequence.begin();
         for piece in example.prefix {
             piece.append(&mut sequence, &mut pictures);
         }
@@ -76,6 +77,7 @@ pub fn lay_out(
     let real = sequence.len();
     if let Some(tokens) = fill_to {
         if real < tokens {
+            sequence.begin();
             sequence.padding(tokens - real);
             spans.push(Span { prefix: 0, target: (tokens - real) as i64 });
         }

@@ -204,7 +204,7 @@ impl ModelView {
         Self {
             vocab: model.info.vocab,
             max_text: config.max_text,
-            resolution: config.patches.resolution,
+            resolution: model.resolution(),
             code_order: config.code_order,
         }
     }

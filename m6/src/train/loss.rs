@@ -32,12 +32,10 @@ pub fn losses(transformer: &Transformer, batch: &Batch, mode: Mode) -> Result<Lo
     let zeros = || Tensor::zeros([Task::ALL.len() as i64], (Kind::Float, device));
     let (mut task_sums, mut task_counts) = (zeros(), zeros());
     let mut total = hidden.router_loss.unwrap_or_else(|| Tensor::zeros([], (Kind::Float, device)));
-    let heads: [(&Targets, Tensor); 2] =
-        [(&batch.texts, transformer.text_head()), (&batch.codes, transformer.code_head())];
+    let heads: [(&Targets, Option<Tensor>); 2] =
+        [(&batch.texts, Some(transformer.text_head())), (&batch.codes, transformer.code_head())];
     for (targets, head) in heads {
-        if targets.count == 0 {
-            continue;
-        }
+        let Some(head) = head.filter(|_| targets.count > 0) else { continue };
         let rows = hidden.x_nd.index_select(0, &targets.rows);
         let (mean, each) = linear_cross_entropy(&rows, &head, &targets.labels);
         total = mean + total;

@@ -37,7 +37,7 @@ impl Validation {
         let held_out = SourceConfig {
             shards: settings.shards.clone(),
             epochs: None,
-            transform: Some(Transform::centered(model.info.model.patches.resolution as u32)),
+            transform: Some(Transform::centered(model.resolution() as u32)),
             code_transform: Some(Transform::centered(model.vqgan.config().resolution as u32)),
             code_views: 1,
             ..source.clone()

@@ -1,0 +1,88 @@
+//! Settings of the experts.
+
+use serde::{Deserialize, Serialize};
+
+/// Settings of the mixture-of-experts feed-forward.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MoeConfig {
+    /// Number of experts, `e`.
+    pub experts: i64,
+    /// Experts that each token goes through.
+    pub active: i64,
+    /// Every n-th block has experts (the n-th, the 2n-th, ...); the others are dense.
+    pub every: i64,
+    /// Blocks, counted from 0, that are dense all the same.
+    #[serde(default)]
+    pub dense_layers: Vec<i64>,
+    /// Width of each expert, `f`; the model's `hidden` where absent.
+    #[serde(default)]
+    pub hidden: Option<i64>,
+    /// Width of an expert that every token goes through, weighted by a gate of its own (Qwen2-MoE).
+    #[serde(default)]
+    pub shared: Option<i64>,
+    /// Whether the weights of a token's experts are made to sum to 1.
+    #[serde(default = "yes")]
+    pub renormalize: bool,
+    /// Weight of the load-balance loss (Fedus et al. 2021, Switch Transformer, equation 4).
+    pub balance_loss: f64,
+    /// What the load-balance loss looks at.
+    #[serde(default)]
+    pub balance: Balance,
+    /// Weight of the squared log-partition of the router (Zoph et al. 2022, ST-MoE, equation 5).
+    pub z_loss: f64,
+}
+
+/// What is balanced.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Balance {
+    /// Each block by itself: the sum over blocks of `e * sum_e f_e P_e`, where the loads `f` sum to 1.
+    #[default]
+    Layer,
+    /// All blocks as one, as transformers does for Qwen2-MoE: `e * sum_e f_e P_e` once, with the means over blocks, where
+    /// the loads sum to the number of active experts.
+    Model,
+}
+
+/// What a grouped matrix product takes at once.
+const MAX_EXPERTS: i64 = 1 << 10;
+const MAX_WIDTH: i64 = 1 << 16;
+
+fn yes() -> bool {
+    true
+}
+
+impl MoeConfig {
+    /// Width of each expert in a model whose feed-forward is `hidden` wide.
+    pub fn hidden(&self, hidden: i64) -> i64 {
+        self.hidden.unwrap_or(hidden)
+    }
+
+    /// What is wrong, in one line that begins with the key.
+    pub(in crate::model) fn validate(&self, layers: i64) -> Result<(), String> {
+        if !(1..=MAX_EXPERTS).contains(&self.experts) {
+            return Err(format!("experts = {}: expected 1 to {MAX_EXPERTS}", self.experts));
+        }
+        for (key, value) in [("balance_loss", self.balance_loss), ("z_loss", self.z_loss)] {
+            if !(value >= 0.0 && value.is_finite()) {
+                return Err(format!("{key} = {value}: expected 0 or more"));
+            }
+        }
+        if self.active < 1 || self.active > self.experts {
+            return Err(format!("active = {}: expected 1 to moe.experts = {}", self.active, self.experts));
+        }
+        if self.every < 1 || self.every > layers {
+            return Err(format!("every = {}: expected 1 to layers = {layers}", self.every));
+        }
+        if let Some(layer) = self.dense_layers.iter().find(|layer| !(0..layers).contains(layer)) {
+            return Err(format!("dense_layers: {layer} is no block; expected 0 to {}", layers - 1));
+        }
+        for (key, value) in [("hidden", self.hidden), ("shared", self.shared)] {
+            if let Some(value) = value.filter(|value| !(1..=MAX_WIDTH).contains(value) || value % 8 != 0) {
+                return Err(format!("{key} = {value}: expected a multiple of 8, at most {MAX_WIDTH}"));
+            }
+        }
+        Ok(())
+    }
+}

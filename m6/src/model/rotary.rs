@@ -1,0 +1,294 @@
+//! Rotary positions (Su et al. 2021): queries and keys are turned by angles that grow with the place of their token.
+//!
+//! Legend: `n` tokens, `h` heads, `k` head width.
+
+use serde::{Deserialize, Serialize};
+use tch::{Device, Kind, Tensor};
+
+/// Settings of rotary positions.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RotaryConfig {
+    /// The slowest angle turns about `base` times slower than the fastest.
+    pub base: f64,
+    /// How angles change for texts beyond the trained length.
+    #[serde(default)]
+    pub scaling: Option<RotaryScaling>,
+    /// Trained length beyond which queries grow with the logarithm of their place (Qwen's LogN); not while training.
+    #[serde(default)]
+    pub logn: Option<i64>,
+}
+
+/// A change of the angles for longer texts.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+pub enum RotaryScaling {
+    /// All angles are divided (Chen et al. 2023).
+    Linear {
+        /// By this.
+        factor: f64,
+    },
+    /// The base grows with the length of the text, once that is beyond the trained one; not while training.
+    Dynamic {
+        /// Growth for each trained length.
+        factor: f64,
+        /// The trained length.
+        trained: i64,
+    },
+    /// The same as Qwen does it, by whole doublings of the length.
+    DynamicSteps {
+        /// The trained length.
+        trained: i64,
+    },
+    /// Slow angles are divided, fast ones are not (Peng et al. 2023, YaRN).
+    Yarn {
+        /// By this.
+        factor: f64,
+        /// The trained length.
+        original: i64,
+        /// Turns over the trained length from which on an angle stays as it is.
+        #[serde(default = "beta_fast")]
+        beta_fast: f64,
+        /// Turns over the trained length up to which an angle is divided in full.
+        #[serde(default = "beta_slow")]
+        beta_slow: f64,
+        /// What queries and keys are multiplied by; `0.1 ln(factor) + 1` where absent.
+        #[serde(default)]
+        attention_factor: Option<f64>,
+    },
+}
+
+/// YaRN's defaults.
+pub(super) const fn beta_fast() -> f64 {
+    32.0
+}
+pub(super) const fn beta_slow() -> f64 {
+    1.0
+}
+
+impl RotaryConfig {
+    /// What is wrong, in one line that begins with the key.
+    pub(super) fn validate(&self) -> Result<(), String> {
+        let positive = |key: &str, value: f64| {
+            let is_fine = value > 0.0 && value.is_finite();
+            if is_fine { Ok(()) } else { Err(format!("{key} = {value}: expected a positive number")) }
+        };
+        // At a base of 1 all angles are the same, and a length of 1 has no logarithm to divide by.
+        let above_one = |key: &str, value: f64| {
+            let is_fine = value > 1.0 && value.is_finite();
+            if is_fine { Ok(()) } else { Err(format!("{key} = {value}: expected more than 1")) }
+        };
+        above_one("base", self.base)?;
+        if let Some(trained) = self.logn {
+            above_one("logn", trained as f64)?;
+        }
+        match &self.scaling {
+            None => Ok(()),
+            Some(RotaryScaling::Linear { factor }) => positive("scaling.factor", *factor),
+            Some(RotaryScaling::Dynamic { factor, trained }) => {
+                positive("scaling.factor", *factor)?;
+                positive("scaling.trained", *trained as f64)
+            }
+            Some(RotaryScaling::DynamicSteps { trained }) => positive("scaling.trained", *trained as f64),
+            Some(RotaryScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor }) => {
+                positive("scaling.factor", *factor)?;
+                positive("scaling.original", *original as f64)?;
+                positive("scaling.beta_fast", *beta_fast)?;
+                positive("scaling.beta_slow", *beta_slow)?;
+                attention_factor.map_or(Ok(()), |value| positive("scaling.attention_factor", value))
+            }
+        }
+    }
+}
+
+/// What the place of each token does to its queries and keys.
+#[derive(Debug)]
+pub struct Rotation {
+    /// `[n, 1, k]`, float32.
+    cos: Tensor,
+    /// `[n, 1, k]`, float32.
+    sin: Tensor,
+    /// `[n, 1, 1]`, float32; what queries grow by.
+    growth: Option<Tensor>,
+}
+
+/// The angles of one model.
+#[derive(Debug)]
+pub struct Rotary {
+    config: RotaryConfig,
+    head_width: i64,
+    /// `[k / 2]` angles from one place to the next, for texts of the trained length.
+    angles: Tensor,
+    /// YaRN's temperature.
+    scale: f64,
+}
+
+impl Rotary {
+    /// For heads of `head_width` values.
+    pub fn new(config: &RotaryConfig, head_width: i64, device: Device) -> Self {
+        let plain: Vec<f64> =
+            (0..head_width / 2).map(|i| config.base.powf(-2.0 * i as f64 / head_width as f64)).collect();
+        let (angles, scale) = match &config.scaling {
+            Some(RotaryScaling::Linear { factor }) => {
+                (plain.iter().map(|angle| angle / factor).collect(), 1.0)
+            }
+            Some(RotaryScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor }) => {
+                let range = (
+                    pair_of(*beta_fast, config.base, *original, head_width).floor().max(0.0),
+                    pair_of(*beta_slow, config.base, *original, head_width)
+                        .ceil()
+                        .min((head_width - 1) as f64),
+                );
+                (yarn_angles(&plain, *factor, range), attention_factor.unwrap_or(yarn_scale(*factor)))
+            }
+            Some(RotaryScaling::Dynamic { .. } | RotaryScaling::DynamicSteps { .. }) | None => (plain, 1.0),
+        };
+        let angles = Tensor::from_slice(&angles).to_kind(Kind::Float).to_device(device);
+        Self { config: config.clone(), head_width, angles, scale }
+    }
+
+    /// The rotation of tokens at `places` `[n]` of texts of `lengths` `[n]` tokens. What depends on the length of a text
+    /// is left out where `is_training`.
+    pub fn rotation(&self, places: &Tensor, lengths: &Tensor, is_training: bool) -> Rotation {
+        let places = places.to_kind(Kind::Float).unsqueeze(-1); // [n, 1]
+        let alpha = self.alpha(lengths).filter(|_| !is_training);
+        let angles = match alpha {
+            None => &places * &self.angles,
+            // base * alpha ^ (k / (k - 2)) in place of base: the slowest angle is divided by alpha.
+            Some(alpha) => {
+                let pairs = Tensor::arange(self.head_width / 2, (Kind::Float, places.device()));
+                let power = pairs * (-2.0 / (self.head_width - 2) as f64);
+                &places * &self.angles * alpha.unsqueeze(-1).pow(&power)
+            }
+        };
+        let angles = Tensor::cat(&[&angles, &angles], -1).unsqueeze(1); // [n, 1, k]
+        let growth =
+            self.config.logn.filter(|_| !is_training).map(|trained| {
+                (((&places + 1.0).log() / (trained as f64).ln()).clamp_min(1.0)).unsqueeze(-1)
+            });
+        Rotation { cos: angles.cos() * self.scale, sin: angles.sin() * self.scale, growth }
+    }
+
+    /// `[n]` what the base grows by, where it depends on the length of the text.
+    fn alpha(&self, lengths: &Tensor) -> Option<Tensor> {
+        let lengths = lengths.to_kind(Kind::Double);
+        let alpha = match self.config.scaling {
+            Some(RotaryScaling::Dynamic { factor, trained }) => {
+                lengths / trained as f64 * factor - (factor - 1.0)
+            }
+            Some(RotaryScaling::DynamicSteps { trained }) => {
+                (((lengths / trained as f64).log2() + 1.0).ceil()).exp2() - 1.0
+            }
+            _ => return None,
+        };
+        Some(alpha.clamp_min(1.0).to_kind(Kind::Float))
+    }
+}
+
+/// The pair of values whose angle makes `turns` turns over the trained length.
+fn pair_of(turns: f64, base: f64, original: i64, head_width: i64) -> f64 {
+    let length = original as f64 / (turns * std::f64::consts::TAU);
+    head_width as f64 * length.ln() / (2.0 * base.ln())
+}
+
+fn yarn_angles(plain: &[f64], factor: f64, (low, high): (f64, f64)) -> Vec<f64> {
+    /// Where both ends meet, the ramp is a step.
+    const STEP: f64 = 0.001;
+    let width = if low == high { STEP } else { high - low };
+    let angle = |(i, plain): (usize, &f64)| {
+        let ramp = ((i as f64 - low) / width).clamp(0.0, 1.0);
+        plain / factor * ramp + plain * (1.0 - ramp)
+    };
+    plain.iter().enumerate().map(angle).collect()
+}
+
+fn yarn_scale(factor: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 }
+}
+
+impl Rotation {
+    /// Queries `[n, h, k]`, turned; computed in float32.
+    pub fn queries(&self, q_nhk: &Tensor) -> Tensor {
+        let turned = self.turn(q_nhk);
+        let grown = match &self.growth {
+            Some(growth) => turned * growth,
+            None => turned,
+        };
+        grown.to_kind(q_nhk.kind())
+    }
+
+    /// Keys `[n, h, k]`, turned; computed in float32.
+    pub fn keys(&self, k_nhk: &Tensor) -> Tensor {
+        self.turn(k_nhk).to_kind(k_nhk.kind())
+    }
+
+    /// A value of the first half and its partner in the second are the two coordinates that are turned.
+    fn turn(&self, x_nhk: &Tensor) -> Tensor {
+        let x = x_nhk.to_kind(Kind::Float);
+        let halves = x.chunk(2, -1);
+        let partners = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1);
+        x * &self.cos + partners * &self.sin
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(scaling: Option<RotaryScaling>) -> RotaryConfig {
+        RotaryConfig { base: 1e4, scaling, logn: None }
+    }
+
+    #[test]
+    fn qwens_base_grows_by_whole_doublings() {
+        let rotary =
+            Rotary::new(&config(Some(RotaryScaling::DynamicSteps { trained: 2048 })), 128, Device::Cpu);
+        let lengths = Tensor::from_slice(&[1i64, 2048, 2049, 4096, 8192, 16384]);
+        let alpha = Vec::<f32>::try_from(rotary.alpha(&lengths).unwrap()).unwrap();
+        assert_eq!(alpha, [1.0, 1.0, 3.0, 3.0, 7.0, 15.0]);
+    }
+
+    #[test]
+    fn queries_grow_with_the_logarithm_of_their_place() {
+        let config = RotaryConfig { logn: Some(2048), ..config(None) };
+        let rotary = Rotary::new(&config, 8, Device::Cpu);
+        let places = Tensor::from_slice(&[0i64, 2047, 4095, 8191]);
+        let rotation = rotary.rotation(&places, &places, false);
+        let growth = Vec::<f32>::try_from(rotation.growth.unwrap().flatten(0, -1)).unwrap();
+        for (found, expected) in growth.iter().zip([1.0, 1.0, 1.0909, 1.1818]) {
+            assert!((found - expected).abs() < 5e-5, "{growth:?}");
+        }
+        assert!(rotary.rotation(&places, &places, true).growth.is_none());
+    }
+
+    #[test]
+    fn yarn_has_its_temperature_and_leaves_the_fastest_angle_alone() {
+        let yarn = RotaryScaling::Yarn {
+            factor: 4.0,
+            original: 32768,
+            beta_fast: beta_fast(),
+            beta_slow: beta_slow(),
+            attention_factor: None,
+        };
+        let rotary = Rotary::new(&config(Some(yarn)), 128, Device::Cpu);
+        assert!((rotary.scale - 1.13863).abs() < 1e-5);
+        let plain = Rotary::new(&config(None), 128, Device::Cpu).angles;
+        let ratio = Vec::<f32>::try_from(plain / rotary.angles).unwrap();
+        assert_eq!((ratio[0], ratio[63]), (1.0, 4.0));
+        assert!(ratio.is_sorted());
+    }
+
+    #[test]
+    fn what_attention_sees_depends_on_distances_alone() {
+        tch::manual_seed(1);
+        let rotary = Rotary::new(&config(None), 16, Device::Cpu);
+        let [q, k] = [0; 2].map(|_| Tensor::randn([5, 2, 16], (Kind::Float, Device::Cpu)));
+        let scores = |first: i64| {
+            let places = Tensor::arange_start(first, first + 5, (Kind::Int64, Device::Cpu));
+            let rotation = rotary.rotation(&places, &places, true);
+            let [q, k] = [rotation.queries(&q), rotation.keys(&k)].map(|x| x.transpose(0, 1));
+            q.matmul(&k.transpose(1, 2))
+        };
+        assert!((scores(0) - scores(40)).abs().max().double_value(&[]) < 1e-4);
+    }
+}

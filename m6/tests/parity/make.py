@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""Small random language models of Hugging Face transformers, and what transformers makes of them.
+
+    python3 m6/tests/parity/make.py m6/tests/parity [--seed N]
+
+Writes a folder for each model: `config.json` and `model.safetensors` as `save_pretrained` writes them, and
+`golden.safetensors` with token ids, logits, the loss and its gradient for every weight, in float32 on the CPU. Needs torch,
+transformers (5.24 made the committed ones) and safetensors.
+"""
+
+import argparse
+import pathlib
+
+import torch
+from safetensors.torch import save_file
+from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+TOKENS = 24
+SIZES = dict(
+    vocab_size=32,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=64,
+    attn_implementation="eager",
+)
+EXPERTS = dict(
+    SIZES,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=8,
+    shared_expert_intermediate_size=16,
+    output_router_logits=True,
+    router_aux_loss_coef=0.01,
+)
+ROPE = dict(rope_theta=10000.0)
+MODELS = {
+    "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
+    "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
+    "qwen2-window": Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    "qwen2-linear": Qwen2Config(**SIZES, rope_parameters=dict(ROPE, rope_type="linear", factor=2.0)),
+    "qwen2-dynamic": Qwen2Config(
+        **SIZES | dict(max_position_embeddings=16), rope_parameters=dict(ROPE, rope_type="dynamic", factor=2.0)
+    ),
+    "qwen2-yarn": Qwen2Config(
+        **SIZES, rope_parameters=dict(ROPE, rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
+    ),
+    "qwen2-moe": Qwen2MoeConfig(**EXPERTS, norm_topk_prob=False, decoder_sparse_step=1),
+    "qwen2-moe-sparse": Qwen2MoeConfig(**EXPERTS, norm_topk_prob=True, decoder_sparse_step=2),
+}
+
+
+def hub_gradients(model, config):
+    """Gradients under the names of the files, which keep experts apart."""
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        if name.endswith("experts.gate_up_proj") or name.endswith("experts.down_proj"):
+            stem = name.rsplit(".", 1)[0]
+            for index, expert in enumerate(gradient):
+                if name.endswith("down_proj"):
+                    yield f"{stem}.{index}.down_proj.weight", expert
+                else:
+                    gate, up = expert.split(config.moe_intermediate_size)
+                    yield f"{stem}.{index}.gate_proj.weight", gate
+                    yield f"{stem}.{index}.up_proj.weight", up
+        else:
+            yield name, gradient
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    for name, config in MODELS.items():
+        torch.manual_seed(args.seed)
+        kind = Qwen2MoeForCausalLM if config.model_type == "qwen2_moe" else Qwen2ForCausalLM
+        model = kind(config).float().train()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                # Far from the start of training, where nothing would show.
+                parameter.add_(torch.randn_like(parameter) * 0.15)
+        ids = torch.randint(config.vocab_size, (1, TOKENS))
+        result = model(input_ids=ids, labels=ids, use_cache=False)
+        result.loss.backward()
+        golden = {"ids": ids[0], "logits": result.logits[0].detach(), "loss": result.loss.detach()}
+        golden |= {f"grad.{key}": value.contiguous() for key, value in hub_gradients(model, config)}
+        model.save_pretrained(args.out / name)
+        (args.out / name / "generation_config.json").unlink(missing_ok=True)
+        save_file(golden, args.out / name / "golden.safetensors")
+        for file in (args.out / name).iterdir():
+            file.chmod(0o644)
+
+
+if __name__ == "__main__":
+    main()
