@@ -223,6 +223,30 @@ class RmsNorm : public torch::autograd::Function<RmsNorm> {
   }
 };
 
+class Rotate : public torch::autograd::Function<Rotate> {
+ public:
+  static Tensor forward(AutogradContext* context, const Tensor& given, const Tensor& cosines, const Tensor& sines) {
+    context->save_for_backward({cosines, sines});
+    return turned(in_place_rows(given), cosines, sines, 1.0f);
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    return {turned(grads[0].contiguous(), saved[0], saved[1], -1.0f), Tensor(), Tensor()};
+  }
+
+ private:
+  static Tensor turned(const Tensor& x, const Tensor& cosines, const Tensor& sines, float turn) {
+    const c10::DeviceGuard guard(x.device());
+    const Tensor y = at::empty(x.sizes(), x.options());
+    const int64_t words = x.numel() / 2 / VECTOR;
+    launch(
+        "m6_rotate", {ceil_div(words, BLOCK), 1}, BLOCK, 0, bytes(x), bytes(cosines), bytes(sines), mutable_bytes(y), words,
+        static_cast<int>(x.size(1)), static_cast<int>(x.size(2)), x.stride(0), turn);
+    return y;
+  }
+};
+
 class SwiGlu : public torch::autograd::Function<SwiGlu> {
  public:
   static Tensor forward(AutogradContext* context, const Tensor& given) {
@@ -315,6 +339,10 @@ char* m6_group_norm(
 
 char* m6_rms_norm(const Tensor* x, const Tensor* weight, double eps, Tensor** out) {
   return guarded([&] { *out = new Tensor(RmsNorm::apply(*x, *weight, eps)); });
+}
+
+char* m6_rotate(const Tensor* x, const Tensor* cosines, const Tensor* sines, Tensor** out) {
+  return guarded([&] { *out = new Tensor(Rotate::apply(*x, *cosines, *sines)); });
 }
 
 char* m6_swiglu(const Tensor* gate_up, Tensor** out) {

@@ -405,6 +405,31 @@ extern "C" __global__ void m6_swiglu_grad(const bf16* dy, const bf16* gate_up, b
   store(dgate_up + from + f, up);
 }
 
+// ---- Rotary positions: heads `[n, h, k]`, each value of the first half turned with its partner in the second. ----
+//
+// A thread for each word of a first half. `turn` is 1, or -1 for the gradient, which turns back.
+
+extern "C" __global__ void m6_rotate(
+    const bf16* x, const float* cosines, const float* sines, bf16* y, int64_t words, int h, int k, int64_t outer_stride,
+    float turn) {
+  const int64_t word = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (word >= words) return;
+  const int half = k / 2, words_of_half = half / VECTOR;
+  const int64_t head = word / words_of_half, token = head / h;
+  const int at = static_cast<int>(word % words_of_half) * VECTOR;
+  const int64_t from = token * outer_stride + head % h * k + at;
+  Vector first = load(x + from), second = load(x + from + half);
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) {
+    const float c = cosines[token * k + at + i], s = turn * sines[token * k + at + i];
+    const float a = first.at[i], b = second.at[i];
+    first.at[i] = a * c - b * s;
+    second.at[i] = b * c + a * s;
+  }
+  store(y + head * k + at, first);
+  store(y + head * k + at + half, second);
+}
+
 // ---- Cross-entropy of rows of logits `[n, v]`, `stride` apart, and its gradient in their place. A block for each row. ----
 
 namespace {

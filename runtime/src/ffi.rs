@@ -88,6 +88,12 @@ unsafe extern "C" {
         eps: f64,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
+    pub(crate) fn m6_rotate(
+        x: *const C_tensor,
+        cosines: *const C_tensor,
+        sines: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
     pub(crate) fn m6_swiglu(gate_up: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
     pub(crate) fn m6_linear_cross_entropy(
         hidden: *const C_tensor,

@@ -28,6 +28,20 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     x.rms_norm(weight.size(), Some(&weight.to_kind(x.kind())), eps)
 }
 
+/// Rotary positions (Su et al. 2021) of heads `x` `[n, h, k]`: a value of the first half and its partner in the second
+/// are turned by the angle of their token, whose `cosines` and `sines` are `[n, 1, k]` float32, both halves alike. Same
+/// shape and dtype as `x`, computed in float32.
+pub fn rotate(x: &Tensor, cosines: &Tensor, sines: &Tensor) -> Tensor {
+    #[cfg(feature = "cuda")]
+    if kernels::rotate_fits(x) {
+        return kernels::rotate(x, cosines, sines);
+    }
+    let float = x.to_kind(Kind::Float);
+    let halves = float.chunk(2, -1);
+    let partners = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1);
+    (float * cosines + partners * sines).to_kind(x.kind())
+}
+
 /// SwiGLU (Shazeer 2020) of `[.., 2 f]`: the first half, through swish, gates the second. Returns `[.., f]`.
 pub fn swiglu(gate_up: &Tensor) -> Tensor {
     #[cfg(feature = "cuda")]
@@ -115,6 +129,10 @@ mod kernels {
         is_bf16_on_gpu(x) && width % VECTOR == 0 && width <= MAX_ROW
     }
 
+    pub(super) fn rotate_fits(x: &Tensor) -> bool {
+        x.dim() == 3 && x.size()[2] % (2 * VECTOR) == 0 && is_bf16_on_gpu(x)
+    }
+
     pub(super) fn swiglu_fits(gate_up: &Tensor) -> bool {
         let width = gate_up.size().last().copied().unwrap_or(0);
         is_bf16_on_gpu(gate_up) && width % (2 * VECTOR) == 0
@@ -137,6 +155,12 @@ mod kernels {
     pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
         // SAFETY: as above.
         made(|out| unsafe { ffi::m6_rms_norm(x.as_ptr(), weight.as_ptr(), eps, out) })
+    }
+
+    pub(super) fn rotate(x: &Tensor, cosines: &Tensor, sines: &Tensor) -> Tensor {
+        let (cosines, sines) = (cosines.contiguous(), sines.contiguous());
+        // SAFETY: as above.
+        made(|out| unsafe { ffi::m6_rotate(x.as_ptr(), cosines.as_ptr(), sines.as_ptr(), out) })
     }
 
     pub(super) fn swiglu(gate_up: &Tensor) -> Tensor {
@@ -304,6 +328,27 @@ mod tests {
         for heads in [q, k] {
             let gap = rms_norm(heads, &weight, 1e-6) - rms_norm(&heads.contiguous(), &weight, 1e-6);
             assert_eq!(gap.abs().max().double_value(&[]), 0.0);
+        }
+    }
+
+    #[test]
+    fn rotation_and_its_gradient_match_float64_and_heads_are_read_where_they_lie() {
+        tch::manual_seed(6);
+        for (heads, width) in [(1, 16), (14, 64), (3, 128)] {
+            let angles = Tensor::randn([50, 1, width / 2], (Kind::Float, CUDA)) * 3.0;
+            let angles = Tensor::cat(&[&angles, &angles], -1);
+            let (cosines, sines) = (angles.cos(), angles.sin());
+            let all = draw(&[50, heads + 2, width]);
+            check(
+                &[all],
+                |t| rotate(&t[0].narrow(1, 1, heads), &cosines, &sines),
+                |t| {
+                    let x = t[0].narrow(1, 1, heads);
+                    let halves = x.chunk(2, -1);
+                    let partners = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1);
+                    x * &cosines + partners * &sines
+                },
+            );
         }
     }
 

@@ -2,6 +2,7 @@
 //!
 //! Legend: `n` tokens, `h` heads, `k` head width.
 
+use m6_runtime::fused::rotate;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -209,25 +210,16 @@ fn yarn_scale(factor: f64) -> f64 {
 impl Rotation {
     /// Queries `[n, h, k]`, turned; computed in float32.
     pub fn queries(&self, q_nhk: &Tensor) -> Tensor {
-        let turned = self.turn(q_nhk);
-        let grown = match &self.growth {
-            Some(growth) => turned * growth,
+        let turned = self.keys(q_nhk);
+        match &self.growth {
+            Some(growth) => (turned * growth).to_kind(q_nhk.kind()),
             None => turned,
-        };
-        grown.to_kind(q_nhk.kind())
+        }
     }
 
     /// Keys `[n, h, k]`, turned; computed in float32.
     pub fn keys(&self, k_nhk: &Tensor) -> Tensor {
-        self.turn(k_nhk).to_kind(k_nhk.kind())
-    }
-
-    /// A value of the first half and its partner in the second are the two coordinates that are turned.
-    fn turn(&self, x_nhk: &Tensor) -> Tensor {
-        let x = x_nhk.to_kind(Kind::Float);
-        let halves = x.chunk(2, -1);
-        let partners = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1);
-        x * &self.cos + partners * &self.sin
+        rotate(k_nhk, &self.cos, &self.sin)
     }
 }
 

@@ -1,0 +1,123 @@
+//! How fast a language model trains: forward, backward, clipping and AdamW over packed texts of random tokens, with random
+//! weights.
+//!
+//!     cargo bench -p m6 --features cuda --bench train_step -- qwen2-0.5b 8 2048
+//!
+//! Shape, texts and tokens a text; beside it, on the same GPU, what Hugging Face's implementation makes of the same shape.
+//! Prints one line of JSON.
+
+use std::time::Instant;
+
+use m6::model::{Balance, Bias, Mode, ModelConfig, MoeConfig, RotaryConfig, Sequence, Transformer, Vocab};
+use m6_runtime::Params;
+use m6_runtime::attention::{Layout, Span};
+use m6_runtime::device::{device, memory};
+use m6_runtime::fused::linear_cross_entropy;
+use m6_runtime::optim::{Optimizer, OptimizerConfig};
+use tch::{Device, Kind, Tensor};
+
+const WARM_UP: usize = 4;
+const STEPS: usize = 10;
+const LEARNING_RATE: f64 = 1e-4;
+
+/// A shape by its name, and the rows of its vocabulary.
+fn shape(name: &str) -> Option<(ModelConfig, i64)> {
+    let qwen2 = |width, layers, heads, kv_heads, hidden| ModelConfig {
+        kv_heads: Some(kv_heads),
+        qk_norm: false,
+        bias: Bias::Qkv,
+        rotary: Some(RotaryConfig { base: 1e6, scaling: None, logn: None }),
+        ..ModelConfig::new(width, layers, heads, hidden, 4096)
+    };
+    Some(match name {
+        "tiny" => (qwen2(64, 2, 4, 2, 128), 512),
+        "qwen2-0.5b" => (qwen2(896, 24, 14, 2, 4864), 151_936),
+        "qwen2-1.5b" => (qwen2(1536, 28, 12, 2, 8960), 151_936),
+        "qwen2-moe-60" => {
+            let moe = MoeConfig {
+                experts: 60,
+                active: 4,
+                every: 1,
+                dense_layers: Vec::new(),
+                hidden: Some(704),
+                shared: Some(2816),
+                renormalize: false,
+                balance_loss: 0.0,
+                balance: Balance::Model,
+                z_loss: 0.0,
+            };
+            let model = ModelConfig { tied: false, moe: Some(moe), ..qwen2(1024, 12, 16, 16, 2816) };
+            (model, 32_000)
+        }
+        _ => return None,
+    })
+}
+
+fn main() {
+    // Cargo adds a flag of its own.
+    let args: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with("--")).collect();
+    let name = args.first().map_or("tiny", String::as_str);
+    let number =
+        |place: usize, default| args.get(place).map_or(default, |text| text.parse().expect("a number"));
+    let (texts, length): (i64, i64) = (number(1, 2), number(2, 64));
+    let Some((config, rows)) = shape(name) else {
+        panic!("{name}: tiny, qwen2-0.5b, qwen2-1.5b, qwen2-moe-60")
+    };
+    config.validate().expect("a shape that can be computed");
+    let device = device("auto").expect("a device");
+    let params = Params::new(device, 1);
+    let model = Transformer::new(&params, &config, Vocab::language(rows), 0);
+    let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
+    let mut step = step(&model, &mut optimizer, rows, texts, length);
+    (0..WARM_UP).for_each(|_| step());
+    synchronize(device);
+    let start = Instant::now();
+    (0..STEPS).for_each(|_| step());
+    synchronize(device);
+    let seconds = start.elapsed().as_secs_f64() / STEPS as f64;
+    let (tokens, parameters) = (texts * length, params.count());
+    // 6 for each parameter and token, and causal attention, as the peer counts them.
+    let attention = 6 * config.layers * config.width * length;
+    let flops = (6 * parameters as i64 + attention) as f64 * tokens as f64;
+    let report = serde_json::json!({
+        "shape": name,
+        "parameters": parameters,
+        "tokens_per_s": tokens as f64 / seconds,
+        "ms_per_step": seconds * 1e3,
+        "tflops_per_s": flops / seconds / 1e12,
+        "memory_peak_bytes": memory(device).expect("figures of the device's memory").peak,
+    });
+    println!("{report}");
+}
+
+/// One update on the same `texts` texts of `length` random tokens.
+fn step(model: &Transformer, optimizer: &mut Optimizer, rows: i64, texts: i64, length: i64) -> impl FnMut() {
+    let device = model.text_head().device();
+    let ids = Vec::<i64>::try_from(Tensor::randint(rows, [texts * length], (Kind::Int64, Device::Cpu)));
+    let ids = ids.expect("whole numbers");
+    let mut sequence = Sequence::new(model.vocab(), model.positions());
+    for text in ids.chunks(length as usize) {
+        sequence.begin();
+        sequence.prefix_text(text);
+    }
+    let tokens = sequence.to_device(device).expect("memory for the tokens");
+    let layout = Layout::new(vec![Span { prefix: 0, target: length }; texts as usize], device);
+    let layout = layout.expect("memory for the layout");
+    // The token after each one; the last of a text is followed by the first of the next, which costs as much.
+    let labels = tokens.ids.roll([-1], [0]);
+    move || {
+        optimizer.zero_grad().expect("gradients");
+        let hidden =
+            model.forward(&tokens, None, &layout, texts * length, Mode::Train).expect("a forward pass");
+        let (mean, _) = linear_cross_entropy(&hidden.x_nd, &model.text_head(), &labels);
+        hidden.router_loss.map_or(mean.shallow_clone(), |router| mean + router).backward();
+        let norm = optimizer.clip_grad_norm(1.0).expect("a norm");
+        optimizer.step(LEARNING_RATE, &norm).expect("an update");
+    }
+}
+
+fn synchronize(device: Device) {
+    if let Device::Cuda(index) = device {
+        tch::Cuda::synchronize(index as i64);
+    }
+}
