@@ -301,7 +301,7 @@ template <int VECTORS>
 __device__ void rms_norm_grad(
     const bf16* dy, const bf16* x, const float* weight, bf16* dx, float* dweights, int64_t n, int k, int lanes, int inner,
     int64_t outer_stride, float eps) {
-  extern __shared__ float shared[];
+  extern __shared__ float row_sums[];
   const int lane = threadIdx.x % lanes;
   const int rows = blockDim.x / lanes;
   Vector weights[VECTORS], sums[VECTORS];
@@ -343,7 +343,7 @@ __device__ void rms_norm_grad(
       if (row < n && at < k) store(dx + row * k + at, out);
     }
   }
-  float* own = shared + static_cast<int64_t>(threadIdx.x / lanes) * k;
+  float* own = row_sums + static_cast<int64_t>(threadIdx.x / lanes) * k;
 #pragma unroll
   for (int j = 0; j < VECTORS; ++j) {
     const int at = (j * lanes + lane) * VECTOR;
@@ -354,7 +354,7 @@ __device__ void rms_norm_grad(
   __syncthreads();
   for (int at = threadIdx.x; at < k; at += blockDim.x) {
     float sum = 0;
-    for (int row = 0; row < rows; ++row) sum += shared[row * k + at];
+    for (int row = 0; row < rows; ++row) sum += row_sums[row * k + at];
     dweights[static_cast<int64_t>(blockIdx.x) * k + at] = sum;
   }
 }
@@ -454,7 +454,7 @@ constexpr float LOWEST = -1e30f;
 // are padding: they are ignored and become zero.
 extern "C" __global__ void m6_cross_entropy(
     bf16* logits, const int64_t* labels, const float* weights, float* losses, int64_t v, int64_t stride) {
-  __shared__ Partition shared[WARP];
+  __shared__ Partition partitions[WARP];
   const int64_t row = blockIdx.x;
   bf16* own = logits + row * stride;
   const int64_t label = labels[row];
@@ -473,11 +473,11 @@ extern "C" __global__ void m6_cross_entropy(
     part.merge(Partition{
         __shfl_xor_sync(ALL_LANES, part.largest, step), __shfl_xor_sync(ALL_LANES, part.sum, step)});
   }
-  if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = part;
+  if (threadIdx.x % WARP == 0) partitions[threadIdx.x / WARP] = part;
   const float at_label = __bfloat162float(own[label]);
   __syncthreads();
-  part = shared[0];
-  for (int warp = 1; warp < static_cast<int>(blockDim.x) / WARP; ++warp) part.merge(shared[warp]);
+  part = partitions[0];
+  for (int warp = 1; warp < static_cast<int>(blockDim.x) / WARP; ++warp) part.merge(partitions[warp]);
   const float log_sum = part.largest + __logf(part.sum);
   if (threadIdx.x == 0) losses[row] = log_sum - at_label;
   const float weight = weights[row];
