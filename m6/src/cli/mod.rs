@@ -16,6 +16,7 @@ mod pack;
 mod tokenizer;
 mod train;
 mod vqgan;
+mod vqgan_codes;
 
 use std::process::ExitCode;
 
