@@ -5,6 +5,7 @@ use std::fs;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
+use m6_data::{Array, Element, Rgb8};
 use serde_json::Value;
 
 use crate::scene::{Finished, Member, Sample, Scene, finish, samples};
@@ -178,6 +179,38 @@ fn flags() {
     assert_eq!(picture.code, Some(FAILURE));
     assert!(picture.stderr.contains("m6: vqgan.toml: broken picture"), "{}", picture.stderr);
     assert_refused("non-UTF-8 prompt", &scene.run(&[&args[..], &[prompt]].concat()), WRONG_USE, &["UTF-8"]);
+}
+
+#[test]
+fn pictures_and_codes_of_the_image_tokenizer() {
+    let scene = Scene::with_tokenizer();
+    let save = |name: &str, side: u32| Rgb8::filled(side, 20, [9; 3]).save_png(&scene.path(name)).unwrap();
+    save("thin.png", 3);
+    save("fine.png", 20);
+    let npy = |name: &str, shape: &[usize], element, bytes: &[u8]| {
+        let array = Array { element, shape: shape.to_vec(), bytes };
+        fs::write(scene.path(name), array.to_npy().unwrap()).unwrap();
+    };
+    npy("far.npy", &[1, 2], Element::U8, &[3, 32]);
+    npy("flat.npy", &[2], Element::U8, &[3, 4]);
+    npy("float.npy", &[1, 1], Element::F32, &[0; 4]);
+    fs::create_dir(scene.path("empty")).unwrap();
+    scene.succeed(&["vqgan", "encode", "tokenizer/model", "fine.png", "-o", "there", "--device", "cpu"]);
+    let encode = |what: &str| format!("vqgan encode tokenizer/model {what} --device cpu");
+    let decode = |what: &str| format!("vqgan decode tokenizer/model {what} -o out --device cpu");
+    let cases: [(String, i32, &[&str]); 9] = [
+        (encode("thin.png -o out"), FAILURE, &["thin.png", "3x20", "at least 4x4"]),
+        (encode("none.png -o out"), FAILURE, &["none.png", "No such file"]),
+        (encode("vqgan.toml -o out"), FAILURE, &["vqgan.toml", "broken picture"]),
+        (encode("empty -o out"), FAILURE, &["empty", "none of the files"]),
+        (encode("fine.png -o there"), WRONG_USE, &["there/fine.npy", "--overwrite"]),
+        (decode("far.npy"), FAILURE, &["far.npy", "3 to 32", "0 to 31"]),
+        (decode("flat.npy"), FAILURE, &["flat.npy", "shape [2]", "[rows, columns]"]),
+        (decode("float.npy"), FAILURE, &["float.npy", "F32", "integers"]),
+        (decode("fine.png"), FAILURE, &["fine.png", "NumPy's mark"]),
+    ];
+    let cases: Vec<Case> = cases.iter().map(|(line, code, words)| (line.as_str(), *code, *words)).collect();
+    assert_all_refused(&scene, &cases);
 }
 
 #[test]

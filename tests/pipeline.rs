@@ -71,6 +71,17 @@ fn pictures_become_a_model_that_draws_and_captions() {
         assert_eq!(again, scores);
     }
 
+    let encode =
+        ["vqgan", "encode", "tokenizer/model", "pictures", "-o", "codes", "--reconstructions", "seen"];
+    let lines = scene.json(&[&encode[..], &["--device", "cpu", "--json"]].concat());
+    assert_eq!(lines.len(), PICTURES);
+    has_keys(&lines[0], &["picture", "codes", "width", "height", "rows", "columns"]);
+    let decode = ["vqgan", "decode", "tokenizer/model", "codes", "-o", "decoded", "--device", "cpu"];
+    scene.succeed(&decode);
+    // 20 pixels are five codes of four, so nothing is cut off.
+    let read = |name: &str| fs::read(scene.path(name)).unwrap();
+    assert!(read("seen/red-bar.png") == read("decoded/red-bar.png"), "encode and decode differ");
+
     let own_bpe = ["--set", "tokenizer={ file = 'bpe.json' }"];
     scene.succeed(&[&["train", "train.toml", "--set", "schedule.steps=8"], own_bpe.as_slice()].concat());
     let rows = fs::read_to_string(scene.path("run/metrics.jsonl")).unwrap();

@@ -75,7 +75,7 @@ pub use loader::Loader;
 pub use member::{Array, Element};
 pub use mixture::{Mixture, SourceShare};
 pub use order::{SampleOrder, sample_rng};
-pub use pack::{PackReport, pack};
+pub use pack::{PackReport, files_in, pack, pictures_in};
 pub use packing::{Item, RowPacker};
 pub use picture::{Rgb8, grid};
 pub use script::Script;

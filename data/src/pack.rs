@@ -212,9 +212,7 @@ impl Candidate {
 }
 
 fn from_folder(root: &Path) -> Result<Vec<Candidate>> {
-    let mut pictures = Vec::new();
-    find_pictures(root, &mut pictures)?;
-    pictures.sort();
+    let pictures = pictures_in(root)?;
     let candidate = |picture: PathBuf| {
         let inside = picture.strip_prefix(root).unwrap_or(&picture).with_extension("");
         // A dot in a key would end it.
@@ -227,8 +225,27 @@ fn from_folder(root: &Path) -> Result<Vec<Candidate>> {
     Ok(pictures.into_iter().map(candidate).collect())
 }
 
-/// Collects pictures, without hidden files and without following links to folders (they could lead in circles).
-fn find_pictures(folder: &Path, pictures: &mut Vec<PathBuf>) -> Result<()> {
+/// The pictures of a folder and its folders, by their extensions, as [`files_in`] finds them.
+///
+/// # Errors
+/// When a folder cannot be read.
+pub fn pictures_in(folder: &Path) -> Result<Vec<PathBuf>> {
+    files_in(folder, &PICTURE_EXTENSIONS)
+}
+
+/// The files of a folder and its folders with one of `extensions`, sorted; without hidden files and without following
+/// links to folders (they could lead in circles).
+///
+/// # Errors
+/// When a folder cannot be read.
+pub fn files_in(folder: &Path, extensions: &[&str]) -> Result<Vec<PathBuf>> {
+    let mut files = Vec::new();
+    find_files(folder, extensions, &mut files)?;
+    files.sort();
+    Ok(files)
+}
+
+fn find_files(folder: &Path, extensions: &[&str], files: &mut Vec<PathBuf>) -> Result<()> {
     let fail = || DataError::io("read", folder);
     for entry in std::fs::read_dir(folder).map_err(fail())? {
         let entry = entry.map_err(fail())?;
@@ -237,9 +254,9 @@ fn find_pictures(folder: &Path, pictures: &mut Vec<PathBuf>) -> Result<()> {
             continue;
         }
         if entry.file_type().map_err(fail())?.is_dir() {
-            find_pictures(&path, pictures)?;
-        } else if PICTURE_EXTENSIONS.contains(&extension(&path).as_str()) {
-            pictures.push(path);
+            find_files(&path, extensions, files)?;
+        } else if extensions.contains(&extension(&path).as_str()) {
+            files.push(path);
         }
     }
     Ok(())

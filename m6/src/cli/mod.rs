@@ -17,6 +17,7 @@ mod score;
 mod tokenizer;
 mod train;
 mod vqgan;
+mod vqgan_codes;
 
 use std::process::ExitCode;
 

@@ -9,6 +9,7 @@ use m6_vqgan::{Dtype, VqganReport};
 
 use super::args::ConfigArgs;
 use super::output;
+use super::vqgan_codes::{DecodeArgs, EncodeArgs};
 
 /// Train and score an image tokenizer, which turns pictures into codes and back, or take over a published one
 #[derive(Debug, clap::Subcommand)]
@@ -17,6 +18,10 @@ pub enum Command {
     Train(TrainArgs),
     /// Score reconstructions: PSNR, SSIM, codebook usage and perplexity
     Eval(EvalArgs),
+    /// Turn pictures of any size into codes, a NumPy file each
+    Encode(EncodeArgs),
+    /// Turn code files back into pictures
+    Decode(DecodeArgs),
     /// Measure how fast pictures become codes and codes pictures
     Bench(BenchArgs),
     /// Make a model folder of weights of taming-transformers, latent-diffusion, LlamaGen, diffusers or Janus
@@ -30,6 +35,8 @@ impl Command {
         match self {
             Self::Train(args) => args.run(),
             Self::Eval(args) => args.run(),
+            Self::Encode(args) => args.run(),
+            Self::Decode(args) => args.run(),
             Self::Bench(args) => args.run(),
             Self::Import(args) => args.run(),
             Self::Export(args) => args.run(),
