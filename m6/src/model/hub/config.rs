@@ -76,8 +76,7 @@ struct Qwen2 {
     shared_expert_intermediate_size: Option<i64>,
     #[serde(default = "one")]
     decoder_sparse_step: i64,
-    #[serde(default)]
-    mlp_only_layers: Vec<i64>,
+    mlp_only_layers: Option<Vec<i64>>,
     #[serde(default)]
     norm_topk_prob: bool,
     #[serde(default)]
@@ -94,6 +93,11 @@ struct Rope {
     beta_fast: Option<f64>,
     beta_slow: Option<f64>,
     attention_factor: Option<f64>,
+    /// Settings of YaRN that no model of these families has.
+    mscale: Option<f64>,
+    mscale_all_dim: Option<f64>,
+    truncate: Option<bool>,
+    partial_rotary_factor: Option<f64>,
 }
 
 /// transformers' default, and that of the first Qwen2 models.
@@ -142,6 +146,10 @@ impl Qwen2 {
         if !self.use_sliding_window {
             return Ok(None);
         }
+        // There the window is one of every other block below `max_window_layers`.
+        if self.num_experts.is_some() {
+            return Err("use_sliding_window = true: expected false in a model with experts".to_owned());
+        }
         let size = self.sliding_window.ok_or("sliding_window is missing; use_sliding_window asks for it")?;
         let from =
             self.max_window_layers.ok_or("max_window_layers is missing; use_sliding_window asks for it")?;
@@ -156,7 +164,7 @@ impl Qwen2 {
             experts,
             active,
             every: self.decoder_sparse_step,
-            dense_layers: self.mlp_only_layers.clone(),
+            dense_layers: self.mlp_only_layers.clone().unwrap_or_default(),
             hidden: self.moe_intermediate_size,
             shared: self.shared_expert_intermediate_size,
             renormalize: self.norm_topk_prob,
@@ -172,10 +180,19 @@ impl Rope {
         let kind = self.rope_type.as_deref().unwrap_or("default");
         let factor = || self.factor.ok_or(format!("factor is missing; rope_type {kind:?} asks for it"));
         let original = self.original_max_position_embeddings.unwrap_or(max_positions);
+        let foreign = [
+            ("mscale", self.mscale.is_some()),
+            ("mscale_all_dim", self.mscale_all_dim.is_some()),
+            ("truncate", self.truncate == Some(false)),
+            ("partial_rotary_factor", self.partial_rotary_factor.is_some_and(|factor| factor != 1.0)),
+        ];
+        if let Some((key, _)) = foreign.iter().find(|(_, is_set)| *is_set) {
+            return Err(format!("{key} is set: expected rotary settings without it"));
+        }
         Ok(match kind {
             "default" => None,
             "linear" => Some(RotaryScaling::Linear { factor: factor()? }),
-            "dynamic" => Some(RotaryScaling::Dynamic { factor: factor()?, trained: original }),
+            "dynamic" => Some(RotaryScaling::Dynamic { factor: factor()?, trained: max_positions }),
             "yarn" => Some(RotaryScaling::Yarn {
                 factor: factor()?,
                 original,
@@ -280,6 +297,11 @@ mod tests {
             (r#""rope_parameters": {"rope_type": "yarn"}"#, "factor is missing"),
             (r#""use_sliding_window": true"#, "sliding_window is missing"),
             (r#""num_experts": 4"#, "num_experts_per_tok is missing"),
+            (
+                r#""num_experts": 4, "use_sliding_window": true, "sliding_window": 8, "max_window_layers": 1"#,
+                "use_sliding_window = true: expected false",
+            ),
+            (r#""rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}"#, "mscale is set"),
         ];
         for (more, message) in cases {
             let error = with(more).unwrap_err();
