@@ -332,7 +332,8 @@ mod tests {
             let two_steps = crop.apply(whole, &mut sample_rng(seed, 0)).unwrap();
             prop_assert_eq!((fused.width, fused.height), (two_steps.width, two_steps.height));
             let differences = fused.pixels.iter().zip(&two_steps.pixels).map(|(a, b)| a.abs_diff(*b));
-            prop_assert!(differences.max() <= Some(1));
+            // Columns and rows are scaled one after the other, and both results are rounded to bytes.
+            prop_assert!(differences.max() <= Some(2));
         }
 
         #[test]
