@@ -32,6 +32,7 @@ pub mod filter;
 pub mod flaw;
 pub mod index_file;
 pub mod info;
+mod jpeg;
 mod key;
 pub mod lint;
 pub mod loader;

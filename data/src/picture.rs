@@ -1,27 +1,28 @@
 //! RGB pictures: decoding, encoding and the few operations that training and grids need.
 
+use std::cell::RefCell;
 use std::io::Cursor;
 use std::path::Path;
 
 use fast_image_resize as fir;
-use image::metadata::Orientation;
-use image::{DynamicImage, GrayImage, ImageDecoder, ImageEncoder, ImageFormat, ImageReader, RgbImage};
-use zune_core::bytestream::ZCursor;
-use zune_core::colorspace::ColorSpace;
-use zune_core::options::DecoderOptions;
-use zune_jpeg::JpegDecoder;
-use zune_jpeg::errors::DecodeErrors;
+use image::{DynamicImage, ImageDecoder, ImageEncoder, ImageFormat, ImageReader};
 
 use crate::atomic_file::write_atomic;
 use crate::error::{DataError, Result};
+use crate::jpeg;
 
 /// Larger pictures are refused before they are decoded (a decompression bomb must not take the memory).
 pub const MAX_PIXELS: u64 = 1 << 28;
 const FORMATS: [ImageFormat; 4] = [ImageFormat::Jpeg, ImageFormat::Png, ImageFormat::WebP, ImageFormat::Bmp];
-const CHANNELS: usize = 3;
+pub(crate) const CHANNELS: usize = 3;
 /// Rows of a difference hash, and differences in each: 64 bits.
 const HASH_SIDE: u32 = 8;
 const WHITE: u8 = 255;
+
+thread_local! {
+    // Its buffers are worth keeping from picture to picture.
+    static RESIZER: RefCell<fir::Resizer> = RefCell::new(fir::Resizer::new());
+}
 
 /// An 8-bit RGB picture.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -62,7 +63,7 @@ impl Rgb8 {
         let format =
             format.ok_or_else(|| DataError::Picture("expected JPEG, PNG, WebP or BMP".to_owned()))?;
         let (mut picture, orientation) = match format {
-            ImageFormat::Jpeg => decode_jpeg(bytes, short_side)?,
+            ImageFormat::Jpeg => jpeg::decode(bytes, short_side)?,
             _ => {
                 let reader = ImageReader::with_format(Cursor::new(bytes), format);
                 let mut decoder = reader.into_decoder().map_err(broken)?;
@@ -142,7 +143,8 @@ impl Rgb8 {
         let options = fir::ResizeOptions::new()
             .resize_alg(fir::ResizeAlg::Convolution(fir::FilterType::Bilinear))
             .crop(left, top, columns, rows);
-        fir::Resizer::new().resize(&source, &mut target, &options).map_err(|e| fail(e.to_string()))?;
+        let scale = |resizer: &mut fir::Resizer| resizer.resize(&source, &mut target, &options);
+        RESIZER.with_borrow_mut(scale).map_err(|e| fail(e.to_string()))?;
         Ok(Self { width: part.width, height: part.height, pixels: target.into_vec() })
     }
 
@@ -274,73 +276,13 @@ pub fn grid(pictures: &[Rgb8], columns: u32, gap: u32) -> Rgb8 {
     sheet
 }
 
-fn check_size((width, height): (u32, u32)) -> Result<()> {
+/// # Errors
+/// More than [`MAX_PIXELS`].
+pub(crate) fn check_size((width, height): (u32, u32)) -> Result<()> {
     if u64::from(width) * u64::from(height) > MAX_PIXELS {
         return Err(DataError::Picture(format!("{width}x{height} is more than {MAX_PIXELS} pixels")));
     }
     Ok(())
-}
-
-/// A JPEG, as for [`Rgb8::decode_for`], and how it becomes upright. Pictures are most of the work of a loader, and the
-/// `image` crate would read the headers of each three times.
-fn decode_jpeg(bytes: &[u8], short_side: Option<u32>) -> Result<(DynamicImage, Orientation)> {
-    let broken = |e: DecodeErrors| DataError::Picture(format!("JPEG: {e:?}"));
-    let options =
-        DecoderOptions::default().set_strict_mode(false).set_max_width(usize::MAX).set_max_height(usize::MAX);
-    let mut decoder = JpegDecoder::new_with_options(ZCursor::new(bytes), options);
-    decoder.decode_headers().map_err(broken)?;
-    let side = |side: usize| u32::try_from(side).unwrap_or(u32::MAX);
-    let (width, height) = decoder.dimensions().map(|(w, h)| (side(w), side(h))).unwrap_or_default();
-    check_size((width, height))?;
-    let orientation = decoder.exif().and_then(|exif| Orientation::from_exif_chunk(exif));
-    let orientation = orientation.unwrap_or(Orientation::NoTransforms);
-    if let Some(picture) = decode_turbo(bytes, (width, height), short_side) {
-        return Ok((picture, orientation));
-    }
-    let is_grey = decoder.input_colorspace() == Some(ColorSpace::Luma);
-    let colours = if is_grey { ColorSpace::Luma } else { ColorSpace::RGB };
-    decoder.set_options(options.jpeg_set_out_colorspace(colours));
-    let pixels = decoder.decode().map_err(broken)?;
-    let picture = match is_grey {
-        true => GrayImage::from_raw(width, height, pixels).map(DynamicImage::from),
-        false => RgbImage::from_raw(width, height, pixels).map(DynamicImage::from),
-    };
-    let fault = || DataError::Picture("JPEG: fewer pixels than its header says".to_owned());
-    Ok((picture.ok_or_else(fault)?, orientation))
-}
-
-/// A JPEG of the given size by libjpeg-turbo, at the smallest scale that leaves at least `short_side`, of those for which
-/// it has fast inverse transforms; `None` where the general decoder has to judge.
-#[cfg(feature = "turbojpeg")]
-fn decode_turbo(bytes: &[u8], (width, height): (u32, u32), short_side: Option<u32>) -> Option<DynamicImage> {
-    use std::cell::RefCell;
-    use turbojpeg::{Colorspace, Decompressor, Image, PixelFormat, ScalingFactor};
-    thread_local! {
-        // Its tables and buffers are worth keeping from picture to picture.
-        static DECODER: RefCell<Option<Decompressor>> = RefCell::new(Decompressor::new().ok());
-    }
-    let fits = |part: &u32| short_side.is_some_and(|short| width.min(height) / part >= short);
-    let part = [8, 4, 2].into_iter().find(fits).unwrap_or(1);
-    let scale = ScalingFactor::new(1, part as usize);
-    DECODER.with_borrow_mut(|decoder| {
-        let decoder = decoder.as_mut()?;
-        decoder.set_scaling_factor(scale).ok()?;
-        let header = decoder.read_header(bytes).ok()?;
-        if matches!(header.colorspace, Colorspace::CMYK | Colorspace::YCCK) {
-            return None;
-        }
-        let (width, height) = (scale.scale(header.width), scale.scale(header.height));
-        let pitch = width * CHANNELS;
-        let mut pixels = vec![0; height * pitch];
-        let image = Image { pixels: pixels.as_mut_slice(), width, pitch, height, format: PixelFormat::RGB };
-        decoder.decompress(bytes, image).ok()?;
-        RgbImage::from_raw(width as u32, height as u32, pixels).map(DynamicImage::from)
-    })
-}
-
-#[cfg(not(feature = "turbojpeg"))]
-fn decode_turbo(_: &[u8], _: (u32, u32), _: Option<u32>) -> Option<DynamicImage> {
-    None
 }
 
 fn on_white(picture: DynamicImage) -> Rgb8 {
@@ -379,34 +321,6 @@ mod tests {
         assert_eq!(Rgb8::decode(&picture.encode_png().unwrap()).unwrap(), picture);
         let raw = image::RgbImage::from_raw(7, 5, picture.pixels.clone()).unwrap();
         assert_eq!(Rgb8::decode(&encode(raw, ImageFormat::WebP)).unwrap(), picture);
-    }
-
-    #[test]
-    fn jpeg_is_near() {
-        let raw = image::RgbImage::from_pixel(16, 16, image::Rgb([200, 30, 60]));
-        let decoded = Rgb8::decode(&encode(raw, ImageFormat::Jpeg)).unwrap();
-        for pixel in decoded.pixels.chunks(3) {
-            assert!(pixel.iter().zip([200, 30, 60]).all(|(&got, want)| (i32::from(got) - want).abs() < 6));
-        }
-    }
-
-    #[test]
-    fn a_jpeg_that_will_be_scaled_down_is_decoded_no_larger_than_needed_and_looks_the_same() {
-        let smooth = image::RgbImage::from_fn(64, 48, |x, y| image::Rgb([x as u8 * 4, y as u8 * 5, 90]));
-        let jpeg = encode(smooth, ImageFormat::Jpeg);
-        let whole = Rgb8::decode(&jpeg).unwrap();
-        for (short_side, part) in [(49, 1), (48, 1), (25, 1), (24, 2), (12, 4), (6, 8), (1, 8)] {
-            let part = if cfg!(feature = "turbojpeg") { part } else { 1 };
-            let reduced = Rgb8::decode_for(&jpeg, Some(short_side)).unwrap();
-            assert_eq!((reduced.width, reduced.height), (64 / part, 48 / part), "short side {short_side}");
-            let expected = whole.resize(64 / part, 48 / part).unwrap();
-            let differences = reduced.pixels.iter().zip(&expected.pixels).map(|(a, b)| a.abs_diff(*b));
-            assert!(differences.max() <= Some(8), "short side {short_side}");
-        }
-        let cut = &jpeg[..jpeg.len() / 2];
-        assert_eq!(Rgb8::decode_for(cut, Some(12)).is_err(), Rgb8::decode(cut).is_err());
-        let png = gradient(40, 40).encode_png().unwrap();
-        assert_eq!(Rgb8::decode_for(&png, Some(4)).unwrap(), gradient(40, 40));
     }
 
     #[test]
