@@ -186,40 +186,120 @@ Tensor in_place_rows(const Tensor& x) {
   return heads ? x : x.contiguous();
 }
 
+// The sums that were normed and the result. Without a residual the sums are the input.
+struct Normed {
+  Tensor sum, y;
+};
+
+Normed rms_norm(const Tensor& given, const Tensor& residual, const Tensor& weight, double eps) {
+  const Tensor x = residual.defined() ? given.contiguous() : in_place_rows(given);
+  const Rows rows(x);
+  const Tensor y = at::empty(x.sizes(), x.options());
+  const Tensor sum = residual.defined() ? at::empty(x.sizes(), x.options()) : x;
+  launch(
+      rows.name("m6_rms_norm_"), {ceil_div(rows.n, rows.rows_of_block()), 1}, rows.threads, 0, bytes(x),
+      residual.defined() ? bytes(residual) : nullptr, bytes(weight), residual.defined() ? mutable_bytes(sum) : nullptr,
+      mutable_bytes(y), rows.n, static_cast<int>(rows.k), static_cast<int>(rows.lanes), static_cast<int>(rows.inner),
+      rows.outer_stride, static_cast<float>(eps));
+  return {sum, y};
+}
+
+// `[n, k]` float32 to `[k]`.
+Tensor sum_of_rows(const Tensor& rows) {
+  const int64_t n = rows.size(0), k = rows.size(1);
+  const Tensor sums = at::empty({k}, rows.options());
+  launch(
+      "m6_sum_rows", {ceil_div(k, WARP), 1}, WARP * WARP, 0, bytes(rows), mutable_bytes(sums), static_cast<int>(n),
+      static_cast<int>(k));
+  return sums;
+}
+
+struct NormGrads {
+  Tensor x, weight;
+};
+
+// `dsum` is what reaches the sums past the norm, if anything.
+NormGrads rms_norm_grad(const Tensor& given, const Tensor& dsum, const Tensor& x, const Tensor& weight, double eps) {
+  const Tensor dy = given.to(x.scalar_type()).contiguous();
+  const Tensor past = dsum.defined() ? dsum.to(x.scalar_type()).contiguous() : Tensor();
+  const Rows rows(x);
+  const Tensor dx = at::empty(x.sizes(), x.options());
+  // Every block leaves a row of weight gradients behind.
+  constexpr int64_t GRAD_BLOCKS = 512;
+  const int64_t blocks = std::min(ceil_div(rows.n, rows.rows_of_block()), GRAD_BLOCKS);
+  const Tensor dweights = at::empty({blocks, rows.k}, weight.options());
+  launch(
+      rows.name("m6_rms_norm_grad_"), {blocks, 1}, rows.threads,
+      rows.rows_of_block() * rows.k * static_cast<int64_t>(sizeof(float)), bytes(dy),
+      past.defined() ? bytes(past) : nullptr, bytes(x), bytes(weight), mutable_bytes(dx), mutable_bytes(dweights), rows.n,
+      static_cast<int>(rows.k), static_cast<int>(rows.lanes), static_cast<int>(rows.inner), rows.outer_stride,
+      static_cast<float>(eps));
+  return {dx, sum_of_rows(dweights)};
+}
+
 class RmsNorm : public torch::autograd::Function<RmsNorm> {
  public:
-  static Tensor forward(AutogradContext* context, const Tensor& given, const Tensor& weight, double eps) {
-    const c10::DeviceGuard guard(given.device());
-    const Tensor x = in_place_rows(given);
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, double eps) {
+    const c10::DeviceGuard guard(x.device());
     const Tensor w = dense(weight);
-    const Rows rows(x);
-    const Tensor y = at::empty(x.sizes(), x.options());
-    launch(
-        rows.name("m6_rms_norm_"), {ceil_div(rows.n, rows.rows_of_block()), 1}, rows.threads, 0, bytes(x), bytes(w),
-        mutable_bytes(y), rows.n, static_cast<int>(rows.k), static_cast<int>(rows.lanes), static_cast<int>(rows.inner),
-        rows.outer_stride, static_cast<float>(eps));
-    context->save_for_backward({x, w});
+    const Normed normed = rms_norm(x, Tensor(), w, eps);
+    context->save_for_backward({normed.sum, w});
     context->saved_data["eps"] = eps;
-    return y;
+    return normed.y;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const c10::DeviceGuard guard(saved[0].device());
+    const NormGrads made = rms_norm_grad(grads[0], Tensor(), saved[0], saved[1], context->saved_data["eps"].toDouble());
+    return {made.x, made.weight, Tensor()};
+  }
+};
+
+class AddRmsNorm : public torch::autograd::Function<AddRmsNorm> {
+ public:
+  // The sum and its norm.
+  static variable_list forward(
+      AutogradContext* context, const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+    const c10::DeviceGuard guard(x.device());
+    const Tensor w = dense(weight);
+    const Normed normed = rms_norm(x, residual.contiguous(), w, eps);
+    context->save_for_backward({normed.sum, w});
+    context->saved_data["eps"] = eps;
+    context->set_materialize_grads(false);
+    return {normed.sum, normed.y};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const c10::DeviceGuard guard(saved[0].device());
+    if (!grads[1].defined()) return {grads[0], grads[0], Tensor(), Tensor()};
+    const NormGrads made = rms_norm_grad(grads[1], grads[0], saved[0], saved[1], context->saved_data["eps"].toDouble());
+    return {made.x, made.x, made.weight, Tensor()};
+  }
+};
+
+// A product with float32 weights in the dtype of its input. Their gradient comes out of the matrix product in float32, so
+// that it is neither rounded nor copied.
+class LinearProduct : public torch::autograd::Function<LinearProduct> {
+ public:
+  static Tensor forward(
+      AutogradContext* context, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+    const Tensor w = weight.to(x.scalar_type());
+    context->save_for_backward({x, w});
+    context->saved_data["has_bias"] = bias.has_value();
+    return bias.has_value() ? at::linear(x, w, bias->to(x.scalar_type())) : at::linear(x, w);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
     const Tensor &x = saved[0], &weight = saved[1];
-    const c10::DeviceGuard guard(x.device());
-    const Tensor dy = grads[0].to(x.scalar_type()).contiguous();
-    const Rows rows(x);
-    const Tensor dx = at::empty(x.sizes(), x.options());
-    // Every block leaves a row of weight gradients behind.
-    constexpr int64_t GRAD_BLOCKS = 512;
-    const int64_t blocks = std::min(ceil_div(rows.n, rows.rows_of_block()), GRAD_BLOCKS);
-    const Tensor dweights = at::empty({blocks, rows.k}, weight.options());
-    launch(
-        rows.name("m6_rms_norm_grad_"), {blocks, 1}, rows.threads,
-        rows.rows_of_block() * rows.k * static_cast<int64_t>(sizeof(float)), bytes(dy), bytes(x), bytes(weight),
-        mutable_bytes(dx), mutable_bytes(dweights), rows.n, static_cast<int>(rows.k), static_cast<int>(rows.lanes),
-        static_cast<int>(rows.inner), rows.outer_stride, static_cast<float>(context->saved_data["eps"].toDouble()));
-    return {dx, dweights.sum(0), Tensor()};
+    const Tensor dy = grads[0].reshape({-1, weight.size(0)});
+    const Tensor dx = context->needs_input_grad(0) ? at::mm(dy, weight).view(x.sizes()) : Tensor();
+    const Tensor dweight =
+        context->needs_input_grad(1) ? at::mm(dy.t(), x.reshape({-1, weight.size(1)}), at::kFloat) : Tensor();
+    const bool has_bias = context->saved_data["has_bias"].toBool();
+    return {dx, dweight, has_bias ? dy.sum(0, /*keepdim=*/false, at::kFloat) : Tensor()};
   }
 };
 
@@ -311,8 +391,11 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
       if (!with_gradient) continue;
       Tensor dh = dhidden.narrow(0, begin, count);
       at::mm_out(dh, logits, table);
-      const Tensor share = at::mm(logits.t(), h, at::kFloat);
-      dweight = dweight.defined() ? dweight.add_(share) : share;
+      if (dweight.defined()) {
+        at::addmm_out(dweight, dweight, logits.t(), h, at::kFloat);
+      } else {
+        dweight = at::mm(logits.t(), h, at::kFloat);
+      }
     }
     context->save_for_backward({dhidden, dweight});
     const Tensor total = losses.dot(weights);
@@ -339,6 +422,21 @@ char* m6_group_norm(
 
 char* m6_rms_norm(const Tensor* x, const Tensor* weight, double eps, Tensor** out) {
   return guarded([&] { *out = new Tensor(RmsNorm::apply(*x, *weight, eps)); });
+}
+
+char* m6_add_rms_norm(
+    const Tensor* x, const Tensor* residual, const Tensor* weight, double eps, Tensor** sum, Tensor** out) {
+  return guarded([&] {
+    const auto results = AddRmsNorm::apply(*x, *residual, *weight, eps);
+    *sum = new Tensor(results[0]);
+    *out = new Tensor(results[1]);
+  });
+}
+
+char* m6_linear(const Tensor* x, const Tensor* weight, const Tensor* bias, Tensor** out) {
+  return guarded([&] {
+    *out = new Tensor(LinearProduct::apply(*x, *weight, bias == nullptr ? std::nullopt : std::make_optional(*bias)));
+  });
 }
 
 char* m6_rotate(const Tensor* x, const Tensor* cosines, const Tensor* sines, Tensor** out) {

@@ -39,6 +39,8 @@ __device__ void store(bf16* target, const Vector& vector) {
   *reinterpret_cast<Packed*>(target) = packed;
 }
 
+__device__ float rounded(float value) { return __bfloat162float(__float2bfloat16(value)); }
+
 __device__ float sigmoid(float z) { return 1.0f / (1.0f + __expf(-z)); }
 
 // The gradient of swish, z * sigmoid(z).
@@ -264,11 +266,13 @@ extern "C" __global__ void m6_group_norm_grad_apply(
 // ---- Root-mean-square norm over rows of width k. ----
 //
 // Row n of the input begins at `n / inner * outer_stride + n % inner * k`: heads of queries and keys are normed where
-// they lie in the product they came from. A row belongs to `lanes` lanes of a warp, VECTORS words to each.
+// they lie in the product they came from. A row belongs to `lanes` lanes of a warp, VECTORS words to each. Where there is
+// a `residual`, what is normed is the sum of it and the input, which is kept in `sum`; both are dense.
 
 template <int VECTORS>
 __device__ void rms_norm(
-    const bf16* x, const float* weight, bf16* y, int64_t n, int k, int lanes, int inner, int64_t outer_stride, float eps) {
+    const bf16* x, const bf16* residual, const float* weight, bf16* sum, bf16* y, int64_t n, int k, int lanes, int inner,
+    int64_t outer_stride, float eps) {
   const int lane = threadIdx.x % lanes;
   const int rows = blockDim.x / lanes;
   // Whole warps stay together for the sums, so the loop runs over blocks of rows.
@@ -280,7 +284,14 @@ __device__ void rms_norm(
 #pragma unroll
     for (int j = 0; j < VECTORS; ++j) {
       const int at = (j * lanes + lane) * VECTOR;
-      value[j] = row < n && at < k ? load(x + from + at) : Vector{};
+      const bool inside = row < n && at < k;
+      value[j] = inside ? load(x + from + at) : Vector{};
+      if (residual != nullptr && inside) {
+        const Vector other = load(residual + row * k + at);
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) value[j].at[i] = rounded(value[j].at[i] + other.at[i]);
+        store(sum + row * k + at, value[j]);
+      }
 #pragma unroll
       for (int i = 0; i < VECTOR; ++i) squares += value[j].at[i] * value[j].at[i];
     }
@@ -296,11 +307,12 @@ __device__ void rms_norm(
   }
 }
 
-// dx, and each block's share of dweight in `dweights[block, k]`.
+// dx, to which the gradient `dsum` of the sum is added where there is one, and each block's share of dweight in
+// `dweights[block, k]`.
 template <int VECTORS>
 __device__ void rms_norm_grad(
-    const bf16* dy, const bf16* x, const float* weight, bf16* dx, float* dweights, int64_t n, int k, int lanes, int inner,
-    int64_t outer_stride, float eps) {
+    const bf16* dy, const bf16* dsum, const bf16* x, const float* weight, bf16* dx, float* dweights, int64_t n, int k,
+    int lanes, int inner, int64_t outer_stride, float eps) {
   extern __shared__ float row_sums[];
   const int lane = threadIdx.x % lanes;
   const int rows = blockDim.x / lanes;
@@ -340,7 +352,13 @@ __device__ void rms_norm_grad(
         sums[j].at[i] += grad[j].at[i] * value[j].at[i] * rstd;
         out.at[i] = rstd * (grad[j].at[i] * weights[j].at[i] - value[j].at[i] * tilt);
       }
-      if (row < n && at < k) store(dx + row * k + at, out);
+      if (row >= n || at >= k) continue;
+      if (dsum != nullptr) {
+        const Vector other = load(dsum + row * k + at);
+#pragma unroll
+        for (int i = 0; i < VECTOR; ++i) out.at[i] += other.at[i];
+      }
+      store(dx + row * k + at, out);
     }
   }
   float* own = row_sums + static_cast<int64_t>(threadIdx.x / lanes) * k;
@@ -361,15 +379,29 @@ __device__ void rms_norm_grad(
 
 #define M6_RMS_NORM(VECTORS)                                                                                             \
   extern "C" __global__ void m6_rms_norm_##VECTORS(                                                                      \
-      const bf16* x, const float* weight, bf16* y, int64_t n, int k, int lanes, int inner, int64_t outer_stride,          \
-      float eps) {                                                                                                       \
-    rms_norm<VECTORS>(x, weight, y, n, k, lanes, inner, outer_stride, eps);                                              \
+      const bf16* x, const bf16* residual, const float* weight, bf16* sum, bf16* y, int64_t n, int k, int lanes, int inner,\
+      int64_t outer_stride, float eps) {                                                                                 \
+    rms_norm<VECTORS>(x, residual, weight, sum, y, n, k, lanes, inner, outer_stride, eps);                               \
   }                                                                                                                      \
   extern "C" __global__ void m6_rms_norm_grad_##VECTORS(                                                                 \
-      const bf16* dy, const bf16* x, const float* weight, bf16* dx, float* dweights, int64_t n, int k, int lanes,         \
-      int inner, int64_t outer_stride, float eps) {                                                                      \
-    rms_norm_grad<VECTORS>(dy, x, weight, dx, dweights, n, k, lanes, inner, outer_stride, eps);                          \
+      const bf16* dy, const bf16* dsum, const bf16* x, const float* weight, bf16* dx, float* dweights, int64_t n, int k, \
+      int lanes, int inner, int64_t outer_stride, float eps) {                                                           \
+    rms_norm_grad<VECTORS>(dy, dsum, x, weight, dx, dweights, n, k, lanes, inner, outer_stride, eps);                    \
   }
+
+// The sum of the rows of `[n, k]`, `[k]`. A block for each warp of columns, whose warps share out the rows.
+extern "C" __global__ void m6_sum_rows(const float* rows, float* sums, int n, int k) {
+  __shared__ float shares[WARP][WARP + 1];
+  const int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  const int column = blockIdx.x * WARP + lane;
+  float sum = 0;
+  for (int row = warp; row < n && column < k; row += WARP) sum += rows[static_cast<int64_t>(row) * k + column];
+  shares[warp][lane] = sum;
+  __syncthreads();
+  const float total = sum_of_lanes(shares[lane][warp], WARP);
+  const int own = blockIdx.x * WARP + warp;
+  if (lane == 0 && own < k) sums[own] = total;
+}
 
 M6_RMS_NORM(1)
 M6_RMS_NORM(2)

@@ -121,6 +121,22 @@ char* m6_varlen_flash(
   });
 }
 
+char* m6_causal_attention(
+    const at::Tensor* q, const at::Tensor* k, const at::Tensor* v, int64_t length, at::Tensor** out) {
+  return guarded([&] {
+    const auto examples = [&](const at::Tensor& heads) {
+      return heads.view({-1, length, heads.size(1), heads.size(2)}).transpose(1, 2);
+    };
+    const bool with_gradient = at::GradMode::is_enabled() && (q->requires_grad() || k->requires_grad() || v->requires_grad());
+    const auto result = at::_scaled_dot_product_cudnn_attention(
+        examples(*q), examples(*k), examples(*v), /*attn_bias=*/std::nullopt, with_gradient, /*dropout_p=*/0.0,
+        /*is_causal=*/true);
+    *out = new at::Tensor(std::get<0>(result).transpose(1, 2).flatten(0, 1));
+  });
+}
+
+bool m6_is_deterministic() { return at::globalContext().deterministicAlgorithms(); }
+
 char* m6_leaky_relu(const at::Tensor* x, double slope, at::Tensor** out) {
   return guarded([&] { *out = new at::Tensor(at::leaky_relu(*x, slope)); });
 }

@@ -31,6 +31,9 @@ impl Span {
     }
 }
 
+/// Below it cuDNN's attention is not faster than flash.
+const SHORTEST_DENSE: i64 = 1024;
+
 /// Where the examples of a packed row begin and end, ready for a device.
 #[derive(Debug)]
 pub struct Layout {
@@ -46,6 +49,8 @@ struct FlashLayout {
     prefix_rows: Tensor,
     prefix_cumulative: Tensor,
     prefix_longest: i64,
+    /// The length of the examples where all have the same and causal is right for all.
+    common: Option<i64>,
 }
 
 impl Layout {
@@ -92,6 +97,11 @@ impl FlashLayout {
             prefix_rows: upload(&Tensor::from_slice(&rows), device)?,
             prefix_cumulative: cumulative(&prefixes)?,
             prefix_longest: prefixes.iter().copied().max().unwrap_or(0),
+            common: lengths.first().copied().filter(|first| {
+                prefixes.is_empty()
+                    && *first >= SHORTEST_DENSE
+                    && lengths.iter().all(|length| length == first)
+            }),
         })
     }
 }
@@ -101,7 +111,8 @@ impl FlashLayout {
 /// before it only so many tokens, itself included.
 ///
 /// On a GPU and in bf16 this is one causal variable-length flash call over everything, then the prefix rows
-/// once more without the causal rule, put in place; elsewhere a masked call for each example.
+/// once more without the causal rule, put in place; or, where all examples have one length and causal is right for all, one
+/// call of cuDNN's, which is faster. Elsewhere it is a masked call for each example.
 ///
 /// # Errors
 /// When libtorch refuses a flash call.
@@ -125,6 +136,9 @@ fn flash_attention(
     layout: &FlashLayout,
     window: Option<i64>,
 ) -> Result<Tensor> {
+    if let Some(length) = layout.common.filter(|_| window.is_none() && is_dense(q)) {
+        return causal_attention(q, k, v, length);
+    }
     let all = varlen_flash(q, k, v, &layout.cumulative, layout.longest, true, window)?;
     if layout.prefix_longest == 0 {
         return Ok(all);
@@ -133,6 +147,21 @@ fn flash_attention(
     let [q, k, v] = [q, k, v].map(|t| t.index_select(0, rows));
     let prefix = varlen_flash(&q, &k, &v, &layout.prefix_cumulative, layout.prefix_longest, false, window)?;
     Ok(all.index_copy(0, rows, &prefix))
+}
+
+/// Whether cuDNN's attention may be taken: its backward pass is not the same from run to run, and knows no wider heads.
+fn is_dense(q: &Tensor) -> bool {
+    const MAX_HEAD_WIDTH: i64 = 128;
+    // SAFETY: reads a flag.
+    q.size()[2] <= MAX_HEAD_WIDTH && !unsafe { ffi::m6_is_deterministic() }
+}
+
+/// Causal attention in examples of `length` tokens each, by cuDNN.
+fn causal_attention(q: &Tensor, k: &Tensor, v: &Tensor, length: i64) -> Result<Tensor> {
+    let mut out = std::ptr::null_mut();
+    // SAFETY: live tensors that libtorch reads; `out` receives a new one on success.
+    ffi::check(unsafe { ffi::m6_causal_attention(q.as_ptr(), k.as_ptr(), v.as_ptr(), length, &mut out) })?;
+    Ok(ffi::take(out))
 }
 
 fn varlen_flash(
@@ -283,34 +312,36 @@ mod tests {
     /// Needs a GPU; run with `cargo test --features cuda`.
     #[cfg(feature = "cuda")]
     #[test]
-    fn flash_calls_match_the_definition_gradients_included() {
+    fn fast_calls_match_the_definition_gradients_included() {
         tch::manual_seed(3);
-        let device = Device::Cuda(0);
         let mut spans = spans();
         spans.extend((0..20).map(|i| Span { prefix: (i * 7) % 65, target: 1 + (i * 31) % 257 }));
-        let n = spans.iter().map(Span::len).sum::<i64>();
-        let draw = |heads: i64| Tensor::randn([n, heads, 64], FLOAT).to_kind(Kind::BFloat16);
-        let probe = draw(6);
-        let run =
-            |inputs: &[Tensor; 3], device: Device, kind: Kind, spans: Vec<Span>, window: Option<i64>| {
-                let leaves =
-                    inputs.each_ref().map(|t| t.to_device(device).to_kind(kind).set_requires_grad(true));
+        let draw = |n: i64, heads: i64| Tensor::randn([n, heads, 64], FLOAT).to_kind(Kind::BFloat16);
+        /// bf16 keeps eight bits.
+        const BF16_ERROR: f64 = 1e-2;
+        let compare = |key_heads, window, spans: &[Span]| {
+            let n = spans.iter().map(Span::len).sum::<i64>();
+            let [q, k, v] = [6, key_heads, key_heads].map(|heads| draw(n, heads));
+            let probe = draw(n, 6);
+            let run = |device: Device, kind: Kind| {
+                let leaves = [&q, &k, &v].map(|t| t.to_device(device).to_kind(kind).set_requires_grad(true));
                 let [q, k, v] = &leaves;
-                let out = prefix_attention(q, k, v, &Layout::new(spans, device).unwrap(), window).unwrap();
+                let layout = Layout::new(spans.to_vec(), device).unwrap();
+                let out = prefix_attention(q, k, v, &layout, window).unwrap();
                 (&out * probe.to_device(device).to_kind(kind)).sum(Kind::Float).backward();
                 let host = |t: Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
                 [host(out), host(q.grad()), host(k.grad()), host(v.grad())]
             };
-        /// bf16 keeps eight bits.
-        const BF16_ERROR: f64 = 1e-2;
-        for (key_heads, window) in [(6, None), (2, None), (2, Some(24))] {
-            let inputs = [draw(6), draw(key_heads), draw(key_heads)];
-            let reference = run(&inputs, Device::Cpu, Kind::Float, spans.clone(), window);
-            let flash = run(&inputs, device, Kind::BFloat16, spans.clone(), window);
-            for (flash, exact) in flash.iter().zip(&reference) {
-                let gap = ((flash - exact).norm() / exact.norm()).double_value(&[]);
-                assert!(gap < BF16_ERROR, "{key_heads} {window:?}: {gap}");
+            let exact = run(Device::Cpu, Kind::Float);
+            for (fast, exact) in run(Device::Cuda(0), Kind::BFloat16).iter().zip(&exact) {
+                let gap = ((fast - exact).norm() / exact.norm()).double_value(&[]);
+                assert!(gap < BF16_ERROR, "{key_heads} {window:?} {}: {gap}", spans.len());
             }
+        };
+        let common = [Span { prefix: 1, target: 1031 }, Span { prefix: 0, target: 1032 }];
+        for (key_heads, window) in [(6, None), (2, None), (2, Some(24))] {
+            compare(key_heads, window, &spans);
+            compare(key_heads, window, &common);
         }
     }
 }

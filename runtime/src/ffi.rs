@@ -55,6 +55,14 @@ unsafe extern "C" {
         window_left: i64,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
+    pub(crate) fn m6_causal_attention(
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        length: i64,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_is_deterministic() -> bool;
     pub(crate) fn m6_leaky_relu(x: *const C_tensor, slope: f64, out: *mut *mut C_tensor) -> *mut c_char;
     pub(crate) fn m6_upload(host: *const C_tensor, cuda_index: c_int, out: *mut *mut C_tensor)
     -> *mut c_char;
@@ -86,6 +94,20 @@ unsafe extern "C" {
         x: *const C_tensor,
         weight: *const C_tensor,
         eps: f64,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_add_rms_norm(
+        x: *const C_tensor,
+        residual: *const C_tensor,
+        weight: *const C_tensor,
+        eps: f64,
+        sum: *mut *mut C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_linear(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        bias: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub(crate) fn m6_rotate(

@@ -28,6 +28,27 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     x.rms_norm(weight.size(), Some(&weight.to_kind(x.kind())), eps)
 }
 
+/// `x + residual`, and [`rms_norm`] of it.
+pub fn add_rms_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+    #[cfg(feature = "cuda")]
+    if kernels::rms_norm_fits(x) && residual.kind() == x.kind() && residual.size() == x.size() {
+        return kernels::add_rms_norm(x, residual, weight, eps);
+    }
+    let sum = x + residual;
+    let normed = rms_norm(&sum, weight, eps);
+    (sum, normed)
+}
+
+/// `x weight^T + bias` in the dtype of `x` `[.., in]`; `weight` `[out, in]` and `bias` `[out]` float32.
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+    #[cfg(feature = "cuda")]
+    if is_bf16_on_gpu(x) {
+        return kernels::linear(x, weight, bias);
+    }
+    let kind = x.kind();
+    x.linear(&weight.to_kind(kind), bias.map(|bias| bias.to_kind(kind)).as_ref())
+}
+
 /// Rotary positions (Su et al. 2021) of heads `x` `[n, h, k]`: a value of the first half and its partner in the second
 /// are turned by the angle of their token, whose `cosines` and `sines` are `[n, 1, k]` float32, both halves alike. Same
 /// shape and dtype as `x`, computed in float32.
@@ -155,6 +176,21 @@ mod kernels {
     pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
         // SAFETY: as above.
         made(|out| unsafe { ffi::m6_rms_norm(x.as_ptr(), weight.as_ptr(), eps, out) })
+    }
+
+    pub(super) fn add_rms_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+        let mut sum = null_mut();
+        // SAFETY: as above; both results are new.
+        let normed = made(|out| unsafe {
+            ffi::m6_add_rms_norm(x.as_ptr(), residual.as_ptr(), weight.as_ptr(), eps, &mut sum, out)
+        });
+        (ffi::take(sum), normed)
+    }
+
+    pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
+        let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);
+        // SAFETY: as above; no bias is a null pointer.
+        made(|out| unsafe { ffi::m6_linear(x.as_ptr(), weight.as_ptr(), bias, out) })
     }
 
     pub(super) fn rotate(x: &Tensor, cosines: &Tensor, sines: &Tensor) -> Tensor {
@@ -316,6 +352,57 @@ mod tests {
                 |t| rms_norm(&t[0], &t[1], 1e-6),
                 |t| t[0].rms_norm([k], Some(&t[1]), 1e-6),
             );
+        }
+    }
+
+    #[test]
+    fn a_sum_and_its_norm_match_float64_whichever_of_them_is_used() {
+        tch::manual_seed(7);
+        for (rows, width) in [(70, 64), (33, 896), (700, 1536)] {
+            let inputs = [draw(&[rows, width]), draw(&[rows, width]), draw(&[width])];
+            for part in 0..3 {
+                // The sum, the norm, or both.
+                let of = |(sum, normed): (Tensor, Tensor)| match part {
+                    0 => sum,
+                    1 => normed,
+                    _ => sum + normed,
+                };
+                check(
+                    &inputs[..if part == 0 { 2 } else { 3 }],
+                    |t| {
+                        let weight = t.get(2).unwrap_or(&inputs[2]).to_kind(Kind::Float);
+                        of(add_rms_norm(&t[0], &t[1], &weight, 1e-6))
+                    },
+                    |t| {
+                        let sum = &t[0] + &t[1];
+                        let weight =
+                            t.get(2).map_or_else(|| inputs[2].to_kind(Kind::Double), Tensor::shallow_clone);
+                        let normed = sum.rms_norm([width], Some(&weight), 1e-6);
+                        of((sum, normed))
+                    },
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_product_and_its_gradients_match_float64() {
+        tch::manual_seed(8);
+        for shape in [&[65, 96][..], &[3, 7, 96]] {
+            let inputs = [draw(shape), draw(&[40, 96]), draw(&[40])];
+            for has_bias in [true, false] {
+                check(
+                    &inputs[..if has_bias { 3 } else { 2 }],
+                    |t| {
+                        linear(
+                            &t[0],
+                            &t[1].to_kind(Kind::Float),
+                            t.get(2).map(|b| b.to_kind(Kind::Float)).as_ref(),
+                        )
+                    },
+                    |t| t[0].linear(&t[1], t.get(2)),
+                );
+            }
         }
     }
 

@@ -39,8 +39,7 @@ impl Linear {
 
     /// `[.., in] -> [.., out]` in the dtype of `x`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        let kind = x.kind();
-        x.linear(&self.weight.to_kind(kind), self.bias.as_ref().map(|b| b.to_kind(kind)).as_ref())
+        fused::linear(x, &self.weight, self.bias.as_ref())
     }
 }
 
@@ -83,6 +82,11 @@ impl RmsNorm {
     /// Same shape and dtype as `x`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
         fused::rms_norm(x, &self.weight, self.eps)
+    }
+
+    /// `x + residual`, and its norm.
+    pub fn forward_sum(&self, x: &Tensor, residual: &Tensor) -> (Tensor, Tensor) {
+        fused::add_rms_norm(x, residual, &self.weight, self.eps)
     }
 }
 

@@ -28,4 +28,16 @@ impl Norm {
             Self::Layer(norm) => norm.forward(x),
         }
     }
+
+    /// `x + residual`, and its norm.
+    pub fn forward_sum(&self, x: &Tensor, residual: &Tensor) -> (Tensor, Tensor) {
+        match self {
+            Self::Rms(norm) => norm.forward_sum(x, residual),
+            Self::Layer(norm) => {
+                let sum = x + residual;
+                let normed = norm.forward(&sum);
+                (sum, normed)
+            }
+        }
+    }
 }

@@ -197,15 +197,14 @@ impl Transformer {
             _ => x,
         };
         let mut x_nd = drop(x_nd);
+        let norm_of = |index: usize| self.blocks.get(index).map_or(&self.norm, |block| &block.attention_norm);
+        let mut normed = norm_of(0).forward(&x_nd);
         let mut router_losses = Vec::new();
         for (index, block) in self.blocks.iter().enumerate() {
             let mut with_index = |q: &Tensor, k: &Tensor, v: &Tensor| attend(index, q, k, v);
             let attend_here: &mut Attend = &mut with_index;
-            let attended =
-                block.attention.forward(&block.attention_norm.forward(&x_nd), rotation, attend_here)?;
-            // Never `+=`: in tch that is an in-place update of a tensor that the backward pass needs.
-            x_nd = drop(attended) + x_nd;
-            let normed = block.feed_forward_norm.forward(&x_nd);
+            let attended = block.attention.forward(&normed, rotation, attend_here)?;
+            (x_nd, normed) = block.feed_forward_norm.forward_sum(&drop(attended), &x_nd);
             let fed = match &block.feed_forward {
                 FeedForward::Dense(mlp) => mlp.forward(&normed),
                 FeedForward::Experts(moe) => {
@@ -214,11 +213,11 @@ impl Transformer {
                     y_nd
                 }
             };
-            x_nd = drop(fed) + x_nd;
+            (x_nd, normed) = norm_of(index + 1).forward_sum(&drop(fed), &x_nd);
         }
         let experts = self.config.moe.as_ref().filter(|_| !router_losses.is_empty());
         let (router_loss, expert_load) = experts.map(|config| moe::total(config, &router_losses)).unzip();
-        Ok(Hidden { x_nd: self.norm.forward(&x_nd), router_loss, expert_load })
+        Ok(Hidden { x_nd: normed, router_loss, expert_load })
     }
 
     /// The stack over packed examples.
