@@ -143,7 +143,7 @@ fn flags() {
     let caption = "caption pictures/red-bar.png --model run/model --device cpu";
     let score = "eval pictures shards/*.tar --model run/model --device cpu";
     let long = "word".repeat(100);
-    let cases: [(String, i32, &[&str]); 26] = [
+    let cases: [(String, i32, &[&str]); 31] = [
         (format!("{draw} --temperature -1"), WRONG_USE, &["--temperature -1"]),
         (format!("{draw} --temperature nan"), WRONG_USE, &["--temperature NaN"]),
         (format!("{draw} --top-p 2"), WRONG_USE, &["--top-p 2"]),
@@ -168,6 +168,11 @@ fn flags() {
         ("data pack pictures new --dropped log".into(), WRONG_USE, &["required"]),
         ("tokenizer train shards/*.tar --field json:en --vocab-size 9".into(), WRONG_USE, &["9", "256"]),
         ("eval captions shards/*.tar --model run/model --device cpu --limit 0".into(), WRONG_USE, &["0"]),
+        ("plan none.toml".into(), WRONG_USE, &["none.toml", "does not exist"]),
+        ("plan pictures".into(), FAILURE, &["pictures/config.json", "No such file"]),
+        ("plan vqgan.toml".into(), WRONG_USE, &["vqgan.toml", "unknown"]),
+        ("plan train.toml --gpu-memory lots".into(), WRONG_USE, &["lots", "such as 80G"]),
+        ("plan train.toml --gpus 0".into(), WRONG_USE, &["0", "1..=1048576"]),
         (format!("{score} --prompt {{en}}"), WRONG_USE, &["candidates 100", "12"]),
         (format!("{score} --prompt {{de}}"), FAILURE, &["red-square", "{de}"]),
     ];

@@ -45,8 +45,11 @@ pub enum Balance {
     Model,
 }
 
-/// What a grouped matrix product takes at once.
-const MAX_EXPERTS: i64 = 1 << 10;
+/// What one grouped matrix product of libtorch takes on a GPU: a thread of one block prepares each matrix, and the last
+/// is left out.
+const MAX_GROUPS: i64 = 1023;
+/// Bounds that keep the arithmetic of an absurd config within whole numbers.
+const MAX_EXPERTS: i64 = 1 << 15;
 const MAX_WIDTH: i64 = 1 << 16;
 
 fn yes() -> bool {
@@ -82,6 +85,17 @@ impl MoeConfig {
             if let Some(value) = value.filter(|value| !(1..=MAX_WIDTH).contains(value) || value % 8 != 0) {
                 return Err(format!("{key} = {value}: expected a multiple of 8, at most {MAX_WIDTH}"));
             }
+        }
+        Ok(())
+    }
+
+    /// What keeps these experts from being computed, in one line that begins with the key.
+    pub(in crate::model) fn validate_kernels(&self) -> Result<(), String> {
+        if self.experts > MAX_GROUPS {
+            return Err(format!(
+                "experts = {}: expected at most {MAX_GROUPS}, which is what a grouped product takes",
+                self.experts
+            ));
         }
         Ok(())
     }

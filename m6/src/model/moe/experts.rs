@@ -1,25 +1,36 @@
 //! Stacked experts: dispatch by a device-side sort and grouped products.
 
-use m6_runtime::fused::swiglu;
 use m6_runtime::{Group, Init, Params};
 use tch::{Kind, Tensor};
 
 use super::router::Routing;
 use crate::model::INIT_STD;
+use crate::model::config::FeedForwardKind;
 
-/// The SwiGLU weights of all experts.
+/// The weights of all experts.
 #[derive(Debug)]
 pub struct Experts {
-    pub(super) gate_up_efd: Tensor,
+    kind: FeedForwardKind,
+    /// Of SwiGLU the gate's rows, then those of the other half.
+    pub(super) up_efd: Tensor,
     pub(super) down_edf: Tensor,
 }
 
 impl Experts {
     /// `count` experts of `width` to `hidden` and back.
-    pub fn new(params: &Params, count: i64, width: i64, hidden: i64, out_std: f64) -> Self {
+    pub fn new(
+        params: &Params,
+        kind: FeedForwardKind,
+        count: i64,
+        width: i64,
+        hidden: i64,
+        out_std: f64,
+    ) -> Self {
         let (e, d, f) = (count, width, hidden);
+        let (name, rows) = kind.up(f);
         Self {
-            gate_up_efd: params.add("gate_up", &[e, 2 * f, d], Init::Normal(INIT_STD), Group::Hidden),
+            kind,
+            up_efd: params.add(name, &[e, rows, d], Init::Normal(INIT_STD), Group::Hidden),
             down_edf: params.add("down", &[e, d, f], Init::Normal(out_std), Group::Hidden),
         }
     }
@@ -38,7 +49,7 @@ impl Experts {
             x.internal_grouped_mm(&weight.to_kind(kind).transpose(1, 2), Some(&ends_e), None, None)
         };
         let x_rd = x_nd.index_select(0, &tokens_r);
-        let hidden_rf = swiglu(&product(&x_rd, &self.gate_up_efd));
+        let hidden_rf = self.kind.activate(&product(&x_rd, &self.up_efd));
         let weights_r =
             routing.weights_na.flatten(0, 1).index_select(0, &order_r).unsqueeze(-1).to_kind(kind);
         let y_rd = product(&hidden_rf, &self.down_edf) * weights_r;

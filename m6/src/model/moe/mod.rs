@@ -18,7 +18,7 @@ use router::Router;
 pub use router::{RouterLosses, total};
 
 use super::INIT_STD;
-use super::config::{FeedForwardKind, ModelConfig};
+use super::config::ModelConfig;
 use super::mlp::Mlp;
 
 /// The feed-forward of a block with experts.
@@ -40,14 +40,14 @@ impl Moe {
     /// The experts of one block.
     pub fn new(params: &Params, model: &ModelConfig, config: &MoeConfig, out_std: f64) -> Self {
         let d = model.width;
-        let hidden = config.hidden(model.hidden);
+        let (kind, hidden) = (model.feed_forward, config.hidden(model.hidden));
         let shared = config.shared.map(|width| Shared {
-            expert: Mlp::new(&(params / "shared"), FeedForwardKind::Swiglu, d, width, out_std, false),
+            expert: Mlp::new(&(params / "shared"), kind, d, width, out_std, false),
             gate: Linear::head(&(params / "shared_gate"), d, 1, Init::Normal(INIT_STD)),
         });
         Self {
             router: Router::new(&(params / "router"), d, config),
-            experts: Experts::new(&(params / "experts"), config.experts, d, hidden, out_std),
+            experts: Experts::new(&(params / "experts"), kind, config.experts, d, hidden, out_std),
             shared,
         }
     }
@@ -68,8 +68,10 @@ impl Moe {
 mod tests {
     use tch::{Device, Kind};
 
+    use super::super::config::FeedForwardKind;
     use super::*;
-    use m6_runtime::fused::swiglu;
+
+    const KIND: FeedForwardKind = FeedForwardKind::Swiglu;
 
     fn build(active: i64, renormalize: bool, device: Device) -> (Params, Moe) {
         let moe = MoeConfig {
@@ -100,7 +102,7 @@ mod tests {
     /// Every expert over every token, weighted by its gate `[n, e]`.
     fn mixture(moe: &Moe, x_nd: &Tensor, gates: &Tensor) -> Tensor {
         (0..4).fold(x_nd.zeros_like(), |sum, e| {
-            let hidden = swiglu(&x_nd.matmul(&moe.experts.gate_up_efd.get(e).tr()));
+            let hidden = KIND.activate(&x_nd.matmul(&moe.experts.up_efd.get(e).tr()));
             sum + hidden.matmul(&moe.experts.down_edf.get(e).tr()) * gates.select(1, e).unsqueeze(-1)
         })
     }
