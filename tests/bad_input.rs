@@ -69,7 +69,7 @@ fn settings() {
             ("vqgan train train.toml", WRONG_USE, &["train.toml", "unknown field"]),
         ],
     );
-    let settings: [(&str, &[&str]); 43] = [
+    let settings: [(&str, &[&str]); 45] = [
         ("train train.toml --set schedule.stesp=3", &["--set schedule.stesp=3", "did you mean `steps`?"]),
         ("train train.toml --set schedule.steps=many", &["schedule.steps=many", "expected u64"]),
         ("train train.toml --set schedule.steps=-1", &["schedule.steps=-1", "expected u64"]),
@@ -85,6 +85,8 @@ fn settings() {
         ("train train.toml --set model.heads=0", &["model.heads = 0"]),
         ("train train.toml --set model.dropout=nan", &["model.dropout = NaN"]),
         ("train train.toml --set model.moe.active=9", &["model.moe.active = 9"]),
+        ("train train.toml --set model.moe.capacity=0", &["model.moe.capacity = 0", "positive"]),
+        ("train train.toml --set model.moe.experts=1024", &["model.moe.experts = 1024", "at most 1023"]),
         ("train train.toml --set model.patches.resolution=7", &["model.patches.resolution = 7"]),
         ("train train.toml --set tasks.captioning=-1", &["tasks.captioning = -1"]),
         ("train train.toml --set tasks.text_to_image.noise=2", &["noise = 2"]),

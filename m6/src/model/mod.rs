@@ -18,7 +18,7 @@ pub(crate) use folder::read_info;
 pub use folder::{Model, ModelInfo};
 pub(crate) use hub::read_config;
 pub use hub::{LanguageModel, is_published};
-pub use moe::{Balance, MoeConfig};
+pub use moe::{Balance, MoeConfig, RoutingKind};
 pub use order::CodeOrder;
 pub use rotary::{RotaryConfig, RotaryScaling, Rotation};
 pub use sequence::{Positions, SEGMENTS, Sequence, Tokens};

@@ -225,7 +225,7 @@ mod tests {
         let layout = Layout::new(vec![span], Device::Cpu).unwrap();
         let tokens = sequence.to_device(Device::Cpu).unwrap();
         let hidden = transformer.forward(&tokens, None, &layout, span.target, Mode::Infer).unwrap();
-        (hidden.x_nd, hidden.router_loss)
+        (hidden.x_nd, hidden.routers.map(|routers| routers.loss))
     }
 
     fn gap(a: &Tensor, b: &Tensor) -> f64 {
