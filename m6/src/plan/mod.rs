@@ -284,6 +284,21 @@ mod tests {
     }
 
     #[test]
+    fn the_largest_stack_that_is_allowed_stays_within_whole_numbers() {
+        let mut model = ModelConfig::new(1 << 16, 1 << 10, 1 << 8, 1 << 16, 1 << 20);
+        model.any_order = true;
+        model.tied = false;
+        model.patches = Some(m6_vision::PatchConfig { resolution: 1 << 13, channels: vec![1 << 16; 8] });
+        let moe = "experts = 16384\nactive = 16384\nevery = 1\nshared = 65536\nbalance_loss = 0\nz_loss = 0";
+        model.moe = Some(toml::from_str(moe).unwrap());
+        let shape = Shape { model, vocab: Vocab { text: 1 << 24, codes: 1 << 24 }, code_grid: 1 << 12 };
+        assert_eq!(shape.model.validate_shape(), Ok(()));
+        let machine = Machine { gpus: 1 << 20, memory: Some(u64::MAX) };
+        let plan = Plan::of(&Subject { shape, has_muon: true }, machine, Some(1 << 30));
+        assert!(plan.parameters > 1 << 57);
+    }
+
+    #[test]
     fn a_window_is_seen_and_no_more() {
         let mut model = ModelConfig::new(32, 2, 4, 48, 16);
         model.window = Some(crate::model::WindowConfig { size: 4, from: 1 });

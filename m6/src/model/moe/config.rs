@@ -67,7 +67,7 @@ pub enum Balance {
 /// is left out.
 pub(super) const MAX_GROUPS: i64 = 1023;
 /// Bounds that keep the arithmetic of an absurd config within whole numbers.
-const MAX_EXPERTS: i64 = 1 << 15;
+const MAX_EXPERTS: i64 = 1 << 14;
 const MAX_WIDTH: i64 = 1 << 16;
 
 fn yes() -> bool {

@@ -65,17 +65,18 @@ impl Router {
         let (weights, chosen) = probs.topk(active / groups, -1, true, true);
         let firsts = Tensor::arange_start_step(0, experts, size, (Kind::Int64, device)).unsqueeze(-1);
         let experts_na = (chosen + firsts).flatten(1, 2);
-        let mut weights_na = weights.flatten(1, 2);
         let dispatch = Dispatch::new(&experts_na, experts);
         let capacity = self.config.capacity(real).filter(|_| mode == Mode::Train);
         let taken_na = capacity.map(|capacity| dispatch.taken(experts, capacity, real));
-        if let Some(taken_na) = &taken_na {
-            weights_na = weights_na * taken_na;
-        }
-        if renormalize {
+        let weights_na = weights.flatten(1, 2);
+        let weights_na =
+            taken_na.as_ref().map_or(weights_na.shallow_clone(), |taken_na| weights_na * taken_na);
+        let weights_na = if renormalize {
             let sum = weights_na.sum_dim_intlist([-1].as_slice(), true, Kind::Float);
-            weights_na = weights_na / sum.clamp_min(MIN_SUM);
-        }
+            weights_na / sum.clamp_min(MIN_SUM)
+        } else {
+            weights_na
+        };
         Routing { logits, probs, weights_na, experts_na, taken_na, dispatch }
     }
 
@@ -118,12 +119,15 @@ impl RouterTotals {
             Tensor::stack(&blocks.iter().map(part).collect::<Vec<_>>(), 0)
         };
         let mean = |stacked: &Tensor| stacked.mean_dim([0].as_slice(), false, Kind::Float);
-        let mut loss = stack(|block| &block.loss).sum(Kind::Float);
+        let each = stack(|block| &block.loss).sum(Kind::Float);
         let loads = stack(|block| &block.load_e);
-        if config.balance == Balance::Model {
-            let balance = (mean(&loads) * mean(&stack(|block| &block.mean_e))).sum(Kind::Float);
-            loss = loss + balance * ((config.experts * config.active) as f64 * config.balance_loss);
-        }
+        let loss = match config.balance {
+            Balance::Layer => each,
+            Balance::Model => {
+                let balance = (mean(&loads) * mean(&stack(|block| &block.mean_e))).sum(Kind::Float);
+                balance * ((config.experts * config.active) as f64 * config.balance_loss) + each
+            }
+        };
         let dropped: Vec<&Tensor> = blocks.iter().filter_map(|block| block.dropped.as_ref()).collect();
         let dropped = (!dropped.is_empty()).then(|| mean(&Tensor::stack(&dropped, 0)));
         Self { loss, loads, dropped }
