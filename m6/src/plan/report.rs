@@ -62,7 +62,7 @@ impl Setup {
         let name = if self.recompute { format!("{precision}, recomputed") } else { precision.to_owned() };
         let states = [self.weights, self.copies, self.gradients, self.optimizer, self.averages, self.states];
         let mut cells = vec![name, self.gpus.to_string()];
-        cells.extend(states.map(|bytes| format!("{:.1}", bytes as f64 / GIB)));
+        cells.extend(states.map(|bytes| gibibytes(bytes as f64 / GIB)));
         cells.push(format!("{:.1}", self.activations_per_token / KIB));
         match (self.fits, self.largest_batch) {
             (Some(true), Some(tokens)) => cells.push(tokens.to_string()),
@@ -75,6 +75,11 @@ impl Setup {
 
 fn row<const N: usize>(cells: [&str; N]) -> Vec<String> {
     cells.map(str::to_owned).into()
+}
+
+/// With more digits where they are few.
+fn gibibytes(size: f64) -> String {
+    if size < 10.0 { format!("{size:.2}") } else { format!("{size:.1}") }
 }
 
 /// A large number by its thousands.
