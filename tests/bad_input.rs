@@ -69,7 +69,7 @@ fn settings() {
             ("vqgan train train.toml", WRONG_USE, &["train.toml", "unknown field"]),
         ],
     );
-    let settings: [(&str, &[&str]); 43] = [
+    let settings: [(&str, &[&str]); 45] = [
         ("train train.toml --set schedule.stesp=3", &["--set schedule.stesp=3", "did you mean `steps`?"]),
         ("train train.toml --set schedule.steps=many", &["schedule.steps=many", "expected u64"]),
         ("train train.toml --set schedule.steps=-1", &["schedule.steps=-1", "expected u64"]),
@@ -85,6 +85,8 @@ fn settings() {
         ("train train.toml --set model.heads=0", &["model.heads = 0"]),
         ("train train.toml --set model.dropout=nan", &["model.dropout = NaN"]),
         ("train train.toml --set model.moe.active=9", &["model.moe.active = 9"]),
+        ("train train.toml --set model.moe.capacity=0", &["model.moe.capacity = 0", "positive"]),
+        ("train train.toml --set model.moe.experts=1024", &["model.moe.experts = 1024", "at most 1023"]),
         ("train train.toml --set model.patches.resolution=7", &["model.patches.resolution = 7"]),
         ("train train.toml --set tasks.captioning=-1", &["tasks.captioning = -1"]),
         ("train train.toml --set tasks.text_to_image.noise=2", &["noise = 2"]),
@@ -143,7 +145,7 @@ fn flags() {
     let caption = "caption pictures/red-bar.png --model run/model --device cpu";
     let score = "eval pictures shards/*.tar --model run/model --device cpu";
     let long = "word".repeat(100);
-    let cases: [(String, i32, &[&str]); 26] = [
+    let cases: [(String, i32, &[&str]); 31] = [
         (format!("{draw} --temperature -1"), WRONG_USE, &["--temperature -1"]),
         (format!("{draw} --temperature nan"), WRONG_USE, &["--temperature NaN"]),
         (format!("{draw} --top-p 2"), WRONG_USE, &["--top-p 2"]),
@@ -168,6 +170,11 @@ fn flags() {
         ("data pack pictures new --dropped log".into(), WRONG_USE, &["required"]),
         ("tokenizer train shards/*.tar --field json:en --vocab-size 9".into(), WRONG_USE, &["9", "256"]),
         ("eval captions shards/*.tar --model run/model --device cpu --limit 0".into(), WRONG_USE, &["0"]),
+        ("plan none.toml".into(), WRONG_USE, &["none.toml", "does not exist"]),
+        ("plan pictures".into(), FAILURE, &["pictures/config.json", "No such file"]),
+        ("plan vqgan.toml".into(), WRONG_USE, &["vqgan.toml", "unknown"]),
+        ("plan train.toml --gpu-memory lots".into(), WRONG_USE, &["lots", "such as 80G"]),
+        ("plan train.toml --gpus 0".into(), WRONG_USE, &["0", "1..=1048576"]),
         (format!("{score} --prompt {{en}}"), WRONG_USE, &["candidates 100", "12"]),
         (format!("{score} --prompt {{de}}"), FAILURE, &["red-square", "{de}"]),
     ];

@@ -135,6 +135,22 @@ fn pictures_become_a_model_that_draws_and_captions() {
 }
 
 #[test]
+fn a_plan_knows_the_size_of_a_model_and_of_its_config() {
+    let scene = Scene::with_model();
+    let weights = m6_runtime::read_tensors(&scene.path("run/model/model.safetensors")).unwrap();
+    let size: usize = weights.iter().map(|(_, tensor)| tensor.numel()).sum();
+    let plan = |path: &str| one(scene.json(&["plan", path, "--gpu-memory", "1G", "--json"]));
+    let plan_of_model = plan("run/model");
+    assert_eq!(plan_of_model["parameters"], size);
+    has_keys(&plan_of_model, &["active_parameters", "parts", "flops"]);
+    has_keys(&plan_of_model["memory"][0], &["states", "activations_per_token", "largest_batch"]);
+    let tokens = m6_data::Tokenizer::load(&scene.path("run/model/tokenizer.json")).unwrap().vocab_size();
+    scene.succeed(&["plan", "train.toml"]);
+    let rows = 300 - tokens as i64;
+    assert_eq!(plan("train.toml")["parameters"], size as i64 + 32 * rows);
+}
+
+#[test]
 fn one_picture_does_not_depend_on_its_neighbours() {
     let scene = Scene::with_model();
     let draw = |prompts: &[&str], out: &str| {

@@ -222,7 +222,8 @@ fn from_variables(get: impl Fn(&str) -> Option<OsString>) -> std::result::Result
     Ok((dir, limit))
 }
 
-fn bytes_of(text: &str) -> Option<u64> {
+/// A number of bytes, plain or with a unit: `20G` is 20 * 2^30.
+pub fn bytes_of(text: &str) -> Option<u64> {
     let unit = text.chars().next_back().and_then(|last| UNITS.find(last));
     let (number, power) = unit.map_or((text, 0), |unit| (&text[..text.len() - 1], unit as u32 + 1));
     number.parse::<u64>().ok()?.checked_mul(1 << (10 * power))

@@ -65,6 +65,7 @@ mod words;
 pub mod writer;
 
 pub use bench::{BenchReport, bench};
+pub use cache::bytes_of;
 pub use caption::{Caption, CaptionField, CaptionFields};
 pub use error::{DataError, Result};
 pub use filter::{Filter, LeftOut, Scorer};

@@ -8,7 +8,9 @@
 
 use std::time::Instant;
 
-use m6::model::{Balance, Bias, Mode, ModelConfig, MoeConfig, RotaryConfig, Sequence, Transformer, Vocab};
+use m6::model::{
+    Balance, Bias, Mode, ModelConfig, MoeConfig, RotaryConfig, RoutingKind, Sequence, Transformer, Vocab,
+};
 use m6_runtime::Params;
 use m6_runtime::attention::{Layout, Span};
 use m6_runtime::device::{device, memory};
@@ -37,6 +39,8 @@ fn shape(name: &str) -> Option<(ModelConfig, i64)> {
             let moe = MoeConfig {
                 experts: 60,
                 active: 4,
+                routing: RoutingKind::Top,
+                capacity: None,
                 every: 1,
                 dense_layers: Vec::new(),
                 hidden: Some(704),
@@ -110,7 +114,7 @@ fn step(model: &Transformer, optimizer: &mut Optimizer, rows: i64, texts: i64, l
         let hidden =
             model.forward(&tokens, None, &layout, texts * length, Mode::Train).expect("a forward pass");
         let (mean, _) = linear_cross_entropy(&hidden.x_nd, &model.text_head(), &labels);
-        hidden.router_loss.map_or(mean.shallow_clone(), |router| mean + router).backward();
+        hidden.routers.map_or(mean.shallow_clone(), |routers| mean + routers.loss).backward();
         let norm = optimizer.clip_grad_norm(1.0).expect("a norm");
         optimizer.step(LEARNING_RATE, &norm).expect("an update");
     }

@@ -7,6 +7,9 @@ pub mod eval;
 pub mod generate;
 pub mod model;
 pub mod objectives;
+pub mod plan;
 pub mod train;
+
+mod table;
 
 pub use error::{Error, Result};

@@ -11,6 +11,9 @@ use crate::error::{IoContext, Result, RunError};
 /// How many single-letter edits away an unknown key may be from a known one that is offered as a hint.
 const MAX_HINT_DISTANCE: usize = 3;
 
+/// The key by which a table takes over what a file has.
+const FROM: &str = "from";
+
 /// A config as the program uses it and as the run folder keeps it.
 #[derive(Debug, Clone)]
 pub struct Loaded<T> {
@@ -24,24 +27,49 @@ pub struct Loaded<T> {
 ///
 /// The value of an override is read as TOML, and as a plain string where that fails, so that `--set data.dir=x`
 /// needs no quotes. A number as part of the key picks an element of an array. Relative paths inside a config are
-/// relative to the working directory. Types should be `#[serde(deny_unknown_fields)]`, so that a mistyped key is
+/// relative to the working directory. Where a top-level table has a key `from`, it takes from the file named there what the
+/// table of the same name holds and it does not. Types should be `#[serde(deny_unknown_fields)]`, so that a mistyped key is
 /// an error.
 ///
 /// # Errors
 /// When the file cannot be read or is not TOML, an override does not parse or does not lead anywhere, or a key is
-/// unknown, missing or has a value that does not fit. The message names the file or override and the full key.
+/// unknown, missing or has a value that does not fit; the same of a file that a table is taken from. The message names the file or override and the full key.
 pub fn load<T: DeserializeOwned>(path: impl AsRef<Path>, overrides: &[String]) -> Result<Loaded<T>> {
     let path = path.as_ref();
-    let text = fs::read_to_string(path).context("read config", path)?;
-    let mut table: Table = text.parse().map_err(|error| syntax_error(path, &text, &error))?;
+    let mut table = read(path)?;
     for text in overrides {
         apply_override(&mut table, text)?;
     }
+    take_over(&mut table)?;
     let config = serde_path_to_error::deserialize(table.clone()).map_err(|error| {
         let key = error.path().to_string();
         key_error(path, overrides, &key, error.inner().message())
     })?;
     Ok(Loaded { config, table })
+}
+
+fn read(path: &Path) -> Result<Table> {
+    let text = fs::read_to_string(path).context("read config", path)?;
+    text.parse().map_err(|error| syntax_error(path, &text, &error))
+}
+
+/// Fills every top-level table that has a key [`FROM`].
+fn take_over(table: &mut Table) -> Result<()> {
+    for (name, value) in table.iter_mut() {
+        let Some(own) = value.as_table_mut() else { continue };
+        let Some(source) = own.get(FROM).and_then(Value::as_str).map(str::to_owned) else { continue };
+        own.remove(FROM);
+        let error = || RunError::ConfigKey {
+            origin: source.clone(),
+            key: name.clone(),
+            message: format!("expected a table, for `{name}.{FROM}`"),
+        };
+        let Some(Value::Table(theirs)) = read(Path::new(&source))?.remove(name) else { return Err(error()) };
+        for (key, value) in theirs {
+            own.entry(key).or_insert(value);
+        }
+    }
+    Ok(())
 }
 
 fn syntax_error(path: &Path, text: &str, error: &toml::de::Error) -> RunError {
@@ -223,6 +251,21 @@ mod tests {
         let loaded = load_text(GOOD, &["train.tasks=[]", "name=a=b"]).unwrap();
         assert_eq!(loaded.config.train.tasks, []);
         assert_eq!(loaded.config.name.as_deref(), Some("a=b"));
+    }
+
+    #[test]
+    fn a_table_may_come_from_another_file() {
+        let dir = tempfile::tempdir().unwrap();
+        let other = dir.path().join("other.toml");
+        fs::write(&other, format!("{GOOD}[more]\n")).unwrap();
+        let from = |table: &str| format!("{table}.from={}", other.display());
+        let loaded = load_text("[train]\nlr = 3\n", &[&from("train"), "train.steps=7"]).unwrap();
+        let train = loaded.config.train;
+        assert_eq!((train.lr, train.steps, train.tasks.len()), (3.0, 7, 1), "its own keys count");
+        assert!(loaded.table["train"].get(FROM).is_none());
+        assert_error(GOOD, &[&from("tarin")], "other.toml: key `tarin`: expected a table, for `tarin.from`");
+        assert_error(GOOD, &["train.from=none.toml"], "cannot read config none.toml");
+        assert_error(GOOD, &["train.from=3"], "key `train.from`: unknown field `from`");
     }
 
     #[test]

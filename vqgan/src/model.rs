@@ -124,6 +124,14 @@ impl Vqgan {
         Ok(model)
     }
 
+    /// The shape of the model in folder `dir`.
+    ///
+    /// # Errors
+    /// When its config is missing or malformed.
+    pub fn read_config(dir: &Path) -> Result<VqganConfig> {
+        Ok(read_model_file(dir)?.model)
+    }
+
     /// Takes the weights of folder `dir`, which must hold a model of the same config.
     ///
     /// # Errors

@@ -13,6 +13,7 @@ mod exit;
 mod generate;
 mod output;
 mod pack;
+mod plan;
 mod score;
 mod tokenizer;
 mod train;
@@ -53,6 +54,8 @@ enum Command {
     /// Train and score an image tokenizer, which turns pictures into codes and back
     #[command(subcommand)]
     Vqgan(vqgan::Command),
+    /// Tell what a model costs before it is trained: parameters, operations, memory
+    Plan(plan::Args),
     /// Train a model on the tasks of its config
     Train(train::Args),
     /// Draw pictures from prompts in English or Chinese
@@ -81,6 +84,7 @@ impl Command {
             Self::Data(command) => command.run(),
             Self::Tokenizer(command) => command.run(),
             Self::Vqgan(command) => command.run(),
+            Self::Plan(args) => args.run(),
             Self::Train(args) => args.run(),
             Self::Generate(args) => args.run(),
             Self::Caption(args) => args.run(),

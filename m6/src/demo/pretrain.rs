@@ -139,8 +139,10 @@ mod tests {
     fn shipped_configs_are_whole() {
         let configs = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs");
         let mut seen = 0;
-        for folder in fs::read_dir(&configs).unwrap() {
-            for file in fs::read_dir(folder.unwrap().path()).unwrap() {
+        // Those of `model` are no runs; `plan` tests them.
+        let folders = fs::read_dir(&configs).unwrap().map(|folder| folder.unwrap().path());
+        for folder in folders.filter(|folder| !folder.ends_with("model")) {
+            for file in fs::read_dir(folder).unwrap() {
                 let path = file.unwrap().path();
                 let is_vqgan = [path.file_stem(), path.parent().and_then(Path::file_name)]
                     .contains(&Some("vqgan".as_ref()));

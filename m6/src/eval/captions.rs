@@ -10,10 +10,10 @@ use serde::Serialize;
 
 use super::names::{ByLanguage, Judged, NameScores};
 use super::samples::{EvalSample, open_shards, read_all};
-use super::table::{percent, table};
 use crate::error::{Error, Result};
 use crate::generate::caption;
 use crate::model::{Language, Model};
+use crate::table::{percent, table};
 
 /// Pictures between two looks at the progress.
 const BATCH: usize = 32;

@@ -7,7 +7,6 @@ mod pictures;
 mod reference;
 mod retrieval;
 mod samples;
-mod table;
 
 pub use captions::{CaptionsReport, CaptionsRequest, captions};
 pub use features::FeatureSpace;

@@ -15,10 +15,10 @@ use super::names::{ByLanguage, Judged, NameScores};
 use super::reference::{Placed, Reference, SpaceReport};
 use super::retrieval::{Memorisation, Ranks};
 use super::samples::{EvalSample, json_field, open_shards, read_all};
-use super::table::{percent, table};
 use crate::error::Result;
 use crate::generate::{DrawRequest, Drawing, Sampling, draw};
 use crate::model::Model;
+use crate::table::{percent, table};
 
 /// Samples on a contact sheet.
 const SHEET_SAMPLES: usize = 48;

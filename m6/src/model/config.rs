@@ -39,7 +39,7 @@ pub struct ModelConfig {
     /// Which products have a bias.
     #[serde(default)]
     pub bias: Bias,
-    /// The dense feed-forward and the experts.
+    /// The dense feed-forward and the experts; experts have no biases.
     #[serde(default)]
     pub feed_forward: FeedForwardKind,
     /// Rotary positions in place of the learned table.
@@ -179,8 +179,18 @@ impl ModelConfig {
     /// What is wrong with these settings, in one line naming the key.
     ///
     /// # Errors
-    /// When a size is not positive or does not divide as it must.
+    /// When they describe no stack, or one that our kernels cannot compute.
     pub fn validate(&self) -> Result<(), String> {
+        self.validate_shape()?;
+        let experts = self.moe.as_ref().map_or(Ok(()), MoeConfig::validate_kernels);
+        experts.map_err(|problem| format!("moe.{problem}"))
+    }
+
+    /// As [`ModelConfig::validate`], of a stack that is described and not computed.
+    ///
+    /// # Errors
+    /// When a size is not positive or does not divide as it must.
+    pub fn validate_shape(&self) -> Result<(), String> {
         let sizes = [
             ("width", self.width, MAX_WIDTH),
             ("layers", self.layers, MAX_LAYERS),
@@ -212,9 +222,6 @@ impl ModelConfig {
         }
         if let Some(moe) = &self.moe {
             moe.validate(self.layers).map_err(|problem| format!("moe.{problem}"))?;
-            if self.feed_forward != FeedForwardKind::Swiglu {
-                return Err("feed_forward is not swiglu: experts are".into());
-            }
         }
         self.patches
             .as_ref()

@@ -160,7 +160,11 @@ impl Model {
     }
 }
 
-fn read_info(dir: &Path) -> Result<ModelInfo> {
+/// The config of a model folder.
+///
+/// # Errors
+/// When it cannot be read or its settings are wrong.
+pub fn read_info(dir: &Path) -> Result<ModelInfo> {
     let config = dir.join(CONFIG);
     let text = fs::read_to_string(&config).map_err(|error| Error::file(&config, error))?;
     let info: ModelInfo = serde_json::from_str(&text).map_err(|error| Error::file(&config, error))?;

@@ -27,10 +27,7 @@ impl Mlp {
         out_std: f64,
         has_bias: bool,
     ) -> Self {
-        let (name, rows) = match kind {
-            FeedForwardKind::Swiglu => ("gate_up", 2 * hidden),
-            FeedForwardKind::Gelu => ("up", hidden),
-        };
+        let (name, rows) = kind.up(hidden);
         Self {
             kind,
             up: linear(&(params / name), width, rows, INIT_STD, has_bias),
@@ -40,10 +37,24 @@ impl Mlp {
 
     /// `[n, d] -> [n, d]`.
     pub fn forward(&self, x_nd: &Tensor) -> Tensor {
-        let up = self.up.forward(x_nd);
-        self.down.forward(&match self.kind {
-            FeedForwardKind::Swiglu => swiglu(&up),
-            FeedForwardKind::Gelu => up.gelu("none"),
-        })
+        self.down.forward(&self.kind.activate(&self.up.forward(x_nd)))
+    }
+}
+
+impl FeedForwardKind {
+    /// Name and rows of the first matrix of a feed-forward of `hidden` values.
+    pub(super) fn up(self, hidden: i64) -> (&'static str, i64) {
+        match self {
+            Self::Swiglu => ("gate_up", 2 * hidden),
+            Self::Gelu => ("up", hidden),
+        }
+    }
+
+    /// What stands between both matrices: `[.., rows of the first]` to `[.., hidden]`.
+    pub(super) fn activate(self, up: &Tensor) -> Tensor {
+        match self {
+            Self::Swiglu => swiglu(up),
+            Self::Gelu => up.gelu("none"),
+        }
     }
 }

@@ -14,12 +14,14 @@ mod transformer;
 mod vocab;
 
 pub use config::{Bias, FeedForwardKind, ModelConfig, NormKind, WindowConfig};
+pub(crate) use folder::read_info;
 pub use folder::{Model, ModelInfo};
+pub(crate) use hub::read_config;
 pub use hub::{LanguageModel, is_published};
-pub use moe::{Balance, MoeConfig};
+pub use moe::{Balance, MoeConfig, RoutingKind};
 pub use order::CodeOrder;
 pub use rotary::{RotaryConfig, RotaryScaling, Rotation};
-pub use sequence::{Positions, Sequence, Tokens};
+pub use sequence::{Positions, SEGMENTS, Sequence, Tokens};
 pub use transformer::{Hidden, Mode, Transformer, compute_kind};
 pub use vocab::{Language, Special, Vocab};
 

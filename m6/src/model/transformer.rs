@@ -13,7 +13,7 @@ use super::INIT_STD;
 use super::attention::{Attend, Attention};
 use super::config::{Bias, ModelConfig};
 use super::mlp::Mlp;
-use super::moe::{self, Moe};
+use super::moe::{Moe, RouterTotals};
 use super::norm::Norm;
 use super::rotary::{Rotary, RotaryConfig, Rotation};
 use super::sequence::{Positions, SEGMENTS, Tokens};
@@ -47,10 +47,8 @@ pub enum Mode {
 pub struct Hidden {
     /// `[n, d]` after the last norm.
     pub x_nd: Tensor,
-    /// Sum of the routers' losses, where there are experts.
-    pub router_loss: Option<Tensor>,
-    /// `[blocks with experts, e]` share of the routed rows that each expert took.
-    pub expert_load: Option<Tensor>,
+    /// What the routers of all blocks come to, where there are experts.
+    pub routers: Option<RouterTotals>,
 }
 
 /// One transformer for all tasks. A language model is the same without the parts that are for pictures.
@@ -180,7 +178,7 @@ impl Transformer {
     }
 
     /// Runs the blocks over embedded tokens `[n, d]`; `attend` gets the block's index first. Only the first
-    /// `real` tokens count for the routers' losses.
+    /// `real` tokens count for the routers' losses and the experts' capacity.
     ///
     /// # Errors
     /// Those of `attend`.
@@ -208,7 +206,7 @@ impl Transformer {
             let fed = match &block.feed_forward {
                 FeedForward::Dense(mlp) => mlp.forward(&normed),
                 FeedForward::Experts(moe) => {
-                    let (y_nd, losses) = moe.forward(&normed, real);
+                    let (y_nd, losses) = moe.forward(&normed, real, mode);
                     router_losses.push(losses);
                     y_nd
                 }
@@ -216,8 +214,8 @@ impl Transformer {
             (x_nd, normed) = norm_of(index + 1).forward_sum(&drop(fed), &x_nd);
         }
         let experts = self.config.moe.as_ref().filter(|_| !router_losses.is_empty());
-        let (router_loss, expert_load) = experts.map(|config| moe::total(config, &router_losses)).unzip();
-        Ok(Hidden { x_nd: normed, router_loss, expert_load })
+        let routers = experts.map(|config| RouterTotals::of(config, &router_losses));
+        Ok(Hidden { x_nd: normed, routers })
     }
 
     /// The stack over packed examples.

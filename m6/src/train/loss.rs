@@ -17,8 +17,10 @@ pub struct Losses {
     pub task_sums: Tensor,
     /// `[tasks]` numbers of targets.
     pub task_counts: Tensor,
-    /// Share of routed rows of each expert, where there are experts.
+    /// Share of routed rows that each expert was chosen for, where there are experts.
     pub expert_load: Option<Tensor>,
+    /// Share of routed rows that were dropped, where experts can be full.
+    pub expert_dropped: Option<Tensor>,
 }
 
 /// Runs the stack over a batch and scores its targets.
@@ -31,7 +33,10 @@ pub fn losses(transformer: &Transformer, batch: &Batch, mode: Mode) -> Result<Lo
     let device = hidden.x_nd.device();
     let zeros = || Tensor::zeros([Task::ALL.len() as i64], (Kind::Float, device));
     let (mut task_sums, mut task_counts) = (zeros(), zeros());
-    let mut total = hidden.router_loss.unwrap_or_else(|| Tensor::zeros([], (Kind::Float, device)));
+    let (mut total, expert_load, expert_dropped) = match hidden.routers {
+        Some(routers) => (routers.loss, Some(routers.loads), routers.dropped),
+        None => (Tensor::zeros([], (Kind::Float, device)), None, None),
+    };
     let heads: [(&Targets, Option<Tensor>); 2] =
         [(&batch.texts, Some(transformer.text_head())), (&batch.codes, transformer.code_head())];
     for (targets, head) in heads {
@@ -42,5 +47,5 @@ pub fn losses(transformer: &Transformer, batch: &Batch, mode: Mode) -> Result<Lo
         task_sums = task_sums.index_add(0, &targets.tasks, &each);
         task_counts = task_counts.index_add(0, &targets.tasks, &each.ones_like());
     }
-    Ok(Losses { total, task_sums, task_counts, expert_load: hidden.expert_load.map(|load| load.detach()) })
+    Ok(Losses { total, task_sums, task_counts, expert_load, expert_dropped })
 }

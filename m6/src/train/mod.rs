@@ -242,6 +242,7 @@ impl Trainer {
                 .map(|(name, epochs)| (format!("epochs/{name}"), epochs)),
         );
         row.extend(report.expert_spread.map(|spread| ("expert_load_cv".to_string(), spread)));
+        row.extend(report.expert_dropped.map(|share| ("expert_dropped".to_string(), share)));
         self.scalars(&row)
     }
 

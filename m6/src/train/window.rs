@@ -16,6 +16,7 @@ const LOSS: &str = "loss";
 const TASK_SUMS: &str = "task_sums";
 const TASK_COUNTS: &str = "task_counts";
 const EXPERT_LOAD: &str = "expert_load";
+const EXPERT_DROPPED: &str = "expert_dropped";
 const BATCHES: &str = "batches";
 const PACKED_TOKENS: &str = "packed_tokens";
 const SKIPPED_UPDATES: &str = "skipped_updates";
@@ -27,6 +28,7 @@ pub(super) struct Window {
     task_sums: Tensor,
     task_counts: Tensor,
     expert_load: Option<Tensor>,
+    expert_dropped: Option<Tensor>,
     skipped_updates: Tensor,
     batches: u64,
     /// Of this process alone, as `start` is: a rate does not span an interruption.
@@ -54,6 +56,8 @@ pub(super) struct Report {
     pub seconds: f64,
     /// Coefficient of variation of the experts' loads, mean over blocks.
     pub expert_spread: Option<f64>,
+    /// Share of the rows that full experts dropped, mean over blocks.
+    pub expert_dropped: Option<f64>,
 }
 
 impl Window {
@@ -65,6 +69,7 @@ impl Window {
             task_sums: zeros(&[TASKS]),
             task_counts: zeros(&[TASKS]),
             expert_load: None,
+            expert_dropped: None,
             skipped_updates: zeros(&[]),
             batches: 0,
             tokens: 0,
@@ -77,9 +82,8 @@ impl Window {
         self.loss += losses.total.detach();
         self.task_sums += &losses.task_sums;
         self.task_counts += &losses.task_counts;
-        if let Some(load) = &losses.expert_load {
-            self.expert_load = Some(self.expert_load.take().map_or_else(|| load.copy(), |sum| sum + load));
-        }
+        add_some(&mut self.expert_load, losses.expert_load.as_ref());
+        add_some(&mut self.expert_dropped, losses.expert_dropped.as_ref());
         self.batches += 1;
         self.tokens += batch.real as u64;
         self.packed_tokens += batch.real as u64;
@@ -100,7 +104,9 @@ impl Window {
             (BATCHES.to_owned(), Tensor::from(self.batches as i64)),
             (PACKED_TOKENS.to_owned(), Tensor::from(self.packed_tokens as i64)),
         ];
-        state.extend(self.expert_load.as_ref().map(|load| (EXPERT_LOAD.to_owned(), load.shallow_clone())));
+        for (name, sum) in [(EXPERT_LOAD, &self.expert_load), (EXPERT_DROPPED, &self.expert_dropped)] {
+            state.extend(sum.as_ref().map(|sum| (name.to_owned(), sum.shallow_clone())));
+        }
         state
     }
 
@@ -115,6 +121,7 @@ impl Window {
         let mut state: BTreeMap<String, Tensor> = state.into_iter().collect();
         let device = self.device;
         self.expert_load = state.remove(EXPERT_LOAD).map(|load| load.to_device(device));
+        self.expert_dropped = state.remove(EXPERT_DROPPED).map(|dropped| dropped.to_device(device));
         let mut take = |name: &str| {
             state.remove(name).ok_or_else(|| RuntimeError::Torch(format!("window: `{name}` is missing")))
         };
@@ -135,15 +142,22 @@ impl Window {
                 .mean(Kind::Float)
         });
         let scalars = [&self.loss, grad_norm, &self.skipped_updates].map(|t| t.reshape([1]));
-        let spread = spread.map(|t| t.reshape([1]));
-        let parts: Vec<&Tensor> =
-            scalars.iter().chain([&self.task_sums, &self.task_counts]).chain(spread.as_ref()).collect();
+        let dropped = self.expert_dropped.as_ref().map(|sum| sum / self.batches as f64);
+        let of_experts = [spread, dropped].map(|scalar| scalar.map(|t| t.reshape([1])));
+        let parts: Vec<&Tensor> = scalars
+            .iter()
+            .chain([&self.task_sums, &self.task_counts])
+            .chain(of_experts.iter().flatten())
+            .collect();
         let values = Tensor::cat(&parts, 0).to_device(Device::Cpu).to_kind(Kind::Double);
         let values = Vec::<f64>::try_from(values).map_err(RuntimeError::from)?;
         let tasks = TASKS as usize;
         let (head, rest) = values.split_at(scalars.len());
         let (sums, rest) = rest.split_at(tasks);
-        let (counts, spread) = rest.split_at(tasks);
+        let (counts, rest) = rest.split_at(tasks);
+        let mut rest = rest.iter().copied();
+        let [expert_spread, expert_dropped] =
+            of_experts.each_ref().map(|scalar| scalar.as_ref().and_then(|_| rest.next()));
         let report = Report {
             loss: head[0] / self.batches.max(1) as f64,
             grad_norm: head[1],
@@ -157,11 +171,18 @@ impl Window {
             tokens: self.tokens,
             tokens_per_batch: self.packed_tokens as f64 / self.batches.max(1) as f64,
             seconds: self.start.elapsed().as_secs_f64(),
-            expert_spread: spread.first().copied(),
+            expert_spread,
+            expert_dropped,
         };
         *self = Self::new(self.device);
         Ok(report)
     }
+}
+
+/// Adds to a sum that begins with the first of its parts.
+fn add_some(sum: &mut Option<Tensor>, part: Option<&Tensor>) {
+    let Some(part) = part.map(Tensor::detach) else { return };
+    *sum = Some(sum.take().map_or_else(|| part.copy(), |sum| sum + &part));
 }
 
 #[cfg(test)]
@@ -175,12 +196,17 @@ mod tests {
             before.add_update(&Tensor::from(norm));
         }
         (before.batches, before.tokens, before.packed_tokens) = (3, 700, 900);
+        // Four blocks' experts are alike, and dropped a fifth of their rows.
+        before.expert_load = Some(Tensor::full([4, 2], 1.5, (Kind::Float, Device::Cpu)));
+        before.expert_dropped = Some(Tensor::from(0.6f32));
         let mut after = Window::new(Device::Cpu);
         after.load_state(before.state()).unwrap();
         after.add_update(&Tensor::from(f64::NAN));
         assert_eq!((after.batches, after.tokens), (3, 0));
         let report = after.read(&Tensor::from(1.0f32)).unwrap();
         assert_eq!((report.skipped_updates, report.tokens_per_batch), (3.0, 300.0));
+        assert_eq!(report.expert_spread, Some(0.0));
+        assert!(report.expert_dropped.is_some_and(|share| (share - 0.2).abs() < 1e-6));
         assert_eq!(after.read(&Tensor::from(1.0f32)).unwrap().skipped_updates, 0.0);
     }
 }

@@ -5,7 +5,7 @@ use serde::Deserialize;
 
 use super::super::ModelConfig;
 use super::super::config::{Bias, WindowConfig};
-use super::super::moe::{Balance, MoeConfig};
+use super::super::moe::{Balance, MoeConfig, RoutingKind};
 use super::super::rotary::{RotaryConfig, RotaryScaling, beta_fast, beta_slow};
 
 /// A family of models, by how their weights are called.
@@ -163,6 +163,8 @@ impl Qwen2 {
         Ok(Some(MoeConfig {
             experts,
             active,
+            routing: RoutingKind::Top,
+            capacity: None,
             every: self.decoder_sparse_step,
             dense_layers: self.mlp_only_layers.clone().unwrap_or_default(),
             hidden: self.moe_intermediate_size,

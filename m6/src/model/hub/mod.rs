@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::{ModelConfig, Transformer, Vocab};
 use crate::error::{Error, Result};
-use config::describe;
+use config::{Described, describe};
 use names::{Part, parts};
 
 const CONFIG: &str = "config.json";
@@ -40,6 +40,18 @@ pub fn is_published(dir: &Path) -> bool {
     serde_json::from_str::<serde_json::Value>(&text).is_ok_and(|config| config.get("model_type").is_some())
 }
 
+/// What the config of a folder describes.
+///
+/// # Errors
+/// When it cannot be read, or describes something that we do not compute.
+pub fn read_config(dir: &Path) -> Result<Described> {
+    let path = dir.join(CONFIG);
+    let text = fs::read_to_string(&path).map_err(|error| Error::file(&path, error))?;
+    let described = describe(&text).map_err(|problem| Error::file(&path, problem))?;
+    described.model.validate().map_err(|problem| Error::file(&path, problem))?;
+    Ok(described)
+}
+
 impl LanguageModel {
     /// Opens a folder, its weights as float32 on `device`. They are read by memory map, a tensor at a time.
     ///
@@ -47,10 +59,7 @@ impl LanguageModel {
     /// When the config describes something that we do not compute, or a file or tensor is missing, damaged, of another
     /// shape, or holds what is no number.
     pub fn load(dir: &Path, device: Device) -> Result<Self> {
-        let path = dir.join(CONFIG);
-        let text = fs::read_to_string(&path).map_err(|error| Error::file(&path, error))?;
-        let described = describe(&text).map_err(|problem| Error::file(&path, problem))?;
-        described.model.validate().map_err(|problem| Error::file(&path, problem))?;
+        let described = read_config(dir)?;
         let params = Params::unfilled(device);
         let vocab = Vocab::language(described.vocab_size);
         let transformer = Transformer::new(&params, &described.model, vocab, 0);
@@ -216,7 +225,7 @@ mod tests {
         let layout = Layout::new(vec![span], Device::Cpu).unwrap();
         let tokens = sequence.to_device(Device::Cpu).unwrap();
         let hidden = transformer.forward(&tokens, None, &layout, span.target, Mode::Infer).unwrap();
-        (hidden.x_nd, hidden.router_loss)
+        (hidden.x_nd, hidden.routers.map(|routers| routers.loss))
     }
 
     fn gap(a: &Tensor, b: &Tensor) -> f64 {

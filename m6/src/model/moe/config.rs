@@ -10,6 +10,13 @@ pub struct MoeConfig {
     pub experts: i64,
     /// Experts that each token goes through.
     pub active: i64,
+    /// How they are chosen.
+    #[serde(default)]
+    pub routing: RoutingKind,
+    /// Rows that an expert takes while training, as a multiple of its even share (M6 has 1.25); those beyond are dropped.
+    /// First choices come before second ones, and earlier tokens before later ones. No limit where absent.
+    #[serde(default)]
+    pub capacity: Option<f64>,
     /// Every n-th block has experts (the n-th, the 2n-th, ...); the others are dense.
     pub every: i64,
     /// Blocks, counted from 0, that are dense all the same.
@@ -33,6 +40,17 @@ pub struct MoeConfig {
     pub z_loss: f64,
 }
 
+/// A way to choose experts.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RoutingKind {
+    /// The likeliest of all.
+    #[default]
+    Top,
+    /// The likeliest of each group, where there are as many groups as active experts (M6-T's prototypes).
+    Prototypes,
+}
+
 /// What is balanced.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -45,8 +63,11 @@ pub enum Balance {
     Model,
 }
 
-/// What a grouped matrix product takes at once.
-const MAX_EXPERTS: i64 = 1 << 10;
+/// What one grouped matrix product of libtorch takes on a GPU: a thread of one block prepares each matrix, and the last
+/// is left out.
+pub(super) const MAX_GROUPS: i64 = 1023;
+/// Bounds that keep the arithmetic of an absurd config within whole numbers.
+const MAX_EXPERTS: i64 = 1 << 14;
 const MAX_WIDTH: i64 = 1 << 16;
 
 fn yes() -> bool {
@@ -57,6 +78,20 @@ impl MoeConfig {
     /// Width of each expert in a model whose feed-forward is `hidden` wide.
     pub fn hidden(&self, hidden: i64) -> i64 {
         self.hidden.unwrap_or(hidden)
+    }
+
+    /// Groups of experts in each of which a token chooses.
+    pub(super) fn groups(&self) -> i64 {
+        match self.routing {
+            RoutingKind::Top => 1,
+            RoutingKind::Prototypes => self.active,
+        }
+    }
+
+    /// Rows that each expert takes of those of `tokens` tokens, where that is limited.
+    pub(super) fn capacity(&self, tokens: i64) -> Option<i64> {
+        let even_share = (tokens * self.active) as f64 / self.experts as f64;
+        self.capacity.map(|multiple| (multiple * even_share).ceil() as i64)
     }
 
     /// What is wrong, in one line that begins with the key.
@@ -72,6 +107,15 @@ impl MoeConfig {
         if self.active < 1 || self.active > self.experts {
             return Err(format!("active = {}: expected 1 to moe.experts = {}", self.active, self.experts));
         }
+        if self.experts % self.groups() != 0 {
+            return Err(format!(
+                "active = {}: expected a divisor of moe.experts = {}",
+                self.active, self.experts
+            ));
+        }
+        if let Some(capacity) = self.capacity.filter(|capacity| !(*capacity > 0.0 && capacity.is_finite())) {
+            return Err(format!("capacity = {capacity}: expected a positive number"));
+        }
         if self.every < 1 || self.every > layers {
             return Err(format!("every = {}: expected 1 to layers = {layers}", self.every));
         }
@@ -82,6 +126,18 @@ impl MoeConfig {
             if let Some(value) = value.filter(|value| !(1..=MAX_WIDTH).contains(value) || value % 8 != 0) {
                 return Err(format!("{key} = {value}: expected a multiple of 8, at most {MAX_WIDTH}"));
             }
+        }
+        Ok(())
+    }
+
+    /// What keeps these experts from being computed, in one line that begins with the key.
+    pub(in crate::model) fn validate_kernels(&self) -> Result<(), String> {
+        let (experts, groups) = (self.experts, self.groups());
+        if experts / groups > MAX_GROUPS {
+            return Err(format!(
+                "experts = {experts}: expected at most {}, of which grouped products can be made",
+                MAX_GROUPS * groups
+            ));
         }
         Ok(())
     }

@@ -1,47 +1,63 @@
-//! Stacked experts: dispatch by a device-side sort and grouped products.
+//! Stacked experts: grouped products over rows that are sorted by expert.
 
-use m6_runtime::fused::swiglu;
 use m6_runtime::{Group, Init, Params};
-use tch::{Kind, Tensor};
+use tch::Tensor;
 
+use super::config::{MAX_GROUPS, MoeConfig};
 use super::router::Routing;
 use crate::model::INIT_STD;
+use crate::model::config::{FeedForwardKind, ModelConfig};
 
-/// The SwiGLU weights of all experts.
+/// The weights of all experts.
 #[derive(Debug)]
 pub struct Experts {
-    pub(super) gate_up_efd: Tensor,
+    kind: FeedForwardKind,
+    /// Groups in each of which a token has the same number of experts.
+    groups: i64,
+    /// Of SwiGLU the gate's rows, then those of the other half.
+    pub(super) up_efd: Tensor,
     pub(super) down_edf: Tensor,
 }
 
 impl Experts {
-    /// `count` experts of `width` to `hidden` and back.
-    pub fn new(params: &Params, count: i64, width: i64, hidden: i64, out_std: f64) -> Self {
-        let (e, d, f) = (count, width, hidden);
+    /// The experts of one block.
+    pub fn new(params: &Params, model: &ModelConfig, config: &MoeConfig, out_std: f64) -> Self {
+        let (kind, e, d, f) = (model.feed_forward, config.experts, model.width, config.hidden(model.hidden));
+        let (name, rows) = kind.up(f);
         Self {
-            gate_up_efd: params.add("gate_up", &[e, 2 * f, d], Init::Normal(INIT_STD), Group::Hidden),
+            kind,
+            groups: config.groups(),
+            up_efd: params.add(name, &[e, rows, d], Init::Normal(INIT_STD), Group::Hidden),
             down_edf: params.add("down", &[e, d, f], Init::Normal(out_std), Group::Hidden),
         }
     }
 
-    /// `[n, d] -> [n, d]`: the weighted sum of what its experts make of each token.
+    /// `[n, d] -> [n, d]`: the weighted sum of what its experts make of each token. Rows that were dropped go through
+    /// their expert like the others, with weight 0: how many there are is known to the device alone.
     pub fn forward(&self, x_nd: &Tensor, routing: &Routing) -> Tensor {
-        let experts_r = routing.experts_na.flatten(0, 1);
-        let order_r = experts_r.argsort_stable(true, 0, false);
-        let tokens_r = order_r.floor_divide_scalar(routing.experts_na.size()[1]);
-        let sorted_r = experts_r.index_select(0, &order_r);
-        let each = Tensor::arange(self.down_edf.size()[0], (Kind::Int64, x_nd.device()));
-        let ends_e = each.searchsorted(&sorted_r, true, true, "right", None::<Tensor>);
+        let (kind, dispatch) = (x_nd.kind(), &routing.dispatch);
+        let x_rd = x_nd.index_select(0, &dispatch.tokens_r);
+        let hidden_rf = self.kind.activate(&self.product(&x_rd, &self.up_efd, &dispatch.ends_e));
+        let weights_r = dispatch.rows(&routing.weights_na).unsqueeze(-1).to_kind(kind);
+        let y_rd = self.product(&hidden_rf, &self.down_edf, &dispatch.ends_e) * weights_r;
+        x_nd.zeros_like().index_add(0, &dispatch.tokens_r, &y_rd)
+    }
 
-        let kind = x_nd.kind();
-        let product = |x: &Tensor, weight: &Tensor| {
-            x.internal_grouped_mm(&weight.to_kind(kind).transpose(1, 2), Some(&ends_e), None, None)
+    /// Rows `[r, i]`, each by the matrix `[o, i]` of its expert, whose rows end at `ends_e`.
+    fn product(&self, x_ri: &Tensor, weight_eoi: &Tensor, ends_e: &Tensor) -> Tensor {
+        let grouped = |x: &Tensor, weight: &Tensor, ends: &Tensor| {
+            x.internal_grouped_mm(&weight.to_kind(x.kind()).transpose(1, 2), Some(ends), None, None)
         };
-        let x_rd = x_nd.index_select(0, &tokens_r);
-        let hidden_rf = swiglu(&product(&x_rd, &self.gate_up_efd));
-        let weights_r =
-            routing.weights_na.flatten(0, 1).index_select(0, &order_r).unsqueeze(-1).to_kind(kind);
-        let y_rd = product(&hidden_rf, &self.down_edf) * weights_r;
-        x_nd.zeros_like().index_add(0, &tokens_r, &y_rd)
+        let (experts, rows) = (weight_eoi.size()[0], x_ri.size()[0]);
+        if experts <= MAX_GROUPS {
+            return grouped(x_ri, weight_eoi, ends_e);
+        }
+        // Every token has as many rows in one prototype as in another, so that the host knows where they begin.
+        let prototypes = MAX_GROUPS / (experts / self.groups);
+        let (experts, rows) = (prototypes * experts / self.groups, prototypes * rows / self.groups);
+        let parts = x_ri.split(rows, 0).into_iter().zip(weight_eoi.split(experts, 0));
+        let parts = parts.zip(ends_e.split(experts, 0)).enumerate();
+        let products = parts.map(|(i, ((x, weight), ends))| grouped(&x, &weight, &(ends - i as i64 * rows)));
+        Tensor::cat(&products.collect::<Vec<_>>(), 0)
     }
 }

@@ -1,10 +1,11 @@
 //! Mixture of experts: a router apart from stacked experts, and perhaps an expert for all tokens.
 //!
-//! Every token goes to its `active` experts; none is dropped and nothing is padded, so no host synchronisation is
-//! needed to size a buffer. Legend: `n` tokens, `d` model width, `f` expert width, `e` experts, `a` active experts,
-//! `r = n * a` routed rows.
+//! Every token goes to its `active` experts and nothing is padded, so no host synchronisation is needed to size a buffer.
+//! Where experts have a capacity, rows beyond it count for nothing. Legend: `n` tokens, `d` model width, `f` expert width,
+//! `e` experts, `g` groups of them, `a` active experts, `r = n * a` routed rows.
 
 mod config;
+mod dispatch;
 mod experts;
 mod router;
 
@@ -12,14 +13,15 @@ use m6_runtime::nn::Linear;
 use m6_runtime::{Init, Params};
 use tch::Tensor;
 
-pub use config::{Balance, MoeConfig};
+pub use config::{Balance, MoeConfig, RoutingKind};
 use experts::Experts;
 use router::Router;
-pub use router::{RouterLosses, total};
+pub use router::{RouterLosses, RouterTotals};
 
 use super::INIT_STD;
-use super::config::{FeedForwardKind, ModelConfig};
+use super::config::ModelConfig;
 use super::mlp::Mlp;
+use super::transformer::Mode;
 
 /// The feed-forward of a block with experts.
 #[derive(Debug)]
@@ -40,21 +42,21 @@ impl Moe {
     /// The experts of one block.
     pub fn new(params: &Params, model: &ModelConfig, config: &MoeConfig, out_std: f64) -> Self {
         let d = model.width;
-        let hidden = config.hidden(model.hidden);
+        let kind = model.feed_forward;
         let shared = config.shared.map(|width| Shared {
-            expert: Mlp::new(&(params / "shared"), FeedForwardKind::Swiglu, d, width, out_std, false),
+            expert: Mlp::new(&(params / "shared"), kind, d, width, out_std, false),
             gate: Linear::head(&(params / "shared_gate"), d, 1, Init::Normal(INIT_STD)),
         });
         Self {
             router: Router::new(&(params / "router"), d, config),
-            experts: Experts::new(&(params / "experts"), config.experts, d, hidden, out_std),
+            experts: Experts::new(&(params / "experts"), model, config, out_std),
             shared,
         }
     }
 
-    /// `[n, d] -> [n, d]`; only the first `real` tokens count for the losses, the rest is padding.
-    pub fn forward(&self, x_nd: &Tensor, real: i64) -> (Tensor, RouterLosses) {
-        let routing = self.router.route(x_nd);
+    /// `[n, d] -> [n, d]`; only the first `real` tokens count for losses and capacity, the rest is padding.
+    pub fn forward(&self, x_nd: &Tensor, real: i64, mode: Mode) -> (Tensor, RouterLosses) {
+        let routing = self.router.route(x_nd, real, mode);
         let routed_nd = self.experts.forward(x_nd, &routing);
         let y_nd = match &self.shared {
             Some(shared) => shared.gate.forward(x_nd).sigmoid() * shared.expert.forward(x_nd) + routed_nd,
@@ -68,25 +70,34 @@ impl Moe {
 mod tests {
     use tch::{Device, Kind};
 
+    use super::super::config::FeedForwardKind;
+    use super::dispatch::Dispatch;
     use super::*;
-    use m6_runtime::fused::swiglu;
 
-    fn build(active: i64, renormalize: bool, device: Device) -> (Params, Moe) {
-        let moe = MoeConfig {
+    const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
+
+    fn config(active: i64) -> MoeConfig {
+        MoeConfig {
             experts: 4,
             active,
+            routing: RoutingKind::Top,
+            capacity: None,
             every: 1,
             dense_layers: Vec::new(),
             hidden: None,
             shared: None,
-            renormalize,
+            renormalize: true,
             balance_loss: 0.01,
             balance: Balance::Layer,
             z_loss: 0.001,
-        };
-        let model = ModelConfig { moe: Some(moe.clone()), ..ModelConfig::new(16, 1, 2, 24, 4) };
+        }
+    }
+
+    fn build(config: &MoeConfig, kind: FeedForwardKind, device: Device) -> (Params, Moe) {
+        config.validate(1).and_then(|()| config.validate_kernels()).unwrap();
+        let model = ModelConfig { feed_forward: kind, ..ModelConfig::new(16, 1, 2, 24, 4) };
         let params = Params::new(device, 5);
-        let layer = Moe::new(&params, &model, &moe, 0.2);
+        let layer = Moe::new(&params, &model, config, 0.2);
         // A wide router, so that the experts' loads differ and one may be empty.
         let _guard = tch::no_grad_guard();
         for (name, mut p) in params.entries() {
@@ -97,63 +108,181 @@ mod tests {
         (params, layer)
     }
 
+    fn gap(a: &Tensor, b: &Tensor) -> f64 {
+        (a - b).abs().max().double_value(&[])
+    }
+
     /// Every expert over every token, weighted by its gate `[n, e]`.
-    fn mixture(moe: &Moe, x_nd: &Tensor, gates: &Tensor) -> Tensor {
-        (0..4).fold(x_nd.zeros_like(), |sum, e| {
-            let hidden = swiglu(&x_nd.matmul(&moe.experts.gate_up_efd.get(e).tr()));
+    fn mixture(moe: &Moe, kind: FeedForwardKind, x_nd: &Tensor, gates: &Tensor) -> Tensor {
+        (0..gates.size()[1]).fold(x_nd.zeros_like(), |sum, e| {
+            let hidden = kind.activate(&x_nd.matmul(&moe.experts.up_efd.get(e).tr()));
             sum + hidden.matmul(&moe.experts.down_edf.get(e).tr()) * gates.select(1, e).unsqueeze(-1)
         })
     }
 
-    fn probabilities(params: &Params, x_nd: &Tensor) -> Tensor {
+    /// `[n, e]`, softmax within each group.
+    fn probabilities(params: &Params, config: &MoeConfig, x_nd: &Tensor) -> Tensor {
         let entries = (params / "router").entries();
-        x_nd.matmul(&entries[0].1.tensor.tr()).softmax(-1, Kind::Float)
+        let logits = x_nd.matmul(&entries[0].1.tensor.tr());
+        logits
+            .view([-1, config.groups(), config.experts / config.groups()])
+            .softmax(-1, Kind::Float)
+            .flatten(1, 2)
     }
 
-    /// The definition of renormalised top-k.
-    fn dense(params: &Params, moe: &Moe, active: i64, x_nd: &Tensor) -> Tensor {
-        let probs = probabilities(params, x_nd);
-        let (weights, chosen) = probs.topk(active, -1, true, true);
-        let weights = &weights / weights.sum_dim_intlist([-1].as_slice(), true, Kind::Float);
-        mixture(moe, x_nd, &probs.zeros_like().scatter(-1, &chosen, &weights))
+    /// The definition, token by token: first choices queue before second ones.
+    fn gates(params: &Params, config: &MoeConfig, x_nd: &Tensor, real: i64) -> Tensor {
+        let probs = probabilities(params, config, x_nd);
+        let rows = Vec::<Vec<f32>>::try_from(&probs).unwrap();
+        let (groups, experts) = (config.groups() as usize, config.experts as usize);
+        let (size, each) = (experts / groups, config.active as usize / groups);
+        let mut mask = vec![vec![0.0f32; experts]; rows.len()];
+        let mut queues = vec![0; experts];
+        for rank in 0..each {
+            for (token, row) in rows.iter().enumerate().take(real as usize) {
+                for group in 0..groups {
+                    let mut order: Vec<usize> = (group * size..(group + 1) * size).collect();
+                    order.sort_by(|a, b| row[*b].total_cmp(&row[*a]));
+                    let expert = order[rank];
+                    queues[expert] += 1;
+                    if config.capacity(real).is_none_or(|capacity| queues[expert] <= capacity) {
+                        mask[token][expert] = 1.0;
+                    }
+                }
+            }
+        }
+        let gates = probs * Tensor::from_slice2(&mask);
+        if !config.renormalize {
+            return gates;
+        }
+        let sum = gates.sum_dim_intlist([-1].as_slice(), true, Kind::Float);
+        gates / sum.clamp_min(1e-9)
     }
 
     #[test]
     fn all_experts_without_renormalisation_are_the_dense_mixture() {
         tch::manual_seed(2);
-        let (params, moe) = build(4, false, Device::Cpu);
-        let x = Tensor::randn([11, 16], (Kind::Float, Device::Cpu));
-        let (routed, _) = moe.forward(&x, 11);
-        let expected = mixture(&moe, &x, &probabilities(&params, &x));
-        assert!((routed - expected).abs().max().double_value(&[]) < 1e-5);
+        let config = MoeConfig { renormalize: false, ..config(4) };
+        let (params, moe) = build(&config, FeedForwardKind::Swiglu, Device::Cpu);
+        let x = Tensor::randn([11, 16], FLOAT);
+        let (routed, _) = moe.forward(&x, 11, Mode::Train);
+        let expected = mixture(&moe, FeedForwardKind::Swiglu, &x, &probabilities(&params, &config, &x));
+        assert!(gap(&routed, &expected) < 1e-5);
+    }
+
+    /// Output and gradients of all tokens but the padding.
+    fn assert_matches_a_loop(config: &MoeConfig, kind: FeedForwardKind, real: i64) {
+        let (params, moe) = build(config, kind, Device::Cpu);
+        let x = Tensor::randn([real + 3, 16], FLOAT).set_requires_grad(true);
+        let probe = Tensor::randn([real, 16], FLOAT);
+        let gradients = |y: &Tensor| {
+            let mut tensors: Vec<Tensor> = params.trainable().into_iter().map(|(_, p)| p.tensor).collect();
+            tensors.push(x.shallow_clone());
+            Tensor::run_backward(&[(y * &probe).sum(Kind::Float)], &tensors, false, false)
+        };
+        let routed = moe.forward(&x, real, Mode::Train).0.narrow(0, 0, real);
+        let reference = mixture(&moe, kind, &x, &gates(&params, config, &x, real)).narrow(0, 0, real);
+        assert!(gap(&routed, &reference) < 1e-5, "{config:?}");
+        for (a, b) in gradients(&routed).iter().zip(gradients(&reference)) {
+            assert!(gap(a, &b) < 1e-4, "{config:?}");
+        }
     }
 
     #[test]
     fn matches_a_loop_over_experts_gradients_included() {
         tch::manual_seed(3);
         for active in 1..=4 {
-            let (params, moe) = build(active, true, Device::Cpu);
-            let x = Tensor::randn([11, 16], (Kind::Float, Device::Cpu));
-            let probe = Tensor::randn([11, 16], (Kind::Float, Device::Cpu));
-            let gradients = |y: Tensor| {
-                let tensors: Vec<Tensor> = params.trainable().into_iter().map(|(_, p)| p.tensor).collect();
-                Tensor::run_backward(&[(y * &probe).sum(Kind::Float)], &tensors, false, false)
-            };
-            let (routed, reference) = (moe.forward(&x, 11).0, dense(&params, &moe, active, &x));
-            assert!((&routed - &reference).abs().max().double_value(&[]) < 1e-5);
-            for (a, b) in gradients(routed).iter().zip(gradients(reference)) {
-                assert!((a - b).abs().max().double_value(&[]) < 1e-4);
+            for capacity in [None, Some(0.5), Some(1.0), Some(1.25)] {
+                let config = MoeConfig { capacity, ..config(active) };
+                assert_matches_a_loop(&config, FeedForwardKind::Swiglu, 11);
+                assert_matches_a_loop(&MoeConfig { renormalize: false, ..config }, FeedForwardKind::Gelu, 8);
             }
         }
     }
 
     #[test]
+    fn prototypes_match_a_loop_over_experts_gradients_included() {
+        tch::manual_seed(7);
+        for (active, capacity) in [(2, None), (2, Some(1.0)), (4, Some(1.25))] {
+            let config = MoeConfig {
+                routing: RoutingKind::Prototypes,
+                renormalize: false,
+                capacity,
+                ..config(active)
+            };
+            assert_matches_a_loop(&config, FeedForwardKind::Gelu, 11);
+        }
+    }
+
+    #[test]
+    fn more_experts_than_a_grouped_product_takes_are_parted_by_prototypes() {
+        tch::manual_seed(8);
+        let config = MoeConfig {
+            experts: 1200,
+            routing: RoutingKind::Prototypes,
+            renormalize: false,
+            capacity: Some(1.25),
+            ..config(3)
+        };
+        assert_matches_a_loop(&config, FeedForwardKind::Gelu, 9);
+        let one = MoeConfig { routing: RoutingKind::Top, ..config };
+        let message = "experts = 1200: expected at most 1023, of which grouped products can be made";
+        assert_eq!(one.validate_kernels().unwrap_err(), message);
+    }
+
+    #[test]
+    fn one_prototype_is_the_likeliest_of_all() {
+        tch::manual_seed(9);
+        let top = MoeConfig { renormalize: false, capacity: Some(1.0), ..config(1) };
+        let prototype = MoeConfig { routing: RoutingKind::Prototypes, ..top.clone() };
+        let x = Tensor::randn([11, 16], FLOAT);
+        let [(y, losses), (other_y, other_losses)] = [top, prototype]
+            .map(|config| build(&config, FeedForwardKind::Gelu, Device::Cpu).1.forward(&x, 11, Mode::Train));
+        assert_eq!(y, other_y);
+        assert_eq!((losses.loss, losses.load_e), (other_losses.loss, other_losses.load_e));
+    }
+
+    #[test]
+    fn an_expert_takes_first_choices_before_second_ones_and_no_padding() {
+        // Token 3 is padding.
+        let experts_na = Tensor::from_slice2(&[[0i64, 1], [1, 0], [1, 0], [0, 1]]);
+        let taken = |capacity| {
+            let taken = Dispatch::new(&experts_na, 3).taken(3, capacity, 3);
+            Vec::<Vec<f32>>::try_from(taken).unwrap()
+        };
+        assert_eq!(taken(1), [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]);
+        assert_eq!(taken(2), [[1.0, 0.0], [1.0, 1.0], [1.0, 0.0], [0.0, 0.0]]);
+        assert_eq!(taken(3), [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0], [0.0, 0.0]]);
+    }
+
+    #[test]
+    fn capacity_is_for_training_and_its_drops_are_counted() {
+        tch::manual_seed(10);
+        let x = Tensor::randn([16, 16], FLOAT);
+        let forward = |capacity, mode| {
+            let config = MoeConfig { capacity, renormalize: false, ..config(1) };
+            let (y, losses) = build(&config, FeedForwardKind::Swiglu, Device::Cpu).1.forward(&x, 16, mode);
+            (y, losses.dropped.map(|share| share.double_value(&[])))
+        };
+        let (free, none) = forward(None, Mode::Train);
+        assert_eq!(none, None);
+        assert_eq!(forward(Some(0.25), Mode::Infer), (free.shallow_clone(), None));
+        assert_eq!(forward(Some(4.0), Mode::Train), (free, Some(0.0)), "nothing is beyond four even shares");
+        let (y, dropped) = forward(Some(0.25), Mode::Train);
+        let rows = y.abs().sum_dim_intlist([-1].as_slice(), false, Kind::Float).eq(0.0);
+        let empty = rows.mean_dim([0].as_slice(), false, Kind::Float).double_value(&[]);
+        assert!(empty >= 0.75, "each of four experts takes one of sixteen rows: {empty}");
+        assert_eq!(dropped, Some(empty));
+    }
+
+    #[test]
     fn padding_does_not_count_for_load_and_losses() {
         tch::manual_seed(4);
-        let (_params, moe) = build(2, true, Device::Cpu);
-        let x = Tensor::randn([9, 16], (Kind::Float, Device::Cpu));
-        let padded = Tensor::cat(&[x.shallow_clone(), Tensor::ones([7, 16], (Kind::Float, Device::Cpu))], 0);
-        let ((_, plain), (_, filled)) = (moe.forward(&x, 9), moe.forward(&padded, 9));
+        let (_params, moe) = build(&config(2), FeedForwardKind::Swiglu, Device::Cpu);
+        let x = Tensor::randn([9, 16], FLOAT);
+        let padded = Tensor::cat(&[x.shallow_clone(), Tensor::ones([7, 16], FLOAT)], 0);
+        let ((_, plain), (_, filled)) =
+            (moe.forward(&x, 9, Mode::Train), moe.forward(&padded, 9, Mode::Train));
         assert!((plain.loss - filled.loss).abs().double_value(&[]) < 1e-6);
         assert_eq!(plain.load_e, filled.load_e);
         assert!((plain.load_e.sum(Kind::Float).double_value(&[]) - 1.0).abs() < 1e-6);
@@ -164,14 +293,15 @@ mod tests {
     #[test]
     fn bf16_on_a_gpu_matches_float32_on_the_cpu() {
         tch::manual_seed(6);
-        let (params, moe) = build(2, true, Device::Cpu);
-        let (on_gpu, gpu_moe) = build(2, true, Device::Cuda(0));
+        let config = MoeConfig { capacity: Some(1.0), ..config(2) };
+        let (params, moe) = build(&config, FeedForwardKind::Swiglu, Device::Cpu);
+        let (on_gpu, gpu_moe) = build(&config, FeedForwardKind::Swiglu, Device::Cuda(0));
         for ((_, mut to), (_, from)) in on_gpu.entries().into_iter().zip(params.entries()) {
             tch::no_grad(|| to.tensor.copy_(&from.tensor));
         }
         let x = Tensor::randn([64, 16], (Kind::Float, Device::Cpu)).to_kind(Kind::BFloat16);
-        let exact = moe.forward(&x.to_kind(Kind::Float), 64).0;
-        let fast = gpu_moe.forward(&x.to_device(Device::Cuda(0)), 64).0.to_device(Device::Cpu);
+        let exact = moe.forward(&x.to_kind(Kind::Float), 64, Mode::Train).0;
+        let fast = gpu_moe.forward(&x.to_device(Device::Cuda(0)), 64, Mode::Train).0.to_device(Device::Cpu);
         let gap = ((fast.to_kind(Kind::Float) - &exact).norm() / exact.norm()).double_value(&[]);
         assert!(gap < 1e-2, "{gap}");
     }

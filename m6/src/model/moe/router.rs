@@ -5,7 +5,12 @@ use m6_runtime::{Init, Params};
 use tch::{Kind, Tensor};
 
 use super::config::{Balance, MoeConfig};
+use super::dispatch::Dispatch;
 use crate::model::INIT_STD;
+use crate::model::transformer::Mode;
+
+/// What the weights of a token's experts are divided by at least: all of them may have been full.
+const MIN_SUM: f64 = 1e-9;
 
 /// Scores of experts by a product of its own, in float32.
 #[derive(Debug)]
@@ -17,14 +22,18 @@ pub struct Router {
 /// What a router chose for `n` tokens.
 #[derive(Debug)]
 pub struct Routing {
-    /// `[n, e]`.
-    logits_ne: Tensor,
-    /// `[n, e]`.
-    probs_ne: Tensor,
-    /// `[n, a]` weights of the chosen experts.
+    /// `[n, g, e / g]`.
+    logits: Tensor,
+    /// `[n, g, e / g]`.
+    probs: Tensor,
+    /// `[n, a]` weights of the chosen experts; 0 where one was full.
     pub weights_na: Tensor,
     /// `[n, a]` the chosen experts.
-    pub experts_na: Tensor,
+    experts_na: Tensor,
+    /// `[n, a]` 1 where an expert was not full, where that is asked.
+    taken_na: Option<Tensor>,
+    /// The order of the rows.
+    pub dispatch: Dispatch,
 }
 
 /// What a router's losses are made of.
@@ -32,10 +41,12 @@ pub struct Routing {
 pub struct RouterLosses {
     /// The weighted z-loss, and the balance loss where each block is balanced by itself; a scalar.
     pub loss: Tensor,
-    /// `[e]` share of the routed rows that each expert took.
+    /// `[e]` share of the routed rows that each expert was chosen for.
     pub load_e: Tensor,
     /// `[e]` mean probability of each expert.
     pub mean_e: Tensor,
+    /// Share of the routed rows that were dropped, where experts can be full; a scalar.
+    pub dropped: Option<Tensor>,
 }
 
 impl Router {
@@ -44,49 +55,81 @@ impl Router {
         Self { scores, config: config.clone() }
     }
 
-    /// Of tokens `[n, d]`.
-    pub fn route(&self, x_nd: &Tensor) -> Routing {
-        let logits_ne = self.scores.forward(&x_nd.to_kind(Kind::Float));
-        let probs_ne = logits_ne.softmax(-1, Kind::Float);
-        let (weights_na, experts_na) = probs_ne.topk(self.config.active, -1, true, true);
-        let weights_na = if self.config.renormalize {
-            &weights_na / weights_na.sum_dim_intlist([-1].as_slice(), true, Kind::Float)
+    /// Of tokens `[n, d]`, of which the first `real` are no padding.
+    pub fn route(&self, x_nd: &Tensor, real: i64, mode: Mode) -> Routing {
+        let MoeConfig { experts, active, renormalize, .. } = self.config;
+        let (groups, device) = (self.config.groups(), x_nd.device());
+        let size = experts / groups;
+        let logits = self.scores.forward(&x_nd.to_kind(Kind::Float)).view([-1, groups, size]);
+        let probs = logits.softmax(-1, Kind::Float);
+        let (weights, chosen) = probs.topk(active / groups, -1, true, true);
+        let firsts = Tensor::arange_start_step(0, experts, size, (Kind::Int64, device)).unsqueeze(-1);
+        let experts_na = (chosen + firsts).flatten(1, 2);
+        let dispatch = Dispatch::new(&experts_na, experts);
+        let capacity = self.config.capacity(real).filter(|_| mode == Mode::Train);
+        let taken_na = capacity.map(|capacity| dispatch.taken(experts, capacity, real));
+        let weights_na = weights.flatten(1, 2);
+        let weights_na =
+            taken_na.as_ref().map_or(weights_na.shallow_clone(), |taken_na| weights_na * taken_na);
+        let weights_na = if renormalize {
+            let sum = weights_na.sum_dim_intlist([-1].as_slice(), true, Kind::Float);
+            weights_na / sum.clamp_min(MIN_SUM)
         } else {
             weights_na
         };
-        Routing { logits_ne, probs_ne, weights_na, experts_na }
+        Routing { logits, probs, weights_na, experts_na, taken_na, dispatch }
     }
 
-    /// Over the `real` tokens, which come first.
+    /// Over the `real` tokens, which come first. Groups count one by one: their losses are added.
     pub fn losses(&self, routing: &Routing, real: i64) -> RouterLosses {
-        let e = self.config.experts;
-        let chosen_na = routing.experts_na.narrow(0, 0, real);
-        let each = Tensor::arange(e, (Kind::Int64, chosen_na.device()));
-        let load_e = chosen_na.unsqueeze(-1).eq_tensor(&each).mean_dim([0, 1].as_slice(), false, Kind::Float);
-        let mean_e = routing.probs_ne.narrow(0, 0, real).mean_dim([0].as_slice(), false, Kind::Float);
-        let z = routing.logits_ne.narrow(0, 0, real).logsumexp([-1].as_slice(), false).square();
-        let z = z.mean(Kind::Float) * self.config.z_loss;
-        let loss = match self.config.balance {
-            Balance::Layer => {
-                (&load_e * &mean_e).sum(Kind::Float) * (e as f64 * self.config.balance_loss) + z
-            }
+        let MoeConfig { experts, balance_loss, z_loss, balance, .. } = self.config;
+        let chosen_r = routing.experts_na.narrow(0, 0, real).flatten(0, 1);
+        let ones_r = chosen_r.ones_like().to_kind(Kind::Float);
+        let counts_e =
+            Tensor::zeros([experts], (Kind::Float, chosen_r.device())).index_add(0, &chosen_r, &ones_r);
+        let load_e = counts_e / (real * self.config.active) as f64;
+        let mean_e =
+            routing.probs.narrow(0, 0, real).mean_dim([0].as_slice(), false, Kind::Float).flatten(0, -1);
+        let z = routing.logits.narrow(0, 0, real).logsumexp([-1].as_slice(), false).square();
+        let z = z.sum_dim_intlist([-1].as_slice(), false, Kind::Float).mean(Kind::Float) * z_loss;
+        let loss = match balance {
+            Balance::Layer => (&load_e * &mean_e).sum(Kind::Float) * (experts as f64 * balance_loss) + z,
             Balance::Model => z,
         };
-        RouterLosses { loss, load_e, mean_e }
+        let taken = routing.taken_na.as_ref().map(|taken_na| taken_na.narrow(0, 0, real).mean(Kind::Float));
+        RouterLosses { loss, load_e, mean_e, dropped: taken.map(|taken| 1.0 - taken) }
     }
 }
 
-/// The losses of all blocks with experts in one scalar, and their loads `[blocks with experts, e]`.
-pub fn total(config: &MoeConfig, blocks: &[RouterLosses]) -> (Tensor, Tensor) {
-    let stack =
-        |part: fn(&RouterLosses) -> &Tensor| Tensor::stack(&blocks.iter().map(part).collect::<Vec<_>>(), 0);
-    let loss = stack(|block| &block.loss).sum(Kind::Float);
-    let loads = stack(|block| &block.load_e);
-    if config.balance == Balance::Layer {
-        return (loss, loads);
+/// What the routers of all blocks come to.
+#[derive(Debug)]
+pub struct RouterTotals {
+    /// Their losses in one scalar.
+    pub loss: Tensor,
+    /// `[blocks with experts, e]` share of the routed rows that each expert was chosen for.
+    pub loads: Tensor,
+    /// Mean share of the routed rows that were dropped, where experts can be full; a scalar.
+    pub dropped: Option<Tensor>,
+}
+
+impl RouterTotals {
+    /// Of blocks that have experts, at least one.
+    pub fn of(config: &MoeConfig, blocks: &[RouterLosses]) -> Self {
+        let stack = |part: fn(&RouterLosses) -> &Tensor| {
+            Tensor::stack(&blocks.iter().map(part).collect::<Vec<_>>(), 0)
+        };
+        let mean = |stacked: &Tensor| stacked.mean_dim([0].as_slice(), false, Kind::Float);
+        let each = stack(|block| &block.loss).sum(Kind::Float);
+        let loads = stack(|block| &block.load_e);
+        let loss = match config.balance {
+            Balance::Layer => each,
+            Balance::Model => {
+                let balance = (mean(&loads) * mean(&stack(|block| &block.mean_e))).sum(Kind::Float);
+                balance * ((config.experts * config.active) as f64 * config.balance_loss) + each
+            }
+        };
+        let dropped: Vec<&Tensor> = blocks.iter().filter_map(|block| block.dropped.as_ref()).collect();
+        let dropped = (!dropped.is_empty()).then(|| mean(&Tensor::stack(&dropped, 0)));
+        Self { loss, loads, dropped }
     }
-    let mean = |stacked: &Tensor| stacked.mean_dim([0].as_slice(), false, Kind::Float);
-    let balance = (mean(&loads) * mean(&stack(|block| &block.mean_e))).sum(Kind::Float);
-    let scale = (config.experts * config.active) as f64 * config.balance_loss;
-    (loss + balance * scale, loads)
 }

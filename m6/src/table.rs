@@ -1,7 +1,7 @@
 //! Small tables for people.
 
 /// Rows of cells in aligned columns, the first to the left and the others to the right; every line ends with a newline.
-pub(super) fn table(rows: &[Vec<String>]) -> String {
+pub fn table(rows: &[Vec<String>]) -> String {
     let columns = rows.iter().map(Vec::len).max().unwrap_or(0);
     let cell_width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column));
@@ -21,7 +21,7 @@ pub(super) fn table(rows: &[Vec<String>]) -> String {
 }
 
 /// A share as a percentage.
-pub(super) fn percent(share: f64) -> String {
+pub fn percent(share: f64) -> String {
     format!("{:.1} %", 100.0 * share)
 }
 
