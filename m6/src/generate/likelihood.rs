@@ -6,7 +6,7 @@ use serde::Serialize;
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::model::{LanguageModel, Mode, Sequence};
+use crate::model::{LanguageModel, Mode, RotaryConfig, Sequence};
 
 /// Rows whose logits are there at once.
 const ROWS: i64 = 256;
@@ -66,7 +66,8 @@ fn check(model: &LanguageModel, tokens: &[i64]) -> Result<()> {
     if let Some(token) = tokens.iter().find(|token| !(0..rows).contains(*token)) {
         return Err(Error::Usage(format!("token {token}: expected 0 to {}", rows - 1)));
     }
-    let can_be_longer = config.rotary.as_ref().is_some_and(|rotary| rotary.scaling.is_some());
+    let is_made_longer = |rotary: &RotaryConfig| rotary.scaling.is_some() || rotary.logn.is_some();
+    let can_be_longer = config.rotary.as_ref().is_some_and(is_made_longer);
     if tokens.len() as i64 > config.max_text && !can_be_longer {
         let (n, most) = (tokens.len(), config.max_text);
         return Err(Error::Usage(format!(

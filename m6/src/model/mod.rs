@@ -14,7 +14,7 @@ mod transformer;
 mod vocab;
 
 pub use config::{Bias, FeedForwardKind, ModelConfig, NormKind, WindowConfig};
-pub use folder::{Model, ModelInfo};
+pub use folder::{Model, ModelInfo, StoredKind};
 pub use hub::{LanguageModel, is_published};
 pub use moe::{Balance, MoeConfig};
 pub use order::CodeOrder;
