@@ -57,7 +57,7 @@ fn check_empty(dir: &Path) -> Result<()> {
         Ok(false) => {
             Err(Error::Usage(format!("{}: is not empty; expected a new or empty folder", dir.display())))
         }
-        Err(error) if error.kind() == ErrorKind::NotFound => output::check_writable(&dir.join("config.json")),
+        Err(error) if error.kind() == ErrorKind::NotFound => output::check_writable(dir),
         Err(error) => Err(output::file_error(dir, error)),
     }
 }

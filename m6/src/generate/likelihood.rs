@@ -114,4 +114,17 @@ mod tests {
         assert_eq!(message(&[1, 32]), "token 32: expected 0 to 31");
         assert_eq!(message(&[0; 65]), "65 tokens: expected at most 64, the positions of this model");
     }
+
+    #[test]
+    fn longer_texts_pass_where_queries_grow_with_their_place() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/qwen2");
+        let dir = tempfile::tempdir().unwrap();
+        let published = LanguageModel::load(&folder, Device::Cpu).unwrap();
+        published.save(dir.path(), published.stored).unwrap();
+        let config = dir.path().join("config.json");
+        let text = std::fs::read_to_string(&config).unwrap();
+        std::fs::write(&config, text.replace("\"logn\": null", "\"logn\": 64")).unwrap();
+        let model = LanguageModel::load(dir.path(), Device::Cpu).unwrap();
+        assert_eq!(likelihood(&model, &[0; 65]).unwrap().logprobs.len(), 64);
+    }
 }
