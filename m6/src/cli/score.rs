@@ -15,7 +15,8 @@ use super::output;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  m6 score --model Qwen2-0.5B --text 'The sky is blue.' --json\n\n\
     The model is a folder with config.json, safetensors and tokenizer.json or qwen.tiktoken, as Hugging Face has them: \
-    Qwen, Qwen2 or Qwen2-MoE; or one that `m6 convert` made of it. The first token is given, not scored; nothing is put before it.")]
+    Qwen, Qwen2 or Qwen2-MoE; or one that `m6 convert` made of it. The first token is given, not \
+    scored; nothing is put before it.")]
 pub struct Args {
     /// Folder of the model
     #[arg(long, value_name = "DIR")]
