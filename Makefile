@@ -16,7 +16,7 @@ ALL := --release --workspace $(FEATURES)
 REMOTE := --release --package m6-data --features remote
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench fuzz clean
+.PHONY: help setup demo test check parity bench fuzz clean
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | expand -t 8
@@ -42,6 +42,16 @@ check: setup ## formatting, lints, documentation
 	cargo clippy $(ALL) --all-targets -- -D warnings
 	cargo clippy $(REMOTE) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc $(ALL) --no-deps
+
+# The path of a Python with torch, transformers and safetensors; where none is named, one is made (some GB).
+PYTHON ?= out/parity/bin/python
+out/parity/bin/python:
+	python3 -m venv out/parity
+	out/parity/bin/pip install --quiet 'torch==2.11.*' 'transformers==5.24.*' safetensors || { rm -r out/parity; exit 1; }
+
+parity: setup $(PYTHON) ## published language models, read and written, against transformers
+	cargo build $(ALL)
+	$(PYTHON) m6/tests/parity/check.py $(TARGET_DIR)/release/m6
 
 bench: setup ## benchmarks
 	cargo bench --workspace $(FEATURES)

@@ -454,3 +454,33 @@ fn a_damaged_newest_checkpoint_is_named_and_the_one_before_is_not_used_unasked()
         scene.succeed(args);
     }
 }
+
+#[test]
+fn language_models_that_cannot_be_converted() {
+    let scene = Scene::with_tokenizer();
+    let published = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/qwen2");
+    copy(&published, &scene.path("qwen2"));
+    copy(&published, &scene.path("heads"));
+    let config = fs::read_to_string(published.join("config.json")).unwrap();
+    let odd = config.replace("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3");
+    fs::write(scene.path("heads/config.json"), odd).unwrap();
+    scene.succeed(&["convert", "qwen2", "own"]);
+    copy(&scene.path("own"), &scene.path("normed"));
+    let own = fs::read_to_string(scene.path("own/config.json")).unwrap();
+    let normed = own.replace("\"dropout\": 0.0", "\"dropout\": 0.1");
+    fs::write(scene.path("normed/config.json"), normed).unwrap();
+    assert_all_refused(
+        &scene,
+        &[
+            ("convert qwen2 own", WRONG_USE, &["own", "not empty"]),
+            ("convert qwen2 train.toml", FAILURE, &["train.toml", "Not a directory"]),
+            ("convert qwen2 train.toml/own", FAILURE, &["train.toml", "Not a directory"]),
+            ("convert none new", FAILURE, &["none/config.json", "No such file"]),
+            ("convert tokenizer/model new", FAILURE, &["config.json", "expected a language model"]),
+            ("convert heads new", FAILURE, &["heads/config.json", "kv_heads = 3"]),
+            ("convert normed new", FAILURE, &["normed", "dropout = 0.1 has no counterpart"]),
+            ("score --model none --tokens 1,2", FAILURE, &["none/config.json", "No such file"]),
+        ],
+    );
+    assert!(!scene.path("new").exists());
+}

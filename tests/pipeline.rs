@@ -1,6 +1,7 @@
 //! From a folder of pictures to captions and drawings, command after command.
 
 use std::fs;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -253,4 +254,21 @@ fn bench_prints_its_figures() {
     let figures = ["samples_per_s", "mb_per_s"].map(|key| &report[key]);
     let stages = ["read", "decode", "transform"].map(|key| &report["stages"][key]);
     assert!(figures.iter().chain(&stages).all(|figure| figure.as_f64() > Some(0.0)), "{report}");
+}
+
+#[test]
+fn a_published_language_model_is_converted_there_and_back() {
+    let scene = Scene::new();
+    let published = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/parity/qwen2-moe");
+    scene.succeed(&["convert", published, "own"]);
+    scene.succeed(&["convert", "own", "back"]);
+    scene.succeed(&["convert", "own", "half", "--dtype", "bf16"]);
+    let weights = |folder: &Path| fs::read(folder.join("model.safetensors")).unwrap().len();
+    assert!(weights(&scene.path("half")) < weights(&scene.path("back")));
+    let score = |model: &str| {
+        let line = ["score", "--model", model, "--tokens", "1,2,3,4", "--device", "cpu", "--json"];
+        one(scene.json(&line))["logprobs"].clone()
+    };
+    let exact = score(published);
+    assert_eq!((score("own"), score("back")), (exact.clone(), exact));
 }

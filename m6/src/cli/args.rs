@@ -15,6 +15,13 @@ pub struct ConfigArgs {
     pub overrides: Vec<String>,
 }
 
+/// Numbers of weights or of a computation.
+#[derive(Debug, Clone, Copy, clap::ValueEnum)]
+pub enum Dtype {
+    Fp32,
+    Bf16,
+}
+
 /// Where the captions of samples are found.
 #[derive(Debug, clap::Args)]
 pub struct FieldArgs {

@@ -6,6 +6,7 @@
 mod args;
 mod caption;
 mod codes;
+mod convert;
 mod data;
 mod demo;
 mod eval;
@@ -64,6 +65,8 @@ enum Command {
     Caption(caption::Args),
     /// Tell how likely a language model finds a text
     Score(score::Args),
+    /// Turn a published language model into a folder of this program, or back
+    Convert(convert::Args),
     /// Score a model on held-out pictures
     #[command(subcommand)]
     Eval(eval::Command),
@@ -89,6 +92,7 @@ impl Command {
             Self::Generate(args) => args.run(),
             Self::Caption(args) => args.run(),
             Self::Score(args) => args.run(),
+            Self::Convert(args) => args.run(),
             Self::Eval(command) => command.run(),
             Self::Demo(args) => args.run(),
         }

@@ -4,17 +4,19 @@ use std::fs;
 use std::path::PathBuf;
 
 use m6::generate::{Likelihood, likelihood};
-use m6::model::{LanguageModel, is_published};
+use m6::model::LanguageModel;
 use m6::{Error, Result};
 use m6_runtime::device::device;
 use tch::Kind;
 
+use super::args::Dtype;
 use super::output;
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  m6 score --model Qwen2-0.5B --text 'The sky is blue.' --json\n\n\
     The model is a folder with config.json, safetensors and tokenizer.json or qwen.tiktoken, as Hugging Face has them: \
-    Qwen, Qwen2 or Qwen2-MoE. The first token is given, not scored; nothing is put before it.")]
+    Qwen, Qwen2 or Qwen2-MoE; or one that `m6 convert` made of it. The first token is given, not \
+    scored; nothing is put before it.")]
 pub struct Args {
     /// Folder of the model
     #[arg(long, value_name = "DIR")]
@@ -46,18 +48,8 @@ struct Input {
     tokens: Option<Vec<i64>>,
 }
 
-#[derive(Debug, Clone, Copy, clap::ValueEnum)]
-enum Dtype {
-    Fp32,
-    Bf16,
-}
-
 impl Args {
     pub fn run(self) -> Result<()> {
-        if !is_published(&self.model) {
-            let problem = "expected a folder whose config.json has a model_type, as Hugging Face has them";
-            return Err(Error::Usage(format!("{}: {problem}", self.model.display())));
-        }
         let mut model = LanguageModel::load(&self.model, device(&self.device)?)?;
         if let Some(dtype) = self.dtype {
             model.transformer.set_compute(match dtype {

@@ -6,7 +6,7 @@ use serde::Serialize;
 use tch::{Kind, Tensor};
 
 use crate::error::{Error, Result};
-use crate::model::{LanguageModel, Mode, Sequence};
+use crate::model::{LanguageModel, Mode, RotaryConfig, Sequence};
 
 /// Rows whose logits are there at once.
 const ROWS: i64 = 256;
@@ -66,7 +66,8 @@ fn check(model: &LanguageModel, tokens: &[i64]) -> Result<()> {
     if let Some(token) = tokens.iter().find(|token| !(0..rows).contains(*token)) {
         return Err(Error::Usage(format!("token {token}: expected 0 to {}", rows - 1)));
     }
-    let can_be_longer = config.rotary.as_ref().is_some_and(|rotary| rotary.scaling.is_some());
+    let is_made_longer = |rotary: &RotaryConfig| rotary.scaling.is_some() || rotary.logn.is_some();
+    let can_be_longer = config.rotary.as_ref().is_some_and(is_made_longer);
     if tokens.len() as i64 > config.max_text && !can_be_longer {
         let (n, most) = (tokens.len(), config.max_text);
         return Err(Error::Usage(format!(
@@ -112,5 +113,18 @@ mod tests {
         assert!(message(&[1]).starts_with("1 tokens: expected two or more"));
         assert_eq!(message(&[1, 32]), "token 32: expected 0 to 31");
         assert_eq!(message(&[0; 65]), "65 tokens: expected at most 64, the positions of this model");
+    }
+
+    #[test]
+    fn longer_texts_pass_where_queries_grow_with_their_place() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/qwen2");
+        let dir = tempfile::tempdir().unwrap();
+        let published = LanguageModel::load(&folder, Device::Cpu).unwrap();
+        published.save(dir.path(), published.stored).unwrap();
+        let config = dir.path().join("config.json");
+        let text = std::fs::read_to_string(&config).unwrap();
+        std::fs::write(&config, text.replace("\"logn\": null", "\"logn\": 64")).unwrap();
+        let model = LanguageModel::load(dir.path(), Device::Cpu).unwrap();
+        assert_eq!(likelihood(&model, &[0; 65]).unwrap().logprobs.len(), 64);
     }
 }

@@ -29,7 +29,8 @@ pub enum StoredKind {
 }
 
 impl StoredKind {
-    fn kind(self) -> Kind {
+    /// The same for libtorch.
+    pub(super) fn kind(self) -> Kind {
         match self {
             Self::Bf16 => Kind::BFloat16,
             Self::F32 => Kind::Float,
@@ -178,7 +179,7 @@ fn resolution(config: &ModelConfig) -> std::result::Result<i64, String> {
     Ok(patches.resolution)
 }
 
-fn same(path: &Path, what: &str, found: &str, expected: &str) -> Result<()> {
+pub(super) fn same(path: &Path, what: &str, found: &str, expected: &str) -> Result<()> {
     if found == expected {
         return Ok(());
     }

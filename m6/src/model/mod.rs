@@ -15,8 +15,8 @@ mod vocab;
 
 pub use config::{Bias, FeedForwardKind, ModelConfig, NormKind, WindowConfig};
 pub(crate) use folder::read_info;
-pub use folder::{Model, ModelInfo};
-pub(crate) use hub::read_config;
+pub use folder::{Model, ModelInfo, StoredKind};
+pub(crate) use hub::language_shape;
 pub use hub::{LanguageModel, is_published};
 pub use moe::{Balance, MoeConfig, RoutingKind};
 pub use order::CodeOrder;

@@ -7,7 +7,7 @@ use m6_vqgan::Vqgan;
 use serde::Deserialize;
 
 use crate::error::{Error, Result};
-use crate::model::{ModelConfig, Positions, Vocab, is_published, read_config, read_info};
+use crate::model::{ModelConfig, Positions, Vocab, language_shape, read_info};
 use crate::train::TrainConfig;
 
 /// Far above any vocabulary, and low enough for the arithmetic.
@@ -63,13 +63,8 @@ impl Subject {
 
 impl Shape {
     fn of_folder(dir: &Path) -> Result<Self> {
-        if is_published(dir) {
-            let described = read_config(dir)?;
-            return Ok(Self {
-                model: described.model,
-                vocab: Vocab::language(described.vocab_size),
-                code_grid: 0,
-            });
+        if let Some((model, vocab)) = language_shape(dir)? {
+            return Ok(Self { model, vocab, code_grid: 0 });
         }
         let info = read_info(dir)?;
         Ok(Self { model: info.model, vocab: info.vocab, code_grid: info.code_grid })

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 TOKENS = 24
+SEED = 1
 SIZES = dict(
     vocab_size=32,
     hidden_size=16,
@@ -70,13 +71,10 @@ def hub_gradients(model, config):
             yield name, gradient
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=pathlib.Path)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
+def write(out, seed):
+    """Writes all models into a folder."""
     for name, config in MODELS.items():
-        torch.manual_seed(args.seed)
+        torch.manual_seed(seed)
         kind = Qwen2MoeForCausalLM if config.model_type == "qwen2_moe" else Qwen2ForCausalLM
         model = kind(config).float().train()
         with torch.no_grad():
@@ -88,11 +86,19 @@ def main():
         result.loss.backward()
         golden = {"ids": ids[0], "logits": result.logits[0].detach(), "loss": result.loss.detach()}
         golden |= {f"grad.{key}": value.contiguous() for key, value in hub_gradients(model, config)}
-        model.save_pretrained(args.out / name)
-        (args.out / name / "generation_config.json").unlink(missing_ok=True)
-        save_file(golden, args.out / name / "golden.safetensors")
-        for file in (args.out / name).iterdir():
+        model.save_pretrained(out / name)
+        (out / name / "generation_config.json").unlink(missing_ok=True)
+        save_file(golden, out / name / "golden.safetensors")
+        for file in (out / name).iterdir():
             file.chmod(0o644)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=pathlib.Path)
+    parser.add_argument("--seed", type=int, default=SEED)
+    args = parser.parse_args()
+    write(args.out, args.seed)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,18 @@
 //! `config.json` of Qwen2, Qwen2-MoE (transformers' `configuration_qwen2*.py`) and Qwen (its own `configuration_qwen.py`)
-//! as settings of our stack.
+//! as settings of our stack, and back.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use super::super::ModelConfig;
 use super::super::config::{Bias, WindowConfig};
 use super::super::moe::{Balance, MoeConfig, RoutingKind};
 use super::super::rotary::{RotaryConfig, RotaryScaling, beta_fast, beta_slow};
+use super::StoredKind;
 
 /// A family of models, by how their weights are called.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Family {
     /// `QWenLMHeadModel`.
     Qwen,
@@ -18,30 +21,204 @@ pub enum Family {
 }
 
 /// What a folder's config describes.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub struct Described {
     pub family: Family,
     pub model: ModelConfig,
     /// Rows of the input table, padding included.
     pub vocab_size: i64,
+    pub ids: TokenIds,
 }
 
-/// Reads the text of a `config.json`.
+/// Ids that generation in transformers looks at. Nothing of ours does; they are kept for what is written.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct TokenIds {
+    bos_token_id: Option<Ids>,
+    eos_token_id: Option<Ids>,
+    pad_token_id: Option<Ids>,
+}
+
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(untagged)]
+enum Ids {
+    One(i64),
+    Any(Vec<i64>),
+}
+
+/// Reads a `config.json`.
 ///
 /// # Errors
 /// One line that names the key, where something is missing or not among what we compute.
-pub fn describe(text: &str) -> Result<Described, String> {
+pub fn describe(config: &Value) -> Result<Described, String> {
     #[derive(Deserialize)]
     struct Kind {
         model_type: String,
     }
     let plain = |error: serde_json::Error| error.to_string();
-    let Kind { model_type } = serde_json::from_str(text).map_err(plain)?;
-    match model_type.as_str() {
-        "qwen2" | "qwen2_moe" => serde_json::from_str::<Qwen2>(text).map_err(plain)?.describe(),
-        "qwen" => serde_json::from_str::<Qwen>(text).map_err(plain)?.describe(),
-        other => Err(format!("model_type = {other:?}: expected qwen2, qwen2_moe or qwen")),
+    let Kind { model_type } = Kind::deserialize(config).map_err(plain)?;
+    let (family, model, vocab_size) = match model_type.as_str() {
+        "qwen2" | "qwen2_moe" => {
+            let config = Qwen2::deserialize(config).map_err(plain)?;
+            (Family::Qwen2, config.model()?, config.vocab_size)
+        }
+        "qwen" => {
+            let config = Qwen::deserialize(config).map_err(plain)?;
+            (Family::Qwen, config.model(), config.vocab_size)
+        }
+        other => return Err(format!("model_type = {other:?}: expected qwen2, qwen2_moe or qwen")),
+    };
+    Ok(Described { family, model, vocab_size, ids: TokenIds::deserialize(config).map_err(plain)? })
+}
+
+/// A `config.json` that [`describe`] reads as the same, for weights stored as `dtype`.
+///
+/// # Errors
+/// One line that names the first setting that the family has no counterpart of.
+pub fn publish(described: &Described, dtype: StoredKind) -> Result<Value, String> {
+    let Described { family, model, vocab_size, ids } = described;
+    let mut config = match family {
+        Family::Qwen => qwen(model, dtype),
+        Family::Qwen2 => qwen2(model, dtype),
+    };
+    config["vocab_size"] = json!(vocab_size);
+    merge(&mut config, &json!(ids));
+    let read = explicit(&describe(&config)?.model);
+    difference("", &json!(explicit(model)), &json!(read)).map_or(Ok(config), |setting| {
+        Err(format!("{setting} has no counterpart in a published {} config", json!(family)))
+    })
+}
+
+/// The same settings with nothing left to defaults that follow from others.
+fn explicit(model: &ModelConfig) -> ModelConfig {
+    let mut model = model.clone();
+    (model.kv_heads, model.head_width) = (Some(model.kv_heads()), Some(model.head_width()));
+    let hidden = model.hidden;
+    if let Some(moe) = &mut model.moe {
+        moe.hidden = Some(moe.hidden(hidden));
     }
+    model
+}
+
+/// The first setting of `wanted` that differs in `found`, by its key.
+fn difference(key: &str, wanted: &Value, found: &Value) -> Option<String> {
+    let Value::Object(settings) = wanted else {
+        return (wanted != found).then(|| format!("{key} = {wanted}"));
+    };
+    let key_of = |name: &String| if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
+    let inner = |(name, value): (&String, &Value)| {
+        difference(&key_of(name), value, found.get(name).unwrap_or(&Value::Null))
+    };
+    settings.iter().find_map(inner)
+}
+
+/// Adds the settings of `more` that are not null.
+fn merge(config: &mut Value, more: &Value) {
+    for (key, value) in more.as_object().into_iter().flatten().filter(|(_, value)| !value.is_null()) {
+        config[key] = value.clone();
+    }
+}
+
+fn dtype_name(dtype: StoredKind) -> &'static str {
+    match dtype {
+        StoredKind::Bf16 => "bfloat16",
+        StoredKind::F32 => "float32",
+    }
+}
+
+/// In the fields of transformers 5.
+fn qwen2(model: &ModelConfig, dtype: StoredKind) -> Value {
+    let mut config = json!({
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "dtype": dtype_name(dtype),
+        "hidden_size": model.width,
+        "intermediate_size": model.hidden,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads(),
+        "head_dim": model.head_width(),
+        "hidden_act": "silu",
+        "max_position_embeddings": model.max_text,
+        "rms_norm_eps": model.norm_eps,
+        "tie_word_embeddings": model.tied,
+        "rope_parameters": rope(model.rotary.as_ref()),
+        "use_sliding_window": model.window.is_some(),
+        "sliding_window": model.window.as_ref().map(|window| window.size),
+        "max_window_layers": model.window.as_ref().map_or(model.layers, |window| window.from),
+    });
+    if let Some(moe) = &model.moe {
+        let experts = json!({
+            "architectures": ["Qwen2MoeForCausalLM"],
+            "model_type": "qwen2_moe",
+            "qkv_bias": model.bias != Bias::None,
+            "num_experts": moe.experts,
+            "num_experts_per_tok": moe.active,
+            "moe_intermediate_size": moe.hidden(model.hidden),
+            // There every token goes through an expert: none cannot be said.
+            "shared_expert_intermediate_size": moe.shared.unwrap_or(0),
+            "decoder_sparse_step": moe.every,
+            "mlp_only_layers": moe.dense_layers,
+            "norm_topk_prob": moe.renormalize,
+            "router_aux_loss_coef": moe.balance_loss,
+        });
+        merge(&mut config, &experts);
+    }
+    config
+}
+
+fn rope(rotary: Option<&RotaryConfig>) -> Value {
+    let mut rope = match rotary.and_then(|rotary| rotary.scaling.as_ref()) {
+        None | Some(RotaryScaling::DynamicSteps { .. }) => json!({ "rope_type": "default" }),
+        Some(RotaryScaling::Linear { factor }) => json!({ "rope_type": "linear", "factor": factor }),
+        Some(RotaryScaling::Dynamic { factor, .. }) => json!({ "rope_type": "dynamic", "factor": factor }),
+        Some(RotaryScaling::Yarn { factor, original, beta_fast, beta_slow, attention_factor }) => {
+            let mut yarn = json!({
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings": original,
+                "beta_fast": beta_fast,
+                "beta_slow": beta_slow,
+            });
+            merge(&mut yarn, &json!({ "attention_factor": attention_factor }));
+            yarn
+        }
+    };
+    rope["rope_theta"] = json!(rotary.map_or(ROPE_THETA, |rotary| rotary.base));
+    rope
+}
+
+/// In the fields of `configuration_qwen.py`.
+fn qwen(model: &ModelConfig, dtype: StoredKind) -> Value {
+    let rotary = model.rotary.as_ref();
+    let steps = match rotary.and_then(|rotary| rotary.scaling.as_ref()) {
+        Some(RotaryScaling::DynamicSteps { trained }) => Some(*trained),
+        _ => None,
+    };
+    let logn = rotary.and_then(|rotary| rotary.logn);
+    json!({
+        "architectures": ["QWenLMHeadModel"],
+        "auto_map": {
+            "AutoConfig": "configuration_qwen.QWenConfig",
+            "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+        },
+        "model_type": "qwen",
+        "torch_dtype": dtype_name(dtype),
+        "hidden_size": model.width,
+        "intermediate_size": 2 * model.hidden,
+        "num_hidden_layers": model.layers,
+        "num_attention_heads": model.heads,
+        "kv_channels": model.head_width(),
+        "layer_norm_epsilon": model.norm_eps,
+        "max_position_embeddings": model.max_text,
+        "seq_length": steps.or(logn).unwrap_or(model.max_text),
+        "rotary_emb_base": rotary.map_or(ROPE_THETA, |rotary| rotary.base),
+        "rotary_pct": 1.0,
+        "use_dynamic_ntk": steps.is_some(),
+        "use_logn_attn": logn.is_some(),
+        "no_bias": true,
+        "tie_word_embeddings": model.tied,
+    })
 }
 
 /// The fields of Qwen2 and Qwen2-MoE that decide what is computed.
@@ -68,6 +245,8 @@ struct Qwen2 {
     use_sliding_window: bool,
     sliding_window: Option<i64>,
     max_window_layers: Option<i64>,
+    /// From transformers 4.53 on.
+    layer_types: Option<Vec<String>>,
     #[serde(default = "yes")]
     qkv_bias: bool,
     num_experts: Option<i64>,
@@ -100,6 +279,9 @@ struct Rope {
     partial_rotary_factor: Option<f64>,
 }
 
+/// What `layer_types` calls blocks with a window, and those without.
+const SLIDING: &str = "sliding_attention";
+const FULL: &str = "full_attention";
 /// transformers' default, and that of the first Qwen2 models.
 const ROPE_THETA: f64 = 10_000.0;
 
@@ -112,7 +294,7 @@ fn one() -> i64 {
 }
 
 impl Qwen2 {
-    fn describe(self) -> Result<Described, String> {
+    fn model(&self) -> Result<ModelConfig, String> {
         if self.hidden_act != "silu" {
             return Err(format!("hidden_act = {:?}: expected silu", self.hidden_act));
         }
@@ -132,7 +314,8 @@ impl Qwen2 {
         model.rotary = Some(self.rotary()?);
         model.window = self.window()?;
         model.moe = self.experts()?;
-        Ok(Described { family: Family::Qwen2, model, vocab_size: self.vocab_size })
+        self.check_layer_types(&model)?;
+        Ok(model)
     }
 
     fn rotary(&self) -> Result<RotaryConfig, String> {
@@ -155,6 +338,25 @@ impl Qwen2 {
             self.max_window_layers.ok_or("max_window_layers is missing; use_sliding_window asks for it")?;
         // Beyond the last block it limits none.
         Ok((from < self.num_hidden_layers).then_some(WindowConfig { size, from }))
+    }
+
+    /// Whether `layer_types`, which newer files have too, agrees with the keys that we read.
+    fn check_layer_types(&self, model: &ModelConfig) -> Result<(), String> {
+        let Some(types) = &self.layer_types else { return Ok(()) };
+        if types.len() as i64 != model.layers {
+            return Err(format!("layer_types has {} entries: expected {}", types.len(), model.layers));
+        }
+        let expected = |layer| if model.window(layer).is_some() { SLIDING } else { FULL };
+        let odd = types.iter().enumerate().find(|(layer, found)| *found != expected(*layer));
+        odd.map_or(Ok(()), |(layer, found)| {
+            let from = self.max_window_layers.map_or("absent".to_owned(), |from| from.to_string());
+            Err(format!(
+                "layer_types[{layer}] = {found:?}: expected {:?}, as use_sliding_window = {} and max_window_layers = \
+                 {from} say",
+                expected(layer),
+                self.use_sliding_window
+            ))
+        })
     }
 
     fn experts(&self) -> Result<Option<MoeConfig>, String> {
@@ -196,7 +398,11 @@ impl Rope {
             "linear" => Some(RotaryScaling::Linear { factor: factor()? }),
             "dynamic" => Some(RotaryScaling::Dynamic { factor: factor()?, trained: max_positions }),
             "yarn" => Some(RotaryScaling::Yarn {
-                factor: factor()?,
+                // As in transformers: what is not said follows from the lengths.
+                factor: match self.original_max_position_embeddings {
+                    Some(original) => self.factor.unwrap_or(max_positions as f64 / original as f64),
+                    None => factor()?,
+                },
                 original,
                 beta_fast: self.beta_fast.unwrap_or(beta_fast()),
                 beta_slow: self.beta_slow.unwrap_or(beta_slow()),
@@ -231,7 +437,7 @@ struct Qwen {
 }
 
 impl Qwen {
-    fn describe(self) -> Result<Described, String> {
+    fn model(&self) -> ModelConfig {
         let mut model = ModelConfig::new(
             self.hidden_size,
             self.num_hidden_layers,
@@ -250,7 +456,7 @@ impl Qwen {
             scaling: self.use_dynamic_ntk.then_some(RotaryScaling::DynamicSteps { trained }),
             logn: self.use_logn_attn.then_some(trained),
         });
-        Ok(Described { family: Family::Qwen, model, vocab_size: self.vocab_size })
+        model
     }
 }
 
@@ -261,6 +467,10 @@ mod tests {
     const SMALLEST: &str = r#"{"model_type": "qwen2", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8,
         "num_hidden_layers": 2, "num_attention_heads": 1, "hidden_act": "silu", "max_position_embeddings": 64,
         "rms_norm_eps": 1e-6, MORE}"#;
+
+    fn describe(text: &str) -> Result<Described, String> {
+        super::describe(&serde_json::from_str(text).unwrap())
+    }
 
     fn with(more: &str) -> Result<Described, String> {
         describe(&SMALLEST.replace("MORE", more))
@@ -304,6 +514,14 @@ mod tests {
                 "use_sliding_window = true: expected false",
             ),
             (r#""rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}"#, "mscale is set"),
+            (r#""rope_scaling": {"type": "yarn", "factor": null}"#, "factor is missing"),
+            (r#""layer_types": ["full_attention"]"#, "layer_types has 1 entries: expected 2"),
+            (
+                r#""use_sliding_window": true, "sliding_window": 8, "max_window_layers": 1,
+                    "layer_types": ["sliding_attention", "sliding_attention"]"#,
+                "layer_types[0] = \"sliding_attention\": expected \"full_attention\", as use_sliding_window = true and \
+                 max_window_layers = 1 say",
+            ),
         ];
         for (more, message) in cases {
             let error = with(more).unwrap_err();
@@ -315,5 +533,49 @@ mod tests {
         assert_eq!(error, "hidden_act = \"gelu\": expected silu");
         let error = describe(&SMALLEST.replace("\"hidden_size\": 8,", "").replace(", MORE", "")).unwrap_err();
         assert!(error.starts_with("missing field `hidden_size`"), "{error}");
+    }
+
+    #[test]
+    fn a_factor_that_is_not_said_follows_from_the_lengths() {
+        let rope =
+            r#""rope_scaling": {"type": "yarn", "factor": null, "original_max_position_embeddings": 16}"#;
+        let scaling = with(rope).unwrap().model.rotary.unwrap().scaling;
+        assert!(matches!(scaling, Some(RotaryScaling::Yarn { factor: 4.0, .. })), "{scaling:?}");
+    }
+
+    #[test]
+    fn what_is_published_reads_back_as_the_same() {
+        let ids = r#""bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": null"#;
+        let described = with(ids).unwrap();
+        let config = publish(&described, StoredKind::Bf16).unwrap();
+        assert_eq!((&config["dtype"], &config["eos_token_id"]), (&json!("bfloat16"), &json!([2, 3])));
+        assert_eq!(config.get("pad_token_id"), None);
+        let read = super::describe(&config).unwrap();
+        assert_eq!((read.family, read.vocab_size, read.ids), (described.family, 8, described.ids));
+    }
+
+    #[test]
+    fn settings_without_a_counterpart_are_named() {
+        let described = with(r#""tie_word_embeddings": true"#).unwrap();
+        let problem = |change: fn(&mut Described)| {
+            let mut described = described.clone();
+            change(&mut described);
+            publish(&described, StoredKind::F32).unwrap_err()
+        };
+        let in_qwen2 =
+            |setting: &str| format!("{setting} has no counterpart in a published \"qwen2\" config");
+        assert_eq!(problem(|d| d.model.qk_norm = true), in_qwen2("qk_norm = true"));
+        assert_eq!(problem(|d| d.model.bias = Bias::None), in_qwen2("bias = \"none\""));
+        let rotary = RotaryConfig { base: 10_000.0, scaling: None, logn: Some(16) };
+        let mut qwen = described.clone();
+        qwen.model.rotary = Some(rotary);
+        assert_eq!(publish(&qwen, StoredKind::F32).unwrap_err(), in_qwen2("rotary.logn = 16"));
+        qwen.family = Family::Qwen;
+        assert_eq!(publish(&qwen, StoredKind::F32).unwrap()["seq_length"], json!(16));
+        let moe =
+            |shared: &str| with(&format!(r#""num_experts": 4, "num_experts_per_tok": 2{shared}"#)).unwrap();
+        let alone = publish(&moe(""), StoredKind::F32).unwrap_err();
+        assert_eq!(alone, in_qwen2("moe.shared = null"));
+        publish(&moe(r#", "shared_expert_intermediate_size": 8"#), StoredKind::F32).unwrap();
     }
 }

@@ -1,7 +1,8 @@
-//! Language models as they are published: folders of Hugging Face's layout with Qwen, Qwen2 or Qwen2-MoE.
+//! Language models, in folders of our own and as they are published: Hugging Face's layout with Qwen, Qwen2 or Qwen2-MoE.
 
 mod config;
 mod names;
+mod write;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -9,12 +10,14 @@ use std::path::{Path, PathBuf};
 
 use m6_data::tokenizer::Tokenizer;
 use m6_runtime::{Params, TensorFile, first_problems};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
+use super::folder::{StoredKind, same};
 use super::{ModelConfig, Transformer, Vocab};
 use crate::error::{Error, Result};
-use config::{Described, describe};
+use config::{Described, Family, TokenIds, describe};
 use names::{Part, parts};
 
 const CONFIG: &str = "config.json";
@@ -22,6 +25,9 @@ const WEIGHTS: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 /// Text tokenizers, the first that is there counts.
 const TOKENIZERS: [&str; 2] = ["tokenizer.json", "qwen.tiktoken"];
+
+/// Rows of the input table that a damaged or absurd config may ask for; far above any vocabulary.
+const MAX_VOCAB: i64 = 1 << 24;
 
 /// A transformer that knows nothing but text.
 pub struct LanguageModel {
@@ -31,43 +37,116 @@ pub struct LanguageModel {
     pub transformer: Transformer,
     /// Text to ids and back; absent where the folder holds none.
     pub tokenizer: Option<Tokenizer>,
+    /// How the folder stores the weights: as float32 unless all are bf16.
+    pub stored: StoredKind,
+    folder: PathBuf,
+    described: Described,
     parts: Vec<Part>,
+}
+
+/// What `config.json` of a folder of our own holds.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct LanguageInfo {
+    model: ModelConfig,
+    vocab: Vocab,
+    dtype: StoredKind,
+    /// Hash of the text tokenizer, where there is one.
+    tokenizer: Option<String>,
+    /// Under whose names it is published.
+    family: Family,
+    ids: TokenIds,
 }
 
 /// Whether a folder holds a model of Hugging Face's layout, by its config.
 pub fn is_published(dir: &Path) -> bool {
-    let text = fs::read_to_string(dir.join(CONFIG)).unwrap_or_default();
-    serde_json::from_str::<serde_json::Value>(&text).is_ok_and(|config| config.get("model_type").is_some())
+    read_config(dir).is_ok_and(|config| config.get("model_type").is_some())
 }
 
-/// What the config of a folder describes.
+fn read_config(dir: &Path) -> Result<Value> {
+    let path = dir.join(CONFIG);
+    let text = fs::read_to_string(&path).map_err(|error| Error::file(&path, error))?;
+    serde_json::from_str(&text).map_err(|error| Error::file(&path, error))
+}
+
+/// The stack and the vocabulary that a folder's config describes; `None` where it is not that of a language model.
 ///
 /// # Errors
 /// When it cannot be read, or describes something that we do not compute.
-pub fn read_config(dir: &Path) -> Result<Described> {
-    let path = dir.join(CONFIG);
-    let text = fs::read_to_string(&path).map_err(|error| Error::file(&path, error))?;
-    let described = describe(&text).map_err(|problem| Error::file(&path, problem))?;
-    described.model.validate().map_err(|problem| Error::file(&path, problem))?;
-    Ok(described)
+pub fn language_shape(dir: &Path) -> Result<Option<(ModelConfig, Vocab)>> {
+    let (config, path) = (read_config(dir)?, dir.join(CONFIG));
+    let fail = |problem: String| Error::file(&path, problem);
+    let (model, vocab) = if config.get("model_type").is_some() {
+        let described = describe(&config).map_err(fail)?;
+        (described.model, Vocab::language(described.vocab_size))
+    } else if config.get("family").is_some() {
+        let info = read_own(config).map_err(fail)?;
+        (info.model, info.vocab)
+    } else {
+        return Ok(None);
+    };
+    model.validate().map_err(fail)?;
+    Ok(Some((model, vocab)))
 }
 
 impl LanguageModel {
-    /// Opens a folder, its weights as float32 on `device`. They are read by memory map, a tensor at a time.
+    /// Opens a folder, its weights as float32 on `device`. Those that are published are read by memory map, a tensor at
+    /// a time.
     ///
     /// # Errors
     /// When the config describes something that we do not compute, or a file or tensor is missing, damaged, of another
-    /// shape, or holds what is no number.
+    /// shape, or, where it is published, holds what is no number.
     pub fn load(dir: &Path, device: Device) -> Result<Self> {
-        let described = read_config(dir)?;
-        let params = Params::unfilled(device);
-        let vocab = Vocab::language(described.vocab_size);
-        let transformer = Transformer::new(&params, &described.model, vocab, 0);
-        let parts = parts(described.family, &described.model);
-        fill(&params, &parts, &Shards::open(dir)?)?;
+        let (config, path) = (read_config(dir)?, dir.join(CONFIG));
         let tokenizer = TOKENIZERS.iter().map(|name| dir.join(name)).find(|path| path.is_file());
         let tokenizer = tokenizer.map(|path| Tokenizer::load(&path)).transpose()?;
-        Ok(Self { params, transformer, tokenizer, parts })
+        if config.get("model_type").is_some() {
+            let described = describe(&config).map_err(|problem| Error::file(&path, problem))?;
+            let mut model = Self::unfilled(dir, described, tokenizer, device)?;
+            model.stored = fill(&model.params, &model.parts, &Shards::open(dir)?)?;
+            return Ok(model);
+        }
+        let info = read_own(config).map_err(|problem| Error::file(&path, problem))?;
+        if let (Some(tokenizer), Some(hash)) = (&tokenizer, &info.tokenizer) {
+            same(dir, "text tokenizer", &tokenizer.hash()?, hash)?;
+        }
+        let LanguageInfo { model, vocab, dtype, family, ids, .. } = info;
+        let described = Described { family, model, vocab_size: vocab.text, ids };
+        let model = Self { stored: dtype, ..Self::unfilled(dir, described, tokenizer, device)? };
+        model.params.load(&dir.join(WEIGHTS), dtype.kind())?;
+        Ok(model)
+    }
+
+    fn unfilled(
+        dir: &Path,
+        described: Described,
+        tokenizer: Option<Tokenizer>,
+        device: Device,
+    ) -> Result<Self> {
+        let rows = described.vocab_size;
+        let size = if (1..=MAX_VOCAB).contains(&rows) {
+            Ok(())
+        } else {
+            Err(format!("vocabulary of {rows}: expected 1 to {MAX_VOCAB} ids"))
+        };
+        size.and_then(|()| described.model.validate())
+            .map_err(|problem| Error::file(&dir.join(CONFIG), problem))?;
+        let params = Params::unfilled(device);
+        let transformer = Transformer::new(&params, &described.model, Vocab::language(rows), 0);
+        let parts = parts(described.family, &described.model);
+        let (stored, folder) = (StoredKind::F32, dir.to_owned());
+        Ok(Self { params, transformer, tokenizer, stored, folder, described, parts })
+    }
+
+    fn info(&self, dtype: StoredKind) -> Result<LanguageInfo> {
+        Ok(LanguageInfo {
+            model: self.config().clone(),
+            vocab: self.transformer.vocab(),
+            dtype,
+            tokenizer: self.tokenizer.as_ref().map(Tokenizer::hash).transpose()?,
+            family: self.described.family,
+            ids: self.described.ids.clone(),
+        })
     }
 
     /// The settings of the stack.
@@ -80,6 +159,20 @@ impl LanguageModel {
         let part = |part: &Part| Some((part.theirs.clone(), part.of(ours.get(&part.ours)?)));
         self.parts.iter().filter_map(part).collect()
     }
+}
+
+fn read_own(config: Value) -> std::result::Result<LanguageInfo, String> {
+    // The pictures of a model with codes are read by `Model`.
+    if config.get("vqgan").is_some() {
+        return Err("is of a model with pictures; expected a language model".to_owned());
+    }
+    if config.get("family").is_none() {
+        return Err("has neither model_type, as Hugging Face has it, nor family; expected a language model"
+            .to_owned());
+    }
+    let info = LanguageInfo::deserialize(config).map_err(|error| error.to_string())?;
+    let codes = info.vocab.codes;
+    if codes == 0 { Ok(info) } else { Err(format!("vocab.codes = {codes}: expected 0 in a language model")) }
 }
 
 /// The weight files of a folder.
@@ -147,8 +240,8 @@ fn is_derived(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight"
 }
 
-/// Copies every tensor of `shards` to its place.
-fn fill(params: &Params, parts: &[Part], shards: &Shards) -> Result<()> {
+/// Copies every tensor of `shards` to its place, and tells how they were stored.
+fn fill(params: &Params, parts: &[Part], shards: &Shards) -> Result<StoredKind> {
     let ours: BTreeMap<String, Tensor> =
         params.entries().into_iter().map(|(name, param)| (name, param.tensor)).collect();
     let targets: Vec<(&Part, Tensor)> =
@@ -175,15 +268,18 @@ fn fill(params: &Params, parts: &[Part], shards: &Shards) -> Result<()> {
         return Err(Error::file(&shards.dir, first_problems(&problems)));
     }
     let _guard = tch::no_grad_guard();
+    let mut all_bf16 = true;
     for (part, mut target) in targets {
-        let tensor = shards.read(&part.theirs)?.to_kind(Kind::Float);
+        let stored = shards.read(&part.theirs)?;
+        all_bf16 &= stored.kind() == Kind::BFloat16;
+        let tensor = stored.to_kind(Kind::Float);
         // A sum is no number where one of its parts is none, and takes no memory of the tensor's size.
         if !tensor.sum(Kind::Double).double_value(&[]).is_finite() {
             return Err(Error::file(&shards.dir, format!("`{}` holds what is no number", part.theirs)));
         }
         target.copy_(&tensor);
     }
-    Ok(())
+    Ok(if all_bf16 { StoredKind::Bf16 } else { StoredKind::F32 })
 }
 
 #[cfg(test)]
@@ -271,36 +367,18 @@ mod tests {
     fn qwens_layout_holds_the_same_model() {
         let qwen2 = LanguageModel::load(&folder("qwen2"), Device::Cpu).unwrap();
         let dir = tempfile::tempdir().unwrap();
-        let config = ModelConfig { kv_heads: None, ..qwen2.config().clone() };
-        let params = Params::new(Device::Cpu, 3);
-        let vocab = qwen2.transformer.vocab();
-        let transformer = Transformer::new(&params, &config, vocab, 0);
-        let save = |family| {
-            let model = LanguageModel {
-                params: params.clone(),
-                transformer: Transformer::new(&Params::unfilled(Device::Cpu), &config, vocab, 0),
-                tokenizer: None,
-                parts: parts(family, &config),
-            };
-            let ours = params.entries().into_iter().map(|(name, p)| (name, p.tensor.detach())).collect();
-            write_tensors(&dir.path().join(WEIGHTS), &model.published(&ours)).unwrap();
-        };
-        save(config::Family::Qwen);
-        let text = format!(
-            r#"{{"model_type": "qwen", "vocab_size": {}, "hidden_size": {}, "intermediate_size": {},
-                "num_hidden_layers": {}, "num_attention_heads": {}, "kv_channels": {}, "layer_norm_epsilon": 1e-6,
-                "max_position_embeddings": 64, "seq_length": 64, "rotary_emb_base": 10000.0}}"#,
-            vocab.text,
-            config.width,
-            2 * config.hidden,
-            config.layers,
-            config.heads,
-            config.head_width()
-        );
-        fs::write(dir.path().join(CONFIG), text).unwrap();
+        let model = ModelConfig { kv_heads: None, ..qwen2.config().clone() };
+        let described = Described { family: Family::Qwen, model, ..qwen2.described };
+        let direct = LanguageModel::unfilled(dir.path(), described, None, Device::Cpu).unwrap();
+        let fresh = Params::new(Device::Cpu, 3);
+        let (config, vocab) = (direct.config(), direct.transformer.vocab());
+        drop(Transformer::new(&fresh, config, vocab, 0));
+        let start = dir.path().join("start");
+        fresh.save(&start, Kind::Float).unwrap();
+        direct.params.load(&start, Kind::Float).unwrap();
+        direct.publish(dir.path(), StoredKind::F32).unwrap();
         let read = LanguageModel::load(dir.path(), Device::Cpu).unwrap();
         let ids: Vec<i64> = (0..20).map(|i| (i * 7) % vocab.text).collect();
-        let direct = LanguageModel { params, transformer, tokenizer: None, parts: Vec::new() };
         let logits = |model: &LanguageModel| model.transformer.text_logits(&hidden(model, &ids).0);
         assert_eq!(gap(&logits(&read), &logits(&direct)), 0.0);
         let w1 = read_tensors(&dir.path().join(WEIGHTS)).unwrap();
@@ -372,5 +450,110 @@ mod tests {
         assert!(message().contains("is in both a.safetensors and b.safetensors"), "{}", message());
         index("../b.safetensors");
         assert!(message().contains("is not the name of a file beside it"), "{}", message());
+    }
+
+    fn tensors(dir: &Path) -> BTreeMap<String, Tensor> {
+        read_tensors(&dir.join(WEIGHTS)).unwrap().into_iter().collect()
+    }
+
+    #[test]
+    fn published_to_ours_to_published_changes_nothing() {
+        for name in MODELS {
+            let dir = tempfile::tempdir().unwrap();
+            let (own, back) = (dir.path().join("own"), dir.path().join("back"));
+            let source = LanguageModel::load(&folder(name), Device::Cpu).unwrap();
+            source.save(&own, source.stored).unwrap();
+            let ours = LanguageModel::load(&own, Device::Cpu).unwrap();
+            assert!(!is_published(&own) && ours.config() == source.config(), "{name}");
+            ours.publish(&back, ours.stored).unwrap();
+            assert!(is_published(&back), "{name}");
+            assert_eq!(LanguageModel::load(&back, Device::Cpu).unwrap().config(), source.config(), "{name}");
+            assert_eq!(tensors(&back), tensors(&folder(name)), "{name}");
+        }
+    }
+
+    #[test]
+    fn bf16_stays_bf16() {
+        let dir = tempfile::tempdir().unwrap();
+        let (half, own, back) = (dir.path().join("half"), dir.path().join("own"), dir.path().join("back"));
+        let load = |dir: &Path| LanguageModel::load(dir, Device::Cpu).unwrap();
+        load(&folder("qwen2")).publish(&half, StoredKind::Bf16).unwrap();
+        load(&half).save(&own, load(&half).stored).unwrap();
+        load(&own).publish(&back, load(&own).stored).unwrap();
+        assert!(tensors(&half).values().all(|tensor| tensor.kind() == Kind::BFloat16));
+        assert_eq!(tensors(&half), tensors(&back));
+    }
+
+    #[test]
+    fn many_files_hold_the_same_and_leave_nothing_out() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, most) = (folder("qwen2-moe"), 4096);
+        LanguageModel::load(&source, Device::Cpu)
+            .unwrap()
+            .publish_in_shards(dir.path(), StoredKind::F32, most)
+            .unwrap();
+        let index = fs::read_to_string(dir.path().join(INDEX)).unwrap();
+        let index: Value = serde_json::from_str(&index).unwrap();
+        let homes: BTreeSet<&str> =
+            index["weight_map"].as_object().unwrap().values().filter_map(Value::as_str).collect();
+        assert!(homes.len() > 2 && !dir.path().join(WEIGHTS).exists());
+        let mut all = BTreeMap::new();
+        for home in &homes {
+            assert!(home.ends_with(&format!("-of-{:05}.safetensors", homes.len())), "{home}");
+            let held = read_tensors(&dir.path().join(home)).unwrap();
+            let bytes: usize = held.iter().map(|(_, tensor)| tensor.numel() * size_of::<f32>()).sum();
+            assert!(bytes <= most, "{home}: {bytes}");
+            all.extend(held);
+        }
+        assert_eq!(all, tensors(&source));
+        let bytes: usize = all.values().map(|tensor| tensor.numel() * size_of::<f32>()).sum();
+        assert_eq!(index["metadata"]["total_size"], bytes);
+        LanguageModel::load(dir.path(), Device::Cpu).unwrap();
+        let cut = dir.path().join(homes.first().unwrap());
+        fs::write(&cut, &fs::read(&cut).unwrap()[..100]).unwrap();
+        let message = LanguageModel::load(dir.path(), Device::Cpu).map(drop).unwrap_err().to_string();
+        assert!(message.contains("is not a whole safetensors file"), "{message}");
+        fs::remove_file(&cut).unwrap();
+        let message = LanguageModel::load(dir.path(), Device::Cpu).map(drop).unwrap_err().to_string();
+        assert!(message.contains("No such file"), "{message}");
+    }
+
+    #[test]
+    fn files_of_text_and_generation_come_along() {
+        let dir = tempfile::tempdir().unwrap();
+        let (source, own) = (dir.path().join("source"), dir.path().join("own"));
+        LanguageModel::load(&folder("qwen2"), Device::Cpu)
+            .unwrap()
+            .publish(&source, StoredKind::F32)
+            .unwrap();
+        for name in ["merges.txt", "generation_config.json"] {
+            fs::write(source.join(name), name).unwrap();
+        }
+        fs::write(source.join("notes.txt"), "").unwrap();
+        LanguageModel::load(&source, Device::Cpu).unwrap().save(&own, StoredKind::F32).unwrap();
+        assert_eq!(fs::read_to_string(own.join("merges.txt")).unwrap(), "merges.txt");
+        assert!(own.join("generation_config.json").is_file() && !own.join("notes.txt").exists());
+    }
+
+    #[test]
+    fn configs_of_other_models_are_told_apart() {
+        let dir = tempfile::tempdir().unwrap();
+        let message = |config: &str| {
+            fs::write(dir.path().join(CONFIG), config).unwrap();
+            LanguageModel::load(dir.path(), Device::Cpu).map(drop).unwrap_err().to_string()
+        };
+        assert!(
+            message(r#"{"vqgan": "0"}"#).ends_with("is of a model with pictures; expected a language model")
+        );
+        assert!(message("{}").contains("has neither model_type, as Hugging Face has it, nor family"));
+        let published = fs::read_to_string(folder("qwen2").join(CONFIG)).unwrap();
+        let absurd = published.replace("\"vocab_size\": 32", "\"vocab_size\": -1");
+        assert!(message(&absurd).ends_with("vocabulary of -1: expected 1 to 16777216 ids"));
+        let odd = published.replace("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3");
+        assert!(
+            message(&odd).ends_with("kv_heads = 3: expected a divisor of heads = 4"),
+            "{}",
+            message(&odd)
+        );
     }
 }
