@@ -6,6 +6,7 @@ use m6_runtime::nn::{Conv2d, GroupNorm};
 use tch::{Kind, Tensor};
 
 use crate::config::{COLOURS, NORM_GROUPS};
+use crate::train::AdversarialLoss;
 
 /// Channels of the first layer, doubled by each further one up to eight times.
 const WIDTH: i64 = 64;
@@ -33,7 +34,7 @@ struct Hidden {
 pub(crate) struct Verdict {
     /// Activations of each hidden layer.
     features: Vec<Tensor>,
-    /// One score a patch, float32 `[b, 1, h', w']`; real patches should have 1 or more, others -1 or less.
+    /// One score a patch, float32 `[b, 1, h', w']`, high for real patches.
     pub(crate) logits: Tensor,
 }
 
@@ -69,16 +70,23 @@ impl Discriminator {
 }
 
 impl Verdict {
-    /// What the discriminator minimises (hinge, Lim and Ye 2017); `self` judges real pictures.
-    pub(crate) fn discriminator_loss(&self, fake: &Verdict) -> Tensor {
-        let real = (1.0f64 - &self.logits).relu().mean(Kind::Float);
-        let fake = (1.0f64 + &fake.logits).relu().mean(Kind::Float);
+    /// What the discriminator minimises; `self` judges real pictures.
+    pub(crate) fn discriminator_loss(&self, fake: &Verdict, loss: AdversarialLoss) -> Tensor {
+        let penalty = |wrong: Tensor| match loss {
+            AdversarialLoss::Hinge => (1.0f64 + wrong).relu(),
+            AdversarialLoss::Vanilla | AdversarialLoss::NonSaturating => wrong.softplus(),
+        };
+        let real = penalty(-&self.logits).mean(Kind::Float);
+        let fake = penalty(fake.logits.shallow_clone()).mean(Kind::Float);
         (real + fake) * 0.5
     }
 
     /// What the generator minimises; `self` judges its pictures.
-    pub(crate) fn generator_loss(&self) -> Tensor {
-        -self.logits.mean(Kind::Float)
+    pub(crate) fn generator_loss(&self, loss: AdversarialLoss) -> Tensor {
+        match loss {
+            AdversarialLoss::Hinge | AdversarialLoss::Vanilla => -self.logits.mean(Kind::Float),
+            AdversarialLoss::NonSaturating => (-&self.logits).softplus().mean(Kind::Float),
+        }
     }
 
     /// Mean absolute difference to the activations of the real pictures, averaged over layers (feature matching,
@@ -107,9 +115,24 @@ mod tests {
     fn hinge_losses_match_their_formulas() {
         let (real, fake) = (verdict(&[2.0, 0.5, -1.0]), verdict(&[-2.0, 0.5]));
         // real: (0 + 0.5 + 2) / 3; fake: (0 + 1.5) / 2
-        let loss = real.discriminator_loss(&fake).double_value(&[]);
+        let loss = real.discriminator_loss(&fake, AdversarialLoss::Hinge).double_value(&[]);
         assert!((loss - 0.5 * (2.5 / 3.0 + 0.75)).abs() < 1e-6, "{loss}");
-        assert!((fake.generator_loss().double_value(&[]) - 0.75).abs() < 1e-6);
+        let loss = fake.generator_loss(AdversarialLoss::Hinge).double_value(&[]);
+        assert!((loss - 0.75).abs() < 1e-6, "{loss}");
+    }
+
+    #[test]
+    fn losses_of_probabilities_match_their_formulas() {
+        // Logits of which the sigmoids are 3/4, 1/2 and 1/5.
+        let (real, fake) = (verdict(&[3f32.ln(), 0.0]), verdict(&[-4f32.ln()]));
+        // -ln of what is given to the truth: 3/4 and 1/2 for the real patches, 1 - 1/5 for the other.
+        let own = 0.5 * (-0.5 * (0.75f64.ln() + 0.5f64.ln()) - 0.8f64.ln());
+        for (loss, expected) in
+            [(AdversarialLoss::Vanilla, 4f64.ln()), (AdversarialLoss::NonSaturating, -0.2f64.ln())]
+        {
+            assert!((real.discriminator_loss(&fake, loss).double_value(&[]) - own).abs() < 1e-6, "{loss:?}");
+            assert!((fake.generator_loss(loss).double_value(&[]) - expected).abs() < 1e-6, "{loss:?}");
+        }
     }
 
     #[test]

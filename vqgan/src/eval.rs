@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::error::{Result, VqganError};
-use crate::metrics::{Ssim, perplexity, psnr};
+use crate::metrics::{MsSsim, Ssim, perplexity, psnr};
 use crate::model::Vqgan;
 use crate::pictures::{pictures_to_tensor, to_bytes, to_pictures, to_unit};
 use crate::revive::counts;
@@ -35,10 +35,18 @@ pub struct VqganReport {
     pub psnr: f64,
     /// Mean structural similarity ([`Ssim`]), of pictures rounded to bytes.
     pub ssim: f64,
+    /// Mean structural similarity over five scales ([`MsSsim`]), of pictures rounded to bytes; none where a side is
+    /// below [`MsSsim::MIN_SIDE`] pixels.
+    pub ms_ssim: Option<f64>,
     /// Part of the codebook that occurs in the codes of the pictures.
     pub codebook_usage: f64,
     /// Exponential of the entropy of the codes; at most the size of the codebook.
     pub perplexity: f64,
+    /// Bits of codes for a pixel, by the entropy of the codes: what an ideal coder that knows only how often each code
+    /// occurs would need.
+    pub bits_per_pixel: f64,
+    /// Bits of codes for a pixel where each code takes the logarithm of the size of the codebook.
+    pub nominal_bits_per_pixel: f64,
 }
 
 /// Scores `model` on pictures, bytes `[n, 3, h, w]` on the CPU.
@@ -50,7 +58,7 @@ pub fn evaluate(model: &Vqgan, pictures: &Tensor) -> Result<VqganReport> {
     for batch in pictures.split(BATCH as i64, 0) {
         sums.add(model, &batch)?;
     }
-    sums.report()
+    sums.report(model)
 }
 
 /// Originals in the first row, reconstructions below; `pictures` are bytes `[n, 3, h, w]`.
@@ -104,7 +112,7 @@ pub fn run(
         task.advance(stream.next_ordinal() - done);
     }
     task.finish();
-    sums.report()
+    sums.report(&model)
 }
 
 /// Reconstructions of `x` and their codes.
@@ -120,6 +128,7 @@ struct Sums {
     samples: u64,
     psnr: Tensor,
     ssim: Tensor,
+    ms_ssim: Option<Tensor>,
     counts_k: Tensor,
 }
 
@@ -128,7 +137,7 @@ impl Sums {
         let options = (Kind::Double, model.device());
         let zero = || Tensor::zeros([], options);
         let counts_k = Tensor::zeros([model.config().codebook_size], options);
-        Self { samples: 0, psnr: zero(), ssim: zero(), counts_k }
+        Self { samples: 0, psnr: zero(), ssim: zero(), ms_ssim: None, counts_k }
     }
 
     fn add(&mut self, model: &Vqgan, bytes: &Tensor) -> Result<()> {
@@ -137,7 +146,13 @@ impl Sums {
         let (x, y) = (to_bytes(&x), to_bytes(&y));
         let unit = |bytes: &Tensor| bytes.to_kind(Kind::Float) / 255.0;
         let (height, width) = (x.size()[2], x.size()[3]);
-        let ssim = Ssim::new(height, width, model.device()).forward(&unit(&x), &unit(&y));
+        let (unit_x, unit_y) = (unit(&x), unit(&y));
+        let ssim = Ssim::new(height, width, model.device()).forward(&unit_x, &unit_y);
+        if let Some(ms_ssim) = MsSsim::new(height, width, model.device()) {
+            let sum = ms_ssim.forward(&unit_x, &unit_y).sum(Kind::Double);
+            self.ms_ssim =
+                Some(self.ms_ssim.take().map_or_else(|| sum.shallow_clone(), |before| before + &sum));
+        }
         self.samples += bytes.size()[0] as u64;
         self.psnr += psnr(&x, &y).sum(Kind::Double);
         self.ssim += ssim.sum(Kind::Double);
@@ -145,18 +160,23 @@ impl Sums {
         Ok(())
     }
 
-    fn report(self) -> Result<VqganReport> {
+    fn report(self, model: &Vqgan) -> Result<VqganReport> {
         if self.samples == 0 {
             return Err(VqganError::Pictures("none, expected at least one".into()));
         }
         let samples = self.samples as f64;
         let used = self.counts_k.gt(0.0).to_kind(Kind::Double).mean(Kind::Double);
+        let perplexity = perplexity(&self.counts_k).double_value(&[]);
+        let pixels_a_code = (model.config().downsample() as f64).powi(2);
         Ok(VqganReport {
             samples: self.samples,
             psnr: self.psnr.double_value(&[]) / samples,
             ssim: self.ssim.double_value(&[]) / samples,
+            ms_ssim: self.ms_ssim.map(|sum| sum.double_value(&[]) / samples),
             codebook_usage: used.double_value(&[]),
-            perplexity: perplexity(&self.counts_k).double_value(&[]),
+            perplexity,
+            bits_per_pixel: perplexity.log2() / pixels_a_code,
+            nominal_bits_per_pixel: (model.config().codebook_size as f64).log2() / pixels_a_code,
         })
     }
 }
@@ -190,6 +210,10 @@ mod tests {
         assert!(
             report.codebook_usage >= 1.0 / 32.0 && report.perplexity <= report.codebook_usage * 32.0 + 1e-9
         );
+        // 5 bits for a code of 32, which stands for 2 x 2 pixels.
+        assert_eq!(report.nominal_bits_per_pixel, 5.0 / 4.0);
+        assert!((report.bits_per_pixel - report.perplexity.log2() / 4.0).abs() < 1e-9);
+        assert_eq!(report.ms_ssim, None, "pictures of 16 pixels have no five scales");
         let grid = Rgb8::decode(&std::fs::read(png).unwrap()).unwrap();
         assert!(grid.width >= 3 * 16 && grid.height >= 2 * 16);
         assert_eq!(run(dir.path(), &shards, "cpu", Some(2), None).unwrap().samples, 2);

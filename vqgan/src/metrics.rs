@@ -11,6 +11,8 @@ const C2: f64 = 0.03 * 0.03;
 /// Peak signal-to-noise ratio that equal pictures are given, in decibels.
 const PSNR_OF_EQUALS: f64 = 100.0;
 const BYTE_RANGE: f64 = 255.0;
+/// Weights of the scales of MS-SSIM, the full size first (Wang et al. 2003).
+const SCALE_WEIGHTS: [f64; 5] = [0.0448, 0.2856, 0.3001, 0.2363, 0.1333];
 
 /// Peak signal-to-noise ratio of each picture in decibels, float32 `[b]`; `x` and `y` are bytes `[b, 3, h, w]`, the
 /// squared error is the mean over pixels and colours, and equal pictures have 100 dB.
@@ -39,6 +41,13 @@ impl Ssim {
 
     /// `[b]` from `x` and `y` of shape `[b, 3, h, w]`, float32 with values from 0 to 1. Differentiable.
     pub fn forward(&self, x: &Tensor, y: &Tensor) -> Tensor {
+        let (luminance, structure) = self.maps(x, y);
+        (luminance * structure).mean_dim([1, 2, 3].as_slice(), false, Kind::Float)
+    }
+
+    /// Both factors of the similarity at every window, `[b, 3, h - 10, w - 10]`: of the means, and of contrast and
+    /// structure together.
+    fn maps(&self, x: &Tensor, y: &Tensor) -> (Tensor, Tensor) {
         let blur = |t: &Tensor| self.rows.matmul(t).matmul(&self.columns);
         let (mean_x, mean_y) = (blur(x), blur(y));
         let (square_x, square_y, product) = (mean_x.square(), mean_y.square(), &mean_x * &mean_y);
@@ -46,8 +55,52 @@ impl Ssim {
         let covariance = blur(&(x * y)) - &product;
         let luminance = (product * 2.0 + C1) / (square_x + square_y + C1);
         let structure = (covariance * 2.0 + C2) / (variances + C2);
-        (luminance * structure).mean_dim([1, 2, 3].as_slice(), false, Kind::Float)
+        (luminance, structure)
     }
+}
+
+/// Structural similarity over five scales (Wang et al. 2003), with the window and the statistics of [`Ssim`]: the
+/// product over scales of the mean of contrast and structure, at the last scale of the whole similarity, each to the
+/// power of its weight; mean over R, G and B. Between scales 2x2 pixels become their mean, an odd last row or column
+/// is dropped, and a negative factor counts as 0, as in pytorch-msssim.
+#[derive(Debug)]
+pub struct MsSsim {
+    scales: Vec<Ssim>,
+}
+
+impl MsSsim {
+    /// Least height and width of a picture: the window must fit into the last scale.
+    pub const MIN_SIDE: i64 = (WINDOW as i64) << (SCALE_WEIGHTS.len() - 1);
+
+    /// For pictures of `height` by `width`; none where a side is below [`Self::MIN_SIDE`].
+    #[must_use]
+    pub fn new(height: i64, width: i64, device: Device) -> Option<Self> {
+        let scale = |level| Ssim::new(height >> level, width >> level, device);
+        (height.min(width) >= Self::MIN_SIDE)
+            .then(|| Self { scales: (0..SCALE_WEIGHTS.len()).map(scale).collect() })
+    }
+
+    /// `[b]` from `x` and `y` of shape `[b, 3, h, w]`, float32 with values from 0 to 1.
+    pub fn forward(&self, x: &Tensor, y: &Tensor) -> Tensor {
+        let (mut x, mut y) = (x.shallow_clone(), y.shallow_clone());
+        let mut product = Tensor::ones([], (Kind::Float, x.device()));
+        for (level, (ssim, weight)) in self.scales.iter().zip(SCALE_WEIGHTS).enumerate() {
+            if level > 0 {
+                (x, y) = (halved(&x), halved(&y));
+            }
+            let (luminance, structure) = ssim.maps(&x, &y);
+            let last = level + 1 == self.scales.len();
+            let similarity = if last { luminance * structure } else { structure };
+            let mean = similarity.mean_dim([2, 3].as_slice(), false, Kind::Float);
+            product = mean.clamp_min(0.0).pow_tensor_scalar(weight) * product;
+        }
+        product.mean_dim(1, false, Kind::Float)
+    }
+}
+
+/// `[b, 3, h, w]` at half the height and width.
+fn halved(x: &Tensor) -> Tensor {
+    x.avg_pool2d([2, 2], [2, 2], [0, 0], false, true, None)
 }
 
 /// Row `i` holds the window at columns `i` to `i + 10`; `[size - 10, size]`.
@@ -100,6 +153,37 @@ mod tests {
     }
     const PSNR_EXPECTED: f64 = 19.034088;
     const SSIM_EXPECTED: f64 = 0.9371320;
+
+    /// The bytes of `scripts/golden_ms_ssim.py`, from 0 to 1.
+    fn large_pair(height: i64, width: i64) -> (Tensor, Tensor) {
+        let tensor = |byte: fn(i64) -> i64| {
+            let values: Vec<f32> = (0..3 * height * width).map(|i| (byte(i) % 256) as f32 / 255.0).collect();
+            Tensor::from_slice(&values).view([1, 3, height, width])
+        };
+        (tensor(|i| i / 5 * 7 % 256), tensor(|i| (i / 5 * 7 % 256 * 3 + i * i % 31 * 8) / 4))
+    }
+
+    #[test]
+    fn ms_ssim_matches_pytorch_msssim() {
+        let (x, y) = large_pair(176, 192);
+        let of = |x: &Tensor, y: &Tensor| {
+            MsSsim::new(176, 192, Device::Cpu).unwrap().forward(x, y).double_value(&[0])
+        };
+        assert!((of(&x, &y) - MS_SSIM_EXPECTED).abs() < 1e-5, "{}", of(&x, &y));
+        assert!((of(&x, &x) - 1.0).abs() < 1e-6);
+        // Negative factors: their power is no number.
+        assert_eq!(of(&x, &(1.0 - &x)), 0.0);
+    }
+    const MS_SSIM_EXPECTED: f64 = 0.945_585_609;
+
+    #[test]
+    fn ms_ssim_wants_the_window_to_fit_into_the_last_scale() {
+        assert_eq!(MsSsim::MIN_SIDE, 176);
+        assert!(MsSsim::new(175, 192, Device::Cpu).is_none());
+        let (x, _) = large_pair(177, 191);
+        let odd = MsSsim::new(177, 191, Device::Cpu).unwrap();
+        assert!((odd.forward(&x, &x).double_value(&[0]) - 1.0).abs() < 1e-6);
+    }
 
     #[test]
     fn equal_pictures_have_the_best_figures() {

@@ -16,7 +16,7 @@ use super::vqgan_codes::{DecodeArgs, EncodeArgs};
 pub enum Command {
     /// Train an image tokenizer; the same command again resumes an unfinished run
     Train(TrainArgs),
-    /// Score reconstructions: PSNR, SSIM, codebook usage and perplexity
+    /// Score reconstructions: PSNR, SSIM, MS-SSIM, codebook usage, perplexity and bits a pixel
     Eval(EvalArgs),
     /// Turn pictures of any size into codes, a NumPy file each
     Encode(EncodeArgs),
@@ -68,7 +68,9 @@ impl TrainArgs {
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example:\n  m6 vqgan eval models/emoji/vqgan datasets/emoji/val-base-*.tar --grid grid.png"
+    after_help = "Example:\n  m6 vqgan eval models/emoji/vqgan datasets/emoji/val-base-*.tar --grid grid.png\n\n\
+    MS-SSIM has five scales, and pictures of less than 176 pixels a side have none. Bits a pixel are by the entropy of \
+    the codes, and nominal by the size of the codebook."
 )]
 pub struct EvalArgs {
     /// Folder of the tokenizer
@@ -145,13 +147,17 @@ impl BenchArgs {
 }
 
 fn print_scores(report: &VqganReport) -> Result<()> {
+    let ms_ssim = report.ms_ssim.map_or_else(String::new, |value| format!(", MS-SSIM {value:.4}"));
     output::line(format_args!(
-        "{} pictures: PSNR {:.2} dB, SSIM {:.4}, codebook usage {:.1} %, perplexity {:.0}",
+        "{} pictures: PSNR {:.2} dB, SSIM {:.4}{ms_ssim}, codebook usage {:.1} %, perplexity {:.0}, {:.3} bits a pixel \
+         of {:.3} nominal",
         report.samples,
         report.psnr,
         report.ssim,
         100.0 * report.codebook_usage,
-        report.perplexity
+        report.perplexity,
+        report.bits_per_pixel,
+        report.nominal_bits_per_pixel
     ))
 }
 

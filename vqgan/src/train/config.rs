@@ -89,6 +89,9 @@ pub struct ValidationConfig {
 pub struct DiscriminatorConfig {
     /// Layers of stride 2: 2 at 64 to 128 pixels, 3 at 256.
     pub layers: i64,
+    /// What discriminator and model minimise.
+    #[serde(default)]
+    pub loss: AdversarialLoss,
     /// Learning rate, constant.
     pub lr: f64,
     /// Fraction of the run after which the discriminator is trained.
@@ -101,6 +104,19 @@ pub struct DiscriminatorConfig {
     pub weight: f64,
     /// Weight of the distance of its activations.
     pub feature_matching: f64,
+}
+
+/// What the discriminator minimises, and what the model does about its scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AdversarialLoss {
+    /// Real patches should score 1 or more, others -1 or less (Lim and Ye 2017); the model raises the scores of its own.
+    #[default]
+    Hinge,
+    /// Cross-entropy of the sigmoids of the scores; the model raises the scores of its own (taming-transformers).
+    Vanilla,
+    /// The same, and the model minimises the negative logarithm of the sigmoids of its own (Goodfellow et al. 2014).
+    NonSaturating,
 }
 
 /// Steps, batch and learning rate.
@@ -308,6 +324,7 @@ mod tests {
     #[test]
     fn the_discriminator_learns_alone_and_is_then_heard_more_and_more() {
         let d = DiscriminatorConfig {
+            loss: AdversarialLoss::Hinge,
             layers: 2,
             lr: 1e-4,
             start: 0.5,

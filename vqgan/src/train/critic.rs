@@ -46,12 +46,12 @@ impl Critic {
 
     /// The model's terms for reconstructions `y` of `x`, `[b, 3, h, w]`; `ratio` is by how much it listens.
     pub(super) fn model_terms(&self, x: &Tensor, y: &Tensor, ratio: f64) -> Vec<Term> {
-        let DiscriminatorConfig { weight, feature_matching, .. } = self.config;
+        let DiscriminatorConfig { loss, weight, feature_matching, .. } = self.config;
         let augmentation = Augmentation::draw(&x.size(), x.device());
         self.params.set_trainable(false);
         let fake = self.judge(&augmentation, y);
         let mut terms =
-            vec![Term { name: "adversarial", weight: weight * ratio, value: fake.generator_loss() }];
+            vec![Term { name: "adversarial", weight: weight * ratio, value: fake.generator_loss(loss) }];
         if feature_matching > 0.0 {
             let features = fake.feature_loss(&self.judge(&augmentation, x));
             terms.push(Term { name: "feature_matching", weight: feature_matching * ratio, value: features });
@@ -66,7 +66,11 @@ impl Critic {
         let (real, fake) = (self.judge(&augmentation, x), self.judge(&augmentation, &y.detach()));
         let margin = real.logits.mean(Kind::Float) - fake.logits.mean(Kind::Float);
         vec![
-            Term { name: "discriminator", weight: 1.0, value: real.discriminator_loss(&fake) },
+            Term {
+                name: "discriminator",
+                weight: 1.0,
+                value: real.discriminator_loss(&fake, self.config.loss),
+            },
             Term { name: "discriminator_margin", weight: 0.0, value: margin.detach() },
         ]
     }

@@ -13,7 +13,9 @@ use m6_runtime::device::{device, memory};
 use m6_runtime::named_seed;
 use tch::{Device, Kind, Tensor};
 
-pub use config::{DataConfig, DiscriminatorConfig, ScheduleConfig, TrainConfig, ValidationConfig};
+pub use config::{
+    AdversarialLoss, DataConfig, DiscriminatorConfig, ScheduleConfig, TrainConfig, ValidationConfig,
+};
 
 use crate::error::{Result, VqganError};
 use crate::eval::{VqganReport, evaluate, reconstruction_grid};
@@ -381,6 +383,20 @@ mod tests {
             train_until(&path, &["model.quantizer=nearest"], u64::MAX).unwrap().finished.unwrap();
         assert_eq!(Vqgan::load(&model, Device::Cpu).unwrap().config().quantizer, QuantizerKind::Nearest);
         assert!(report.psnr.is_finite() && report.perplexity > 1.0, "{report:?}");
+    }
+
+    #[test]
+    fn the_adversarial_loss_can_be_chosen() {
+        let _alone = alone();
+        let dir = tempfile::tempdir().unwrap();
+        let path = write_config(dir.path());
+        let overrides = ["discriminator.loss=non_saturating"];
+        let (_, report) = train_until(&path, &overrides, u64::MAX).unwrap().finished.unwrap();
+        assert!(report.psnr.is_finite(), "{report:?}");
+        let terms = m6_run::read_metrics(dir.path().join("run/metrics.jsonl")).unwrap();
+        let last = terms.iter().rev().find_map(|row| row.values.get("loss/adversarial")).unwrap();
+        // The negative logarithm of a probability, which hinge's term, a mean of small scores, is far from.
+        assert!((last - 2f64.ln()).abs() < 0.5, "{last}");
     }
 
     #[test]
