@@ -2,6 +2,8 @@
 
 use std::fs;
 use std::path::Path;
+use std::thread::sleep;
+use std::time::Duration;
 
 use serde_json::{Map, Value};
 
@@ -31,9 +33,12 @@ fn assert_same(scene: &Scene, one: &str, other: &str) {
 /// Enough steps that none of the interruptions comes after the end, on a busy machine either.
 const STEPS: &str = "schedule.steps=90";
 
+/// Milliseconds after its start when a run is killed, drawn at random: before its first step, in a step, while it saves.
+const MOMENTS: [u64; 10] = [691, 302, 847, 455, 1003, 518, 764, 226, 935, 609];
+
 /// Lets `command`, of a run that logs at steps 3, 6, 9, ... and saves at 4, 8, 12, ... and so in the middle of a window of
-/// losses, be killed right after a checkpoint, after a report, and twice at its start; then stops it politely, and finishes
-/// it with other workers.
+/// losses, be killed right after a checkpoint, after a report, twice at its start and at ten moments; then stops it
+/// politely, and finishes it with other workers.
 fn run_with_interruptions(scene: &Scene, command: &[&str], run: &str) {
     let set_run = format!("run={run}");
     let command = [command, &["--set", &set_run]].concat();
@@ -54,6 +59,12 @@ fn run_with_interruptions(scene: &Scene, command: &[&str], run: &str) {
     for _ in 0..2 {
         let mut running = scene.start(&command);
         running.wait_for_line(|line| line.contains("from step "));
+        killed(running);
+    }
+
+    for moment in MOMENTS {
+        let running = scene.start(&command);
+        sleep(Duration::from_millis(moment));
         killed(running);
     }
 

@@ -13,10 +13,12 @@ mod muon;
 pub mod nn;
 pub mod optim;
 mod params;
+mod shards;
 #[cfg(test)]
 mod traps;
 mod weights;
 
 pub use error::{Result, RuntimeError, first_line};
 pub use params::{Group, Init, Param, Params, first_problems, named_seed};
+pub use shards::TensorShards;
 pub use weights::{TensorFile, read_tensors, write_tensors};

@@ -1,7 +1,7 @@
 //! Tensors in and out of safetensors files, with atomic writes and dtypes kept as they are.
 
 use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -14,6 +14,9 @@ use crate::error::{Result, RuntimeError};
 
 /// Mode of weight files.
 const READABLE: u32 = 0o644;
+
+/// Whose tensors a file holds. transformers before 5 reads none that does not say it.
+const FORMAT: [&str; 2] = ["format", "pt"];
 
 struct HostView {
     dtype: Dtype,
@@ -85,7 +88,8 @@ pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
         let shape = tensor.size().iter().map(|&n| n as usize).collect();
         views.push((name.as_str(), HostView { dtype, shape, tensor: tensor.shallow_clone() }));
     }
-    safetensors::serialize_to_file(views, None, path)
+    let format = HashMap::from([FORMAT.map(str::to_owned).into()]);
+    safetensors::serialize_to_file(views, Some(format), path)
         .map_err(|error| RuntimeError::file(path, format!("cannot be written: {error}")))?;
     // The temporary file was made for its owner alone; weights are files like any other.
     fs::set_permissions(path, Permissions::from_mode(READABLE))

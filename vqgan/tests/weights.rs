@@ -165,21 +165,34 @@ fn diffusers() {
     assert!(message.ends_with(r#"`norm_type` is "spatial", expected "group""#), "{message}");
 }
 
-/// Janus as transformers has it, within the whole model.
+/// Janus as transformers has it, within the whole model, which is stored in parts.
 #[test]
 fn janus() {
     let dir = TempDir::new().unwrap();
-    let (file, out) = (dir.path().join("model.safetensors"), dir.path().join("out"));
+    let (source, out) = (dir.path().join("source"), dir.path().join("out"));
     let golden = golden("janus");
     let mut tensors = weights(&golden, janus_codebook);
     tensors.push(("lm_head.weight".into(), Tensor::zeros([2, 2], (Kind::Float, Device::Cpu))));
-    write_tensors(&file, &tensors).unwrap();
-    let imported = check(&file, &out, &golden);
+    write_shards(&source, &tensors);
+    let imported = check(&source, &out, &golden);
     assert_eq!((imported.layout, imported.config.quantizer), (Layout::Janus, QuantizerKind::Normalized));
     assert_eq!(imported.left_out, ["lm_head.weight"]);
     for layout in [Layout::LlamaGen, Layout::Taming, Layout::Diffusers] {
         check_way_back(&out, layout);
     }
+}
+
+/// Two files and their index.
+fn write_shards(dir: &Path, tensors: &[(String, Tensor)]) {
+    fs::create_dir(dir).unwrap();
+    let (first, second) = tensors.split_at(tensors.len() / 2);
+    let mut homes = serde_json::Map::new();
+    for (file, tensors) in [("a.safetensors", first), ("b.safetensors", second)] {
+        write_tensors(&dir.join(file), tensors).unwrap();
+        homes.extend(tensors.iter().map(|(name, _)| (name.clone(), file.into())));
+    }
+    let index = serde_json::json!({ "weight_map": homes }).to_string();
+    fs::write(dir.join("model.safetensors.index.json"), index).unwrap();
 }
 
 /// A checkpoint of LlamaGen's training: the pickle is one that torch wrote, with an optimizer and a namespace in it.

@@ -179,7 +179,7 @@ fn visible(lengths: &[i64], longest: i64, targets: i64) -> Tensor {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::generate::testing::{picture, tiny};
+    use crate::generate::testing::{picture, tiny, tiny_rotary};
     use crate::objectives::{Example, Target, Task, lay_out};
 
     /// Prefixes of three lengths, one of them with a picture and one empty, and three codes for each.
@@ -222,19 +222,20 @@ mod tests {
     #[test]
     fn steps_equal_the_training_pass_for_uneven_prefixes() {
         let _guard = tch::no_grad_guard();
-        let (_params, transformer) = tiny();
-        let rows = rows();
-        let expected = packed(&transformer, &rows);
-        let prefixes: Vec<_> = rows.iter().map(|(prefix, _)| prefix.clone()).collect();
-        let mut cache = KvCache::prefill(&transformer, Device::Cpu, &prefixes, 4).unwrap();
-        for place in 0..4 {
-            let codes: Vec<u32> = rows.iter().map(|(_, codes)| codes[place.max(1) - 1]).collect();
-            let hidden = step(&mut cache, &transformer, place, &codes);
-            for logits in [Transformer::code_logits, Transformer::text_logits] {
-                let gap =
-                    logits(&transformer, &hidden) - logits(&transformer, &expected.select(1, place as i64));
-                let gap = gap.abs().max().double_value(&[]);
-                assert!(gap < 1e-4, "place {place}: {gap}");
+        for (_params, transformer) in [tiny(), tiny_rotary()] {
+            let rows = rows();
+            let expected = packed(&transformer, &rows);
+            let prefixes: Vec<_> = rows.iter().map(|(prefix, _)| prefix.clone()).collect();
+            let mut cache = KvCache::prefill(&transformer, Device::Cpu, &prefixes, 4).unwrap();
+            for place in 0..4 {
+                let codes: Vec<u32> = rows.iter().map(|(_, codes)| codes[place.max(1) - 1]).collect();
+                let hidden = step(&mut cache, &transformer, place, &codes);
+                for logits in [Transformer::code_logits, Transformer::text_logits] {
+                    let gap = logits(&transformer, &hidden)
+                        - logits(&transformer, &expected.select(1, place as i64));
+                    let gap = gap.abs().max().double_value(&[]);
+                    assert!(gap < 1e-4, "place {place}: {gap}");
+                }
             }
         }
     }
@@ -242,19 +243,20 @@ mod tests {
     #[test]
     fn selected_rows_go_on_as_they_were() {
         let _guard = tch::no_grad_guard();
-        let (_params, transformer) = tiny();
-        let rows = rows();
-        let expected = packed(&transformer, &rows);
-        let prefixes: Vec<_> = rows.iter().map(|(prefix, _)| prefix.clone()).collect();
-        let mut cache = KvCache::prefill(&transformer, Device::Cpu, &prefixes, 4).unwrap();
-        let firsts: Vec<u32> = rows.iter().map(|(_, codes)| codes[0]).collect();
-        let _ = step(&mut cache, &transformer, 0, &firsts);
-        let order = [2, 0, 2, 3, 1, 1];
-        cache.select(&order);
-        let codes = order.map(|row| rows[row as usize].1[0]);
-        let hidden = step(&mut cache, &transformer, 1, &codes);
-        let expected = expected.select(1, 1).index_select(0, &Tensor::from_slice(&order));
-        assert!((hidden - expected).abs().max().double_value(&[]) < 1e-4);
+        for (_params, transformer) in [tiny(), tiny_rotary()] {
+            let rows = rows();
+            let expected = packed(&transformer, &rows);
+            let prefixes: Vec<_> = rows.iter().map(|(prefix, _)| prefix.clone()).collect();
+            let mut cache = KvCache::prefill(&transformer, Device::Cpu, &prefixes, 4).unwrap();
+            let firsts: Vec<u32> = rows.iter().map(|(_, codes)| codes[0]).collect();
+            let _ = step(&mut cache, &transformer, 0, &firsts);
+            let order = [2, 0, 2, 3, 1, 1];
+            cache.select(&order);
+            let codes = order.map(|row| rows[row as usize].1[0]);
+            let hidden = step(&mut cache, &transformer, 1, &codes);
+            let expected = expected.select(1, 1).index_select(0, &Tensor::from_slice(&order));
+            assert!((hidden - expected).abs().max().double_value(&[]) < 1e-4);
+        }
     }
 
     #[test]

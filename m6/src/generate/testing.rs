@@ -7,7 +7,7 @@ use m6_vision::PatchConfig;
 use m6_vqgan::{Dtype, QuantizerKind, Vqgan, VqganConfig};
 use tch::Device;
 
-use crate::model::{CodeOrder, Model, ModelConfig, Transformer, Vocab};
+use crate::model::{CodeOrder, Model, ModelConfig, RotaryConfig, Transformer, Vocab, WindowConfig};
 
 /// Side of the tiny models' pictures.
 pub const SIDE: u32 = 16;
@@ -24,8 +24,23 @@ pub fn picture(seed: u8) -> Rgb8 {
 
 /// A transformer with a vocabulary of 12 texts and 8 codes.
 pub fn tiny() -> (Params, Transformer) {
+    tiny_of(&config())
+}
+
+/// The same with rotary positions, one key head for two query heads, and a window in the second block.
+pub fn tiny_rotary() -> (Params, Transformer) {
+    tiny_of(&ModelConfig {
+        heads: 4,
+        kv_heads: Some(2),
+        rotary: Some(RotaryConfig { base: 1e4, scaling: None, logn: Some(3) }),
+        window: Some(WindowConfig { size: 3, from: 1 }),
+        ..config()
+    })
+}
+
+fn tiny_of(config: &ModelConfig) -> (Params, Transformer) {
     let params = Params::new(Device::Cpu, SEED);
-    let transformer = Transformer::new(&params, &config(), Vocab { text: 12, codes: CODES }, 4);
+    let transformer = Transformer::new(&params, config, Vocab { text: 12, codes: CODES }, 4);
     widen(&params);
     (params, transformer)
 }

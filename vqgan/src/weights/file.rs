@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use m6_runtime::TensorFile;
+use m6_runtime::TensorShards;
 use tch::{Kind, Tensor};
 
 use super::torch::TorchFile;
@@ -16,9 +16,11 @@ const ZIP_MAGIC: [u8; 4] = *b"PK\x03\x04";
 /// How torch files began before they were zip files: a pickle of a large number.
 const OLD_MAGIC: [u8; 4] = *b"\x80\x02\x8a\x0a";
 /// Names that a folder's weights may have, in the order of preference.
-const NAMES: [&str; 4] = [
+const NAMES: [&str; 6] = [
     "diffusion_pytorch_model.safetensors",
     "model.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+    "model.safetensors.index.json",
     "diffusion_pytorch_model.bin",
     "pytorch_model.bin",
 ];
@@ -33,7 +35,7 @@ pub(super) struct WeightFile {
 
 #[derive(Debug)]
 enum Format {
-    Safetensors(TensorFile),
+    Safetensors(TensorShards),
     Torch(TorchFile),
 }
 
@@ -48,7 +50,7 @@ impl WeightFile {
                 let reason = "is a torch file of the old format; load and save it with a newer torch";
                 return Err(VqganError::model(&path, reason));
             }
-            _ => Format::Safetensors(TensorFile::open(&path)?),
+            _ => Format::Safetensors(TensorShards::open(&path)?),
         };
         let shapes = match &format {
             Format::Safetensors(file) => file.shapes(),

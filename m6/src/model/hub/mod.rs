@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use m6_data::tokenizer::Tokenizer;
-use m6_runtime::{Params, TensorFile, first_problems};
+use m6_runtime::{Params, TensorShards, first_problems};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
@@ -103,7 +103,7 @@ impl LanguageModel {
         if config.get("model_type").is_some() {
             let described = describe(&config).map_err(|problem| Error::file(&path, problem))?;
             let mut model = Self::unfilled(dir, described, tokenizer, device)?;
-            model.stored = fill(&model.params, &model.parts, &Shards::open(dir)?)?;
+            model.stored = fill(dir, &model.params, &model.parts)?;
             return Ok(model);
         }
         let info = read_own(config).map_err(|problem| Error::file(&path, problem))?;
@@ -176,62 +176,10 @@ fn read_own(config: Value) -> std::result::Result<LanguageInfo, String> {
 }
 
 /// The weight files of a folder.
-struct Shards {
-    dir: PathBuf,
-    files: BTreeMap<String, TensorFile>,
-    /// Which file holds a tensor.
-    homes: BTreeMap<String, String>,
-}
-
-/// `model.safetensors.index.json`.
-#[derive(Deserialize)]
-struct Index {
-    weight_map: BTreeMap<String, String>,
-}
-
-impl Shards {
-    /// # Errors
-    /// When a file is missing or damaged, or two files hold the same tensor.
-    fn open(dir: &Path) -> Result<Self> {
-        let index = dir.join(INDEX);
-        let names: Vec<String> = if index.is_file() {
-            let text = fs::read_to_string(&index).map_err(|error| Error::file(&index, error))?;
-            let Index { weight_map } =
-                serde_json::from_str(&text).map_err(|error| Error::file(&index, error))?;
-            let mut names: Vec<String> = weight_map.into_values().collect();
-            names.sort();
-            names.dedup();
-            names
-        } else {
-            vec![WEIGHTS.to_owned()]
-        };
-        let mut files = BTreeMap::new();
-        let mut homes = BTreeMap::new();
-        for name in names {
-            // An index must not lead out of its folder.
-            if Path::new(&name).components().count() != 1 {
-                return Err(Error::file(&index, format!("{name:?} is not the name of a file beside it")));
-            }
-            let file = TensorFile::open(&dir.join(&name))?;
-            for tensor in file.shapes().into_keys() {
-                if let Some(other) = homes.insert(tensor.clone(), name.clone()) {
-                    return Err(Error::file(dir, format!("`{tensor}` is in both {other} and {name}")));
-                }
-            }
-            files.insert(name, file);
-        }
-        Ok(Self { dir: dir.to_owned(), files, homes })
-    }
-
-    fn shapes(&self) -> BTreeMap<String, Vec<i64>> {
-        self.files.values().flat_map(TensorFile::shapes).collect()
-    }
-
-    fn read(&self, name: &str) -> Result<Tensor> {
-        let file = self.homes.get(name).and_then(|home| self.files.get(home));
-        let file = file.ok_or_else(|| Error::file(&self.dir, format!("`{name}` is missing")))?;
-        Ok(file.read(name)?)
-    }
+fn weights(dir: &Path) -> Result<TensorShards> {
+    let index = dir.join(INDEX);
+    let path = if index.is_file() { index } else { dir.join(WEIGHTS) };
+    Ok(TensorShards::open(&path)?)
 }
 
 /// Names that files of these families hold beside the weights: frequencies that follow from the config, and the copy of
@@ -240,8 +188,9 @@ fn is_derived(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight"
 }
 
-/// Copies every tensor of `shards` to its place, and tells how they were stored.
-fn fill(params: &Params, parts: &[Part], shards: &Shards) -> Result<StoredKind> {
+/// Copies every tensor of the folder's files to its place, and tells how they were stored.
+fn fill(dir: &Path, params: &Params, parts: &[Part]) -> Result<StoredKind> {
+    let shards = weights(dir)?;
     let ours: BTreeMap<String, Tensor> =
         params.entries().into_iter().map(|(name, param)| (name, param.tensor)).collect();
     let targets: Vec<(&Part, Tensor)> =
@@ -265,7 +214,7 @@ fn fill(params: &Params, parts: &[Part], shards: &Shards) -> Result<StoredKind> 
     let unknown = shapes.keys().filter(|name| !is_derived(name));
     problems.extend(unknown.map(|name| format!("`{name}` is not part of this model")));
     if !problems.is_empty() {
-        return Err(Error::file(&shards.dir, first_problems(&problems)));
+        return Err(Error::file(dir, first_problems(&problems)));
     }
     let _guard = tch::no_grad_guard();
     let mut all_bf16 = true;
@@ -275,7 +224,7 @@ fn fill(params: &Params, parts: &[Part], shards: &Shards) -> Result<StoredKind> 
         let tensor = stored.to_kind(Kind::Float);
         // A sum is no number where one of its parts is none, and takes no memory of the tensor's size.
         if !tensor.sum(Kind::Double).double_value(&[]).is_finite() {
-            return Err(Error::file(&shards.dir, format!("`{}` holds what is no number", part.theirs)));
+            return Err(Error::file(dir, format!("`{}` holds what is no number", part.theirs)));
         }
         target.copy_(&tensor);
     }
