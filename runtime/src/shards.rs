@@ -1,6 +1,6 @@
 //! Tensors of one model in several safetensors files, as Hugging Face stores large ones.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -34,10 +34,9 @@ impl TensorShards {
     /// # Errors
     /// When a file is missing or damaged, two files hold the same tensor, or an index leads out of its folder.
     pub fn open(path: &Path) -> Result<Self> {
-        let dir = path.parent().unwrap_or(Path::new(""));
         let mut shards = Self { path: path.to_owned(), files: BTreeMap::new(), homes: BTreeMap::new() };
-        for name in file_names(path)? {
-            let file = TensorFile::open(&dir.join(&name))?;
+        for (name, place) in files_of(path)? {
+            let file = TensorFile::open(&place)?;
             for tensor in file.shapes().into_keys() {
                 if let Some(other) = shards.homes.insert(tensor.clone(), name.clone()) {
                     return Err(RuntimeError::file(
@@ -66,20 +65,18 @@ impl TensorShards {
     }
 }
 
-/// The files that `path` stands for, which lie beside it.
-fn file_names(path: &Path) -> Result<Vec<String>> {
+/// The files that `path` stands for: itself, or those beside it that it names.
+fn files_of(path: &Path) -> Result<Vec<(String, PathBuf)>> {
     let own = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     if !own.ends_with(TensorShards::INDEX_SUFFIX) {
-        return Ok(vec![own]);
+        return Ok(vec![(own, path.to_owned())]);
     }
     let text = fs::read_to_string(path).map_err(|error| RuntimeError::file(path, error))?;
     let Index { weight_map } =
         serde_json::from_str(&text).map_err(|error| RuntimeError::file(path, error))?;
-    let mut names: Vec<String> = weight_map.into_values().collect();
-    names.sort();
-    names.dedup();
+    let names: BTreeSet<String> = weight_map.into_values().collect();
     match names.iter().find(|name| Path::new(name).components().count() != 1) {
         Some(name) => Err(RuntimeError::file(path, format!("{name:?} is not the name of a file beside it"))),
-        None => Ok(names),
+        None => Ok(names.into_iter().map(|name| (name.clone(), path.with_file_name(name))).collect()),
     }
 }
