@@ -53,6 +53,10 @@ fn shape(name: &str) -> Option<(ModelConfig, i64)> {
             let model = ModelConfig { tied: false, moe: Some(moe), ..qwen2(1024, 12, 16, 16, 2816) };
             (model, 32_000)
         }
+        "llamagen-gpt-l" => {
+            let model = ModelConfig { bias: Bias::None, tied: false, ..qwen2(1024, 24, 16, 16, 2816) };
+            (model, 16_384)
+        }
         _ => return None,
     })
 }
@@ -65,7 +69,7 @@ fn main() {
         |place: usize, default| args.get(place).map_or(default, |text| text.parse().expect("a number"));
     let (texts, length): (i64, i64) = (number(1, 2), number(2, 64));
     let Some((config, rows)) = shape(name) else {
-        panic!("{name}: tiny, qwen2-0.5b, qwen2-1.5b, qwen2-moe-60")
+        panic!("{name}: tiny, qwen2-0.5b, qwen2-1.5b, qwen2-moe-60, llamagen-gpt-l")
     };
     config.validate().expect("a shape that can be computed");
     let device = device("auto").expect("a device");
