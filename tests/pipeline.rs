@@ -272,3 +272,47 @@ fn a_published_language_model_is_converted_there_and_back() {
     let exact = score(published);
     assert_eq!((score("own"), score("back")), (exact.clone(), exact));
 }
+
+#[test]
+fn a_dense_model_gets_experts() {
+    let scene = Scene::new();
+    let dense = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/parity/qwen2");
+    let stack = |width: i64| {
+        format!(
+            "[model]\nwidth = {width}\nlayers = 2\nheads = 4\nkv_heads = 2\nhead_width = 8\nhidden = 24\nmax_text = 64\nqk_norm = false\n\
+             bias = \"qkv\"\ntied = false\nrotary = {{ base = 1e4 }}\n[model.moe]\nexperts = 4\nactive = 2\nevery = 1\n\
+             hidden = 16\nshared = 8\nrenormalize = false\nbalance_loss = 0.001\nbalance = \"model\"\nz_loss = 0.0\n"
+        )
+    };
+    fs::write(scene.path("experts.toml"), stack(16)).unwrap();
+    fs::write(scene.path("wide.toml"), stack(32)).unwrap();
+    scene.succeed(&["convert", dense, "own", "--experts", "experts.toml", "--seed", "1"]);
+    scene.succeed(&["convert", "own", "published"]);
+    let score = |model: &str| {
+        one(scene.json(&["score", "--model", model, "--tokens", "1,2,3,4", "--device", "cpu", "--json"]))
+    };
+    assert_eq!(score("own"), score("published"));
+    assert_ne!(score("own"), score(dense));
+    let refused = scene.run(&["convert", dense, "other", "--experts", "wide.toml"]);
+    assert_eq!(refused.code, Some(2));
+    assert!(refused.stderr.contains("wide.toml: model.width = 32: expected 16"), "{}", refused.stderr);
+    assert!(!scene.path("other").exists());
+}
+
+#[test]
+fn a_dense_model_that_draws_gets_experts() {
+    let scene = Scene::with_tokenizer();
+    let config = fs::read_to_string(scene.path("train.toml")).unwrap();
+    let is_of_experts = |line: &&str| line.starts_with("moe = ");
+    let dense: Vec<&str> = config.lines().filter(|line| !is_of_experts(line)).collect();
+    fs::write(scene.path("dense.toml"), dense.join("\n")).unwrap();
+    scene.succeed(&["train", "dense.toml", "--set", "schedule.steps=2"]);
+    scene.succeed(&["convert", "run/model", "experts", "--experts", "train.toml"]);
+    let begin = ["--set", "run=more", "--set", "init=experts", "--set", "tokenizer.file=run/tokenizer.json"];
+    let config = config.replace("train = 300", "");
+    fs::write(scene.path("more.toml"), config).unwrap();
+    scene.succeed(&[&["train", "more.toml", "--set", "schedule.steps=2"], &begin[..]].concat());
+    let refused = scene.run(&["convert", "more/model", "again", "--experts", "train.toml"]);
+    assert_eq!(refused.code, Some(2));
+    assert!(refused.stderr.contains("has moe.experts = 4: expected a dense one"), "{}", refused.stderr);
+}

@@ -10,13 +10,14 @@ use m6_vqgan::Vqgan;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
-use super::{ModelConfig, Transformer, Vocab};
+use super::{ModelConfig, Transformer, Upcycling, Vocab};
 use crate::error::{Error, Result};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const TOKENIZER: &str = "tokenizer.json";
-const VQGAN: &str = "vqgan";
+/// Folder of the image tokenizer in a model folder.
+pub const VQGAN: &str = "vqgan";
 
 /// How floats are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,6 +99,19 @@ impl Model {
         let params = Params::new(device, seed);
         let transformer = Transformer::new(&params, config, info.vocab, info.code_grid);
         Ok(Self { info, params, transformer, tokenizer, vqgan })
+    }
+
+    /// The same with experts.
+    ///
+    /// # Errors
+    /// When this is not the dense model that `upcycling` is for.
+    pub fn upcycled(self, upcycling: &Upcycling) -> Result<Self> {
+        upcycling.check(&self.info.model)?;
+        let device = self.params.device();
+        let mut model = Self::new(&upcycling.model, self.tokenizer, self.vqgan, device, upcycling.seed)?;
+        model.info.dtype = self.info.dtype;
+        upcycling.fill(&self.params, &model.params);
+        Ok(model)
     }
 
     /// Side of the pictures that it sees, in pixels.

@@ -83,9 +83,8 @@ pub fn publish(described: &Described, dtype: StoredKind) -> Result<Value, String
     };
     config["vocab_size"] = json!(vocab_size);
     merge(&mut config, &json!(ids));
-    let read = explicit(&describe(&config)?.model);
-    difference("", &json!(explicit(model)), &json!(read)).map_or(Ok(config), |setting| {
-        Err(format!("{setting} has no counterpart in a published {} config", json!(family)))
+    difference(model, &describe(&config)?.model).map_or(Ok(config), |(key, value, _)| {
+        Err(format!("{key} = {value} has no counterpart in a published {} config", json!(family)))
     })
 }
 
@@ -100,14 +99,18 @@ fn explicit(model: &ModelConfig) -> ModelConfig {
     model
 }
 
-/// The first setting of `wanted` that differs in `found`, by its key.
-fn difference(key: &str, wanted: &Value, found: &Value) -> Option<String> {
+/// The first setting of `wanted` that differs in `found`, by its key, with both values.
+pub fn difference(wanted: &ModelConfig, found: &ModelConfig) -> Option<(String, Value, Value)> {
+    difference_in("", &json!(explicit(wanted)), &json!(explicit(found)))
+}
+
+fn difference_in(key: &str, wanted: &Value, found: &Value) -> Option<(String, Value, Value)> {
     let Value::Object(settings) = wanted else {
-        return (wanted != found).then(|| format!("{key} = {wanted}"));
+        return (wanted != found).then(|| (key.to_owned(), wanted.clone(), found.clone()));
     };
     let key_of = |name: &String| if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
     let inner = |(name, value): (&String, &Value)| {
-        difference(&key_of(name), value, found.get(name).unwrap_or(&Value::Null))
+        difference_in(&key_of(name), value, found.get(name).unwrap_or(&Value::Null))
     };
     settings.iter().find_map(inner)
 }

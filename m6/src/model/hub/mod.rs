@@ -15,8 +15,9 @@ use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::folder::{StoredKind, same};
-use super::{ModelConfig, Transformer, Vocab};
+use super::{ModelConfig, Transformer, Upcycling, Vocab};
 use crate::error::{Error, Result};
+pub use config::difference;
 use config::{Described, Family, TokenIds, describe};
 use names::{Part, parts};
 
@@ -61,6 +62,11 @@ struct LanguageInfo {
 /// Whether a folder holds a model of Hugging Face's layout, by its config.
 pub fn is_published(dir: &Path) -> bool {
     read_config(dir).is_ok_and(|config| config.get("model_type").is_some())
+}
+
+/// Whether a folder holds a model of this program that sees and draws pictures, by its config.
+pub fn has_pictures(dir: &Path) -> bool {
+    read_config(dir).is_ok_and(|config| config.get("vqgan").is_some())
 }
 
 fn read_config(dir: &Path) -> Result<Value> {
@@ -136,6 +142,26 @@ impl LanguageModel {
         let parts = parts(described.family, &described.model);
         let (stored, folder) = (StoredKind::F32, dir.to_owned());
         Ok(Self { params, transformer, tokenizer, stored, folder, described, parts })
+    }
+
+    /// The same with experts, to be published as Qwen2-MoE.
+    ///
+    /// # Errors
+    /// When this is not the dense model that `upcycling` is for.
+    pub fn upcycled(self, upcycling: &Upcycling) -> Result<Self> {
+        upcycling.check(self.config())?;
+        let (model, family) = (upcycling.model.clone(), Family::Qwen2);
+        let params = Params::new(self.params.device(), upcycling.seed);
+        let transformer = Transformer::new(&params, &model, self.transformer.vocab(), 0);
+        upcycling.fill(&self.params, &params);
+        let parts = parts(family, &model);
+        Ok(Self {
+            params,
+            transformer,
+            parts,
+            described: Described { family, model, ..self.described },
+            ..self
+        })
     }
 
     fn info(&self, dtype: StoredKind) -> Result<LanguageInfo> {
