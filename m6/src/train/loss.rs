@@ -166,7 +166,7 @@ mod tests {
             kv_heads: Some(1),
             bias: Bias::Qkv,
             rotary: Some(RotaryConfig { base: 1e4, scaling: None, logn: None }),
-            window: Some(WindowConfig { size: 3, from: 1 }),
+            window: Some(WindowConfig::new(3, 1)),
             tied: false,
             ..dense()
         };

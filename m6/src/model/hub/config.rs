@@ -148,7 +148,10 @@ fn qwen2(model: &ModelConfig, dtype: StoredKind) -> Value {
         "rope_parameters": rope(model.rotary.as_ref()),
         "use_sliding_window": model.window.is_some(),
         "sliding_window": model.window.as_ref().map(|window| window.size),
-        "max_window_layers": model.window.as_ref().map_or(model.layers, |window| window.from),
+        "max_window_layers": model.window.as_ref().map_or(model.layers, |window| match model.moe {
+            None => window.from,
+            Some(_) => window.until.unwrap_or(model.layers),
+        }),
     });
     if let Some(moe) = &model.moe {
         let experts = json!({
@@ -332,15 +335,17 @@ impl Qwen2 {
         if !self.use_sliding_window {
             return Ok(None);
         }
-        // There the window is one of every other block below `max_window_layers`.
-        if self.num_experts.is_some() {
-            return Err("use_sliding_window = true: expected false in a model with experts".to_owned());
-        }
         let size = self.sliding_window.ok_or("sliding_window is missing; use_sliding_window asks for it")?;
-        let from =
+        let layers =
             self.max_window_layers.ok_or("max_window_layers is missing; use_sliding_window asks for it")?;
-        // Beyond the last block it limits none.
-        Ok((from < self.num_hidden_layers).then_some(WindowConfig { size, from }))
+        let until = (layers < self.num_hidden_layers).then_some(layers);
+        Ok(if self.num_experts.is_none() {
+            // Beyond the last block it limits none.
+            until.map(|from| WindowConfig::new(size, from))
+        } else {
+            // In a model with experts, every other block below `max_window_layers`.
+            (layers > 0).then_some(WindowConfig { until, every: 2, ..WindowConfig::new(size, 0) })
+        })
     }
 
     /// Whether `layer_types`, which newer files have too, agrees with the keys that we read.
@@ -512,10 +517,6 @@ mod tests {
             (r#""rope_parameters": {"rope_type": "yarn"}"#, "factor is missing"),
             (r#""use_sliding_window": true"#, "sliding_window is missing"),
             (r#""num_experts": 4"#, "num_experts_per_tok is missing"),
-            (
-                r#""num_experts": 4, "use_sliding_window": true, "sliding_window": 8, "max_window_layers": 1"#,
-                "use_sliding_window = true: expected false",
-            ),
             (r#""rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}"#, "mscale is set"),
             (r#""rope_scaling": {"type": "yarn", "factor": null}"#, "factor is missing"),
             (r#""layer_types": ["full_attention"]"#, "layer_types has 1 entries: expected 2"),

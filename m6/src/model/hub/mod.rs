@@ -267,7 +267,7 @@ mod tests {
     use super::*;
 
     /// `tests/parity/make.py` made these, with transformers.
-    const MODELS: [&str; 8] = [
+    const MODELS: [&str; 9] = [
         "qwen2",
         "qwen2-tied",
         "qwen2-window",
@@ -276,6 +276,7 @@ mod tests {
         "qwen2-yarn",
         "qwen2-moe",
         "qwen2-moe-sparse",
+        "qwen2-moe-window",
     ];
 
     fn folder(name: &str) -> PathBuf {
