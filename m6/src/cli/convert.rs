@@ -1,10 +1,10 @@
-//! `m6 convert`: a language model from one kind of folder to the other, or a dense model to one with experts.
+//! `m6 convert`: a language model from one kind of folder to the other, and to models that it can become.
 
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use m6::model::{LanguageModel, Model, StoredKind, Upcycling, VQGAN, has_pictures, is_published};
+use m6::model::{Extension, LanguageModel, Model, StoredKind, Upcycling, VQGAN, has_pictures, is_published};
 use m6::{Error, Result};
 use tch::Device;
 
@@ -14,13 +14,17 @@ use super::output;
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Example:\n  m6 convert Qwen2-0.5B qwen2\n  m6 convert qwen2 Qwen2-0.5B-again --dtype bf16\n  \
-    m6 convert Qwen2-7B qwen2-moe --experts configs/model/qwen2-57b-a14b.toml --seed 1\n\n\
+    m6 convert Qwen2-7B qwen2-moe --experts configs/model/qwen2-57b-a14b.toml --seed 1\n  \
+    m6 convert Qwen2-0.5B start --pictures train.toml\n\n\
     What SRC is decides the direction. A folder as Hugging Face has them (Qwen, Qwen2 or Qwen2-MoE) becomes one of this \
     program, and one of this program becomes one that transformers reads. Files of the tokenizer and \
     generation_config.json come along.\n\n\
     With --experts a dense model of either kind, or one of this program that draws, becomes one of this program with \
     experts, as Qwen2's were made: the neurons of each feed-forward are copied, shuffled and cut into experts, half of \
-    whose neurons start anew, as do routers and shared experts."
+    whose neurons start anew, as do routers and shared experts.\n\n\
+    With --pictures a language model becomes one that a run can begin from (`init`) to learn to see and draw: special ids \
+    and image codes get rows, and there are a head for codes and an extractor of patch features; what it makes of texts \
+    stays what it was."
 )]
 pub struct Args {
     /// Folder of the model
@@ -33,22 +37,29 @@ pub struct Args {
     #[arg(long)]
     dtype: Option<Dtype>,
     /// Give the model the experts that the table `model` of this file describes; all else in it must be as in SRC
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, value_name = "FILE", group = "new")]
     experts: Option<PathBuf>,
-    /// Seed of what is drawn for the experts
-    #[arg(long, default_value_t = 0, requires = "experts")]
+    /// Make a language model ready to learn pictures, as the keys `model` and `vqgan` of this training config say
+    #[arg(long, value_name = "CONFIG", group = "new")]
+    pictures: Option<PathBuf>,
+    /// Seed of what is new
+    #[arg(long, default_value_t = 0, requires = "new")]
     seed: u64,
 }
 
 impl Args {
     pub fn run(self) -> Result<()> {
         check_empty(&self.out)?;
-        let kind = match &self.experts {
-            Some(file) => {
+        let kind = match (&self.experts, &self.pictures) {
+            (Some(file), _) => {
                 self.upcycle(&Upcycling::open(file, self.seed)?)?;
                 "model with experts"
             }
-            None => self.convert()?,
+            (_, Some(config)) => {
+                self.extend(&Extension::open(config, self.seed)?)?;
+                "model to begin training from"
+            }
+            (None, None) => self.convert()?,
         };
         output::line(format_args!("{}  {kind}", self.out.display()))
     }
@@ -73,6 +84,13 @@ impl Args {
         let mut model = Model::load(&self.source, Device::Cpu)?.upcycled(upcycling)?;
         model.info.dtype = self.dtype(model.info.dtype);
         model.save(&self.out, &self.source.join(VQGAN))
+    }
+
+    fn extend(&self, extension: &Extension) -> Result<()> {
+        let language = LanguageModel::load(&self.source, Device::Cpu)?;
+        let mut model = Model::extended(&language, extension)?;
+        model.info.dtype = self.dtype(model.info.dtype);
+        model.save(&self.out, &extension.vqgan)
     }
 
     fn dtype(&self, stored: StoredKind) -> StoredKind {

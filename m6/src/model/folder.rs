@@ -10,7 +10,8 @@ use m6_vqgan::Vqgan;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
-use super::{ModelConfig, Transformer, Upcycling, Vocab};
+use super::extend::{self, Extension};
+use super::{LanguageModel, ModelConfig, Transformer, Upcycling, Vocab};
 use crate::error::{Error, Result};
 
 const CONFIG: &str = "config.json";
@@ -114,6 +115,21 @@ impl Model {
         Ok(model)
     }
 
+    /// A language model that is to learn pictures.
+    ///
+    /// # Errors
+    /// When it is not the one that `extension` is for, has no text tokenizer or one with more ids than its table has rows,
+    /// or the image tokenizer cannot be read.
+    pub fn extended(language: &LanguageModel, extension: &Extension) -> Result<Self> {
+        extension.check(language.config())?;
+        let (tokenizer, device) = (language.known_tokenizer()?.clone(), language.params.device());
+        let vqgan = Vqgan::load(&extension.vqgan, device)?;
+        let mut model = Self::new(&extension.model, tokenizer, vqgan, device, extension.seed)?;
+        model.info.dtype = language.stored;
+        extend::fill(&language.params, &model.params, model.info.vocab);
+        Ok(model)
+    }
+
     /// Side of the pictures that it sees, in pixels.
     pub fn resolution(&self) -> i64 {
         resolution(&self.info.model).expect("a model without patches is not opened")
@@ -125,7 +141,7 @@ impl Model {
     /// When a file cannot be read, or settings or tokenizers differ.
     pub fn load_weights(&self, dir: &Path) -> Result<()> {
         let info = read_info(dir)?;
-        if info != self.info {
+        if (ModelInfo { dtype: self.info.dtype, ..info.clone() }) != self.info {
             return Err(Error::file(&dir.join(CONFIG), "its model or tokenizers are not those of this run"));
         }
         Ok(self.params.load(&dir.join(WEIGHTS), info.dtype.kind())?)

@@ -2,6 +2,7 @@
 
 mod attention;
 mod config;
+mod extend;
 mod folder;
 mod hub;
 mod mlp;
@@ -16,6 +17,7 @@ mod upcycle;
 mod vocab;
 
 pub use config::{Bias, FeedForwardKind, ModelConfig, NormKind, WindowConfig};
+pub use extend::Extension;
 pub(crate) use folder::read_info;
 pub use folder::{Model, ModelInfo, StoredKind, VQGAN};
 pub(crate) use hub::language_shape;

@@ -175,6 +175,20 @@ impl LanguageModel {
         })
     }
 
+    /// The text tokenizer, all of whose ids have a row.
+    pub(super) fn known_tokenizer(&self) -> Result<&Tokenizer> {
+        let fail = |problem: String| Error::file(&self.folder, problem);
+        let tokenizer = self.tokenizer.as_ref();
+        let tokenizer = tokenizer.ok_or_else(|| fail(format!("holds none of {}", TOKENIZERS.join(", "))))?;
+        let (ids, rows) = (tokenizer.vocab_size() as i64, self.transformer.vocab().text);
+        if ids > rows {
+            return Err(fail(format!(
+                "its tokenizer has {ids} ids: expected at most {rows}, as its table has rows"
+            )));
+        }
+        Ok(tokenizer)
+    }
+
     /// The settings of the stack.
     pub fn config(&self) -> &ModelConfig {
         self.transformer.config()
