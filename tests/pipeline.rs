@@ -317,15 +317,17 @@ fn a_dense_model_that_draws_gets_experts() {
     assert!(refused.stderr.contains("has moe.experts = 4: expected a dense one"), "{}", refused.stderr);
 }
 
-/// Writes a random language model of Qwen2's layout with 300 rows in its table.
-fn write_language_model(folder: &Path) {
+/// Writes a random language model of Qwen2's layout, with a tokenizer of 256 ids or more and `rows` rows in its table.
+fn write_language_model(folder: &Path, rows: i64) {
     let texts = ["a red square", "红方块"].map(str::to_owned);
     fs::create_dir(folder).unwrap();
     m6_data::train_bpe(texts.into_iter(), 270).unwrap().save(&folder.join("tokenizer.json")).unwrap();
-    let config = r#"{"model_type": "qwen2", "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48,
-        "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_act": "silu",
-        "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": true}"#;
-    fs::write(folder.join("config.json"), config).unwrap();
+    let config = json!({
+        "model_type": "qwen2", "vocab_size": rows, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_act": "silu", "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": true,
+    });
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
     let layer = [
         ("input_layernorm.weight", vec![32]),
         ("post_attention_layernorm.weight", vec![32]),
@@ -341,7 +343,7 @@ fn write_language_model(folder: &Path) {
         ("mlp.down_proj.weight", vec![32, 48]),
     ];
     let layer = layer.map(|(name, shape)| (format!("model.layers.0.{name}"), shape));
-    let rest = [("model.embed_tokens.weight", vec![300, 32]), ("model.norm.weight", vec![32])];
+    let rest = [("model.embed_tokens.weight", vec![rows, 32]), ("model.norm.weight", vec![32])];
     let rest = rest.map(|(name, shape)| (name.to_owned(), shape));
     let random = |shape: Vec<i64>| tch::Tensor::randn(shape, (tch::Kind::Float, tch::Device::Cpu)) * 0.1;
     let tensors: Vec<_> = layer.into_iter().chain(rest).map(|(name, shape)| (name, random(shape))).collect();
@@ -351,7 +353,7 @@ fn write_language_model(folder: &Path) {
 #[test]
 fn a_language_model_learns_pictures() {
     let scene = Scene::with_tokenizer();
-    write_language_model(&scene.path("language"));
+    write_language_model(&scene.path("language"), 300);
     let config = fs::read_to_string(scene.path("train.toml")).unwrap();
     let (head, rest) = config.split_once("[model]").unwrap();
     let (_, tail) = rest.split_once("[data]").unwrap();
@@ -372,12 +374,15 @@ fn a_language_model_learns_pictures() {
     scene.succeed(&["train", "train.toml", "--set", "schedule.steps=2"]);
     scene.succeed(&["generate", "--model", "run/model", "red square", "-o", "out.png", "--device", "cpu"]);
     scene.succeed(&["caption", "--model", "run/model", "pictures/red-square.png", "--device", "cpu"]);
+
+    write_language_model(&scene.path("small"), 200);
     fs::remove_file(scene.path("language/tokenizer.json")).unwrap();
-    let refused = scene.run(&["convert", "language", "other", "--pictures", "train.toml"]);
-    assert_eq!(refused.code, Some(1));
-    assert!(
-        refused.stderr.contains("language: holds none of tokenizer.json, qwen.tiktoken"),
-        "{}",
-        refused.stderr
-    );
+    for (folder, problem) in [
+        ("language", "language: holds none of tokenizer.json, qwen.tiktoken"),
+        ("small", "ids: expected at most 200, the rows of its table"),
+    ] {
+        let refused = scene.run(&["convert", folder, "other", "--pictures", "train.toml"]);
+        assert_eq!(refused.code, Some(1));
+        assert!(refused.stderr.contains(problem), "{}", refused.stderr);
+    }
 }

@@ -87,8 +87,7 @@ impl Args {
     }
 
     fn extend(&self, extension: &Extension) -> Result<()> {
-        let language = LanguageModel::load(&self.source, Device::Cpu)?;
-        let mut model = Model::extended(&language, extension)?;
+        let mut model = LanguageModel::load(&self.source, Device::Cpu)?.extended(extension)?;
         model.info.dtype = self.dtype(model.info.dtype);
         model.save(&self.out, &extension.vqgan)
     }

@@ -10,8 +10,7 @@ use m6_vqgan::Vqgan;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
-use super::extend::{self, Extension};
-use super::{LanguageModel, ModelConfig, Transformer, Upcycling, Vocab};
+use super::{ModelConfig, Transformer, Upcycling, Vocab};
 use crate::error::{Error, Result};
 
 const CONFIG: &str = "config.json";
@@ -112,21 +111,6 @@ impl Model {
         let mut model = Self::new(&upcycling.model, self.tokenizer, self.vqgan, device, upcycling.seed)?;
         model.info.dtype = self.info.dtype;
         upcycling.fill(&self.params, &model.params);
-        Ok(model)
-    }
-
-    /// A language model that is to learn pictures.
-    ///
-    /// # Errors
-    /// When it is not the one that `extension` is for, has no text tokenizer or one with more ids than its table has rows,
-    /// or the image tokenizer cannot be read.
-    pub fn extended(language: &LanguageModel, extension: &Extension) -> Result<Self> {
-        extension.check(language.config())?;
-        let (tokenizer, device) = (language.known_tokenizer()?.clone(), language.params.device());
-        let vqgan = Vqgan::load(&extension.vqgan, device)?;
-        let mut model = Self::new(&extension.model, tokenizer, vqgan, device, extension.seed)?;
-        model.info.dtype = language.stored;
-        extend::fill(&language.params, &model.params, model.info.vocab);
         Ok(model)
     }
 

@@ -1,5 +1,5 @@
-//! A stack whose blocks keep nothing but their input: each is computed again in the backward pass, which takes about a
-//! third more time and far less memory (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+//! A stack whose blocks keep nothing but their input: each is computed again in the backward pass, which takes one forward
+//! pass more and far less memory (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
 //!
 //! Blocks run without a graph, which is cut before the first and after the last one. The gradients are those of
 //! [`Transformer::forward`], on the CPU to the last bit.
@@ -24,8 +24,10 @@ pub struct Recompute<'a> {
     real: i64,
     embedded: Cut,
     text_head: Cut,
-    /// `[n, d]` leaves: what goes into each block, and what comes out of the last.
-    streams: Vec<Tensor>,
+    /// `[n, d]` what goes into each block, leaves.
+    inputs: Vec<Tensor>,
+    /// `[n, d]` what comes out of the last, a leaf.
+    output: Tensor,
     /// The random state before each block, where there is dropout.
     random: Vec<Tensor>,
     /// Of the blocks with experts; what is made of them are leaves.
@@ -49,7 +51,8 @@ impl<'a> Recompute<'a> {
         let mut pass = Self {
             rotation: transformer.rotation(&tokens.places, &tokens.lengths, Mode::Train),
             text_head: Cut::new(transformer.text_head()),
-            streams: vec![embedded.leaf.shallow_clone()],
+            inputs: Vec::new(),
+            output: embedded.leaf.shallow_clone(),
             random: Vec::new(),
             losses: Vec::new(),
             transformer,
@@ -57,8 +60,8 @@ impl<'a> Recompute<'a> {
             real,
             embedded,
         };
-        let last = pass.run()?;
-        let x_nd = transformer.norm_before(transformer.blocks()).forward(&last);
+        pass.run()?;
+        let x_nd = transformer.norm_before(transformer.blocks()).forward(&pass.output);
         let routers = transformer.router_totals(&pass.losses);
         Ok((pass, Hidden { x_nd, routers }))
     }
@@ -76,18 +79,18 @@ impl<'a> Recompute<'a> {
     pub fn backward(mut self) -> Result<()> {
         let device = self.embedded.leaf.device();
         let random = if self.random.is_empty() { None } else { Some(rng_state(device)?) };
-        let mut gradient = self.streams.pop().map(|last| last.grad());
-        while let (Some(input), Some(of_output)) = (self.streams.pop(), gradient) {
+        let mut gradient = self.output.grad();
+        while let Some(input) = self.inputs.pop() {
             if let Some(state) = self.random.pop() {
                 set_rng_state(device, &state)?;
             }
-            let (output, losses) = self.step(self.streams.len(), &input)?;
-            let mut outputs = vec![(output, of_output)];
+            let (output, losses) = self.step(self.inputs.len(), &input)?;
+            let mut outputs = vec![(output, gradient)];
             if let Some((again, first)) = losses.and_then(|again| Some((again, self.losses.pop()?))) {
                 outputs.extend([(again.loss, first.loss.grad()), (again.mean_e, first.mean_e.grad())]);
             }
             backward(outputs)?;
-            gradient = Some(input.grad());
+            gradient = input.grad();
         }
         if let Some(state) = random {
             set_rng_state(device, &state)?;
@@ -95,21 +98,19 @@ impl<'a> Recompute<'a> {
         Ok(backward([self.embedded.output(), self.text_head.output()])?)
     }
 
-    /// Runs all blocks without a graph; returns what comes out of the last.
-    fn run(&mut self) -> Result<Tensor> {
+    /// Runs all blocks without a graph.
+    fn run(&mut self) -> Result<()> {
         let _guard = tch::no_grad_guard();
         let has_dropout = self.transformer.config().dropout > 0.0;
-        let mut x_nd = self.embedded.leaf.shallow_clone();
         for index in 0..self.transformer.blocks() {
             if has_dropout {
-                self.random.push(rng_state(x_nd.device())?);
+                self.random.push(rng_state(self.output.device())?);
             }
-            let (output, losses) = self.step(index, &x_nd)?;
-            x_nd = output.set_requires_grad(true);
-            self.streams.push(x_nd.shallow_clone());
+            let (output, losses) = self.step(index, &self.output)?;
+            self.inputs.push(std::mem::replace(&mut self.output, output.set_requires_grad(true)));
             self.losses.extend(losses.map(RouterLosses::into_leaves));
         }
-        Ok(x_nd)
+        Ok(())
     }
 
     fn step(&self, index: usize, x_nd: &Tensor) -> Result<(Tensor, Option<RouterLosses>)> {

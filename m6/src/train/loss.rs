@@ -201,9 +201,9 @@ mod tests {
         let head = pass.text_head().shallow_clone();
         score(hidden, head, transformer.code_head(), &batch).total.backward();
         let blocks = (&params / "blocks").trainable();
-        let reached = |name: &str| blocks.iter().any(|(n, p)| n.contains(name) && p.tensor.grad().defined());
-        assert!(!reached(""), "a graph through the blocks would have brought them gradients");
+        let reached = || blocks.iter().filter(|(_, param)| param.tensor.grad().defined()).count();
+        assert_eq!(reached(), 0, "a graph through the blocks would have brought them gradients");
         pass.backward().unwrap();
-        assert!(blocks.iter().all(|(_, param)| param.tensor.grad().defined()));
+        assert_eq!(reached(), blocks.len());
     }
 }

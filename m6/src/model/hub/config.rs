@@ -497,6 +497,30 @@ mod tests {
         assert_eq!(after.rotary.unwrap().base, 1e6);
     }
 
+    /// So that `m6 convert --experts` takes the one for the other. The keys are those of the published files.
+    #[test]
+    fn presets_say_what_published_configs_do() {
+        let both = r#""hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "hidden_act": "silu", "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0, "sliding_window": 131072, "max_window_layers": 28, "use_sliding_window": false,
+            "tie_word_embeddings": false"#;
+        let experts = r#""num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 2560,
+            "shared_expert_intermediate_size": 20480, "norm_topk_prob": false, "decoder_sparse_step": 1,
+            "router_aux_loss_coef": 0.001"#;
+        for (preset, published) in [
+            ("qwen2-7b", format!(r#"{{"model_type": "qwen2", "vocab_size": 152064, {both}}}"#)),
+            (
+                "qwen2-57b-a14b",
+                format!(r#"{{"model_type": "qwen2_moe", "vocab_size": 151936, {both}, {experts}}}"#),
+            ),
+        ] {
+            let file = format!("{}/../configs/model/{preset}.toml", env!("CARGO_MANIFEST_DIR"));
+            let table: toml::Table = std::fs::read_to_string(file).unwrap().parse().unwrap();
+            let model: ModelConfig = table["model"].clone().try_into().unwrap();
+            assert_eq!(difference(&describe(&published).unwrap().model, &model), None, "{preset}");
+        }
+    }
+
     #[test]
     fn qwens_own_fields_are_read() {
         let text = r#"{"model_type": "qwen", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016,

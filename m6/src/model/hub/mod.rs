@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 
 use m6_data::tokenizer::Tokenizer;
 use m6_runtime::{Params, TensorShards, first_problems};
+use m6_vqgan::Vqgan;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::folder::{StoredKind, same};
-use super::{ModelConfig, Transformer, Upcycling, Vocab};
+use super::{Extension, Model, ModelConfig, Transformer, Upcycling, Vocab, extend};
 use crate::error::{Error, Result};
 pub use config::difference;
 use config::{Described, Family, TokenIds, describe};
@@ -175,18 +176,28 @@ impl LanguageModel {
         })
     }
 
-    /// The text tokenizer, all of whose ids have a row.
-    pub(super) fn known_tokenizer(&self) -> Result<&Tokenizer> {
+    /// The same with all that a run needs to begin from it and learn pictures.
+    ///
+    /// # Errors
+    /// When this is not the model that `extension` is for, has no text tokenizer or one with more ids than the table has
+    /// rows, or the image tokenizer cannot be read.
+    pub fn extended(self, extension: &Extension) -> Result<Model> {
+        extension.check(self.config())?;
         let fail = |problem: String| Error::file(&self.folder, problem);
-        let tokenizer = self.tokenizer.as_ref();
-        let tokenizer = tokenizer.ok_or_else(|| fail(format!("holds none of {}", TOKENIZERS.join(", "))))?;
-        let (ids, rows) = (tokenizer.vocab_size() as i64, self.transformer.vocab().text);
+        let (device, rows) = (self.params.device(), self.transformer.vocab().text);
+        let tokenizer =
+            self.tokenizer.ok_or_else(|| fail(format!("holds none of {}", TOKENIZERS.join(", "))))?;
+        let ids = tokenizer.vocab_size() as i64;
         if ids > rows {
             return Err(fail(format!(
-                "its tokenizer has {ids} ids: expected at most {rows}, as its table has rows"
+                "its tokenizer has {ids} ids: expected at most {rows}, the rows of its table"
             )));
         }
-        Ok(tokenizer)
+        let vqgan = Vqgan::load(&extension.vqgan, device)?;
+        let mut model = Model::new(&extension.model, tokenizer, vqgan, device, extension.seed)?;
+        model.info.dtype = self.stored;
+        extend::fill(&self.params, &model.params, model.info.vocab);
+        Ok(model)
     }
 
     /// The settings of the stack.
