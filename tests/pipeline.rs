@@ -272,3 +272,117 @@ fn a_published_language_model_is_converted_there_and_back() {
     let exact = score(published);
     assert_eq!((score("own"), score("back")), (exact.clone(), exact));
 }
+
+#[test]
+fn a_dense_model_gets_experts() {
+    let scene = Scene::new();
+    let dense = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/parity/qwen2");
+    let stack = |width: i64| {
+        format!(
+            "[model]\nwidth = {width}\nlayers = 2\nheads = 4\nkv_heads = 2\nhead_width = 8\nhidden = 24\nmax_text = 64\nqk_norm = false\n\
+             bias = \"qkv\"\ntied = false\nrotary = {{ base = 1e4 }}\n[model.moe]\nexperts = 4\nactive = 2\nevery = 1\n\
+             hidden = 16\nshared = 8\nrenormalize = false\nbalance_loss = 0.001\nbalance = \"model\"\nz_loss = 0.0\n"
+        )
+    };
+    fs::write(scene.path("experts.toml"), stack(16)).unwrap();
+    fs::write(scene.path("wide.toml"), stack(32)).unwrap();
+    scene.succeed(&["convert", dense, "own", "--experts", "experts.toml", "--seed", "1"]);
+    scene.succeed(&["convert", "own", "published"]);
+    let score = |model: &str| {
+        one(scene.json(&["score", "--model", model, "--tokens", "1,2,3,4", "--device", "cpu", "--json"]))
+    };
+    assert_eq!(score("own"), score("published"));
+    assert_ne!(score("own"), score(dense));
+    let refused = scene.run(&["convert", dense, "other", "--experts", "wide.toml"]);
+    assert_eq!(refused.code, Some(2));
+    assert!(refused.stderr.contains("wide.toml: model.width = 32: expected 16"), "{}", refused.stderr);
+    assert!(!scene.path("other").exists());
+}
+
+#[test]
+fn a_dense_model_that_draws_gets_experts() {
+    let scene = Scene::with_tokenizer();
+    let config = fs::read_to_string(scene.path("train.toml")).unwrap();
+    let is_of_experts = |line: &&str| line.starts_with("moe = ");
+    let dense: Vec<&str> = config.lines().filter(|line| !is_of_experts(line)).collect();
+    fs::write(scene.path("dense.toml"), dense.join("\n")).unwrap();
+    scene.succeed(&["train", "dense.toml", "--set", "schedule.steps=2"]);
+    scene.succeed(&["convert", "run/model", "experts", "--experts", "train.toml"]);
+    let begin = ["--set", "run=more", "--set", "init=experts", "--set", "tokenizer.file=run/tokenizer.json"];
+    let config = config.replace("train = 300", "");
+    fs::write(scene.path("more.toml"), config).unwrap();
+    scene.succeed(&[&["train", "more.toml", "--set", "schedule.steps=2"], &begin[..]].concat());
+    let refused = scene.run(&["convert", "more/model", "again", "--experts", "train.toml"]);
+    assert_eq!(refused.code, Some(2));
+    assert!(refused.stderr.contains("has moe.experts = 4: expected a dense one"), "{}", refused.stderr);
+}
+
+/// Writes a random language model of Qwen2's layout, with a tokenizer of 256 ids or more and `rows` rows in its table.
+fn write_language_model(folder: &Path, rows: i64) {
+    let texts = ["a red square", "红方块"].map(str::to_owned);
+    fs::create_dir(folder).unwrap();
+    m6_data::train_bpe(texts.into_iter(), 270).unwrap().save(&folder.join("tokenizer.json")).unwrap();
+    let config = json!({
+        "model_type": "qwen2", "vocab_size": rows, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_act": "silu", "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6, "tie_word_embeddings": true,
+    });
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    let layer = [
+        ("input_layernorm.weight", vec![32]),
+        ("post_attention_layernorm.weight", vec![32]),
+        ("self_attn.q_proj.weight", vec![32, 32]),
+        ("self_attn.q_proj.bias", vec![32]),
+        ("self_attn.k_proj.weight", vec![16, 32]),
+        ("self_attn.k_proj.bias", vec![16]),
+        ("self_attn.v_proj.weight", vec![16, 32]),
+        ("self_attn.v_proj.bias", vec![16]),
+        ("self_attn.o_proj.weight", vec![32, 32]),
+        ("mlp.gate_proj.weight", vec![48, 32]),
+        ("mlp.up_proj.weight", vec![48, 32]),
+        ("mlp.down_proj.weight", vec![32, 48]),
+    ];
+    let layer = layer.map(|(name, shape)| (format!("model.layers.0.{name}"), shape));
+    let rest = [("model.embed_tokens.weight", vec![rows, 32]), ("model.norm.weight", vec![32])];
+    let rest = rest.map(|(name, shape)| (name.to_owned(), shape));
+    let random = |shape: Vec<i64>| tch::Tensor::randn(shape, (tch::Kind::Float, tch::Device::Cpu)) * 0.1;
+    let tensors: Vec<_> = layer.into_iter().chain(rest).map(|(name, shape)| (name, random(shape))).collect();
+    m6_runtime::write_tensors(&folder.join("model.safetensors"), &tensors).unwrap();
+}
+
+#[test]
+fn a_language_model_learns_pictures() {
+    let scene = Scene::with_tokenizer();
+    write_language_model(&scene.path("language"), 300);
+    let config = fs::read_to_string(scene.path("train.toml")).unwrap();
+    let (head, rest) = config.split_once("[model]").unwrap();
+    let (_, tail) = rest.split_once("[data]").unwrap();
+    let model = "[model]\nwidth = 32\nlayers = 1\nheads = 2\nkv_heads = 1\nhidden = 48\nmax_text = 32\ndropout = 0.1\n\
+        qk_norm = false\nbias = \"qkv\"\nrotary = { base = 1e4 }\npatches = { resolution = 16, channels = [16, 16] }\n";
+    let head = head.replace("train = 300", "file = \"start/tokenizer.json\"");
+    fs::write(scene.path("train.toml"), format!("init = \"start\"\n{head}{model}[data]{tail}")).unwrap();
+    scene.succeed(&["convert", "language", "start", "--pictures", "train.toml", "--seed", "1"]);
+
+    let table = |folder: &str, name: &str| {
+        let tensors = m6_runtime::read_tensors(&scene.path(folder).join("model.safetensors")).unwrap();
+        tensors.into_iter().find(|(found, _)| found == name).unwrap().1
+    };
+    let (old, new) = (table("language", "model.embed_tokens.weight"), table("start", "tokens.weight"));
+    let ids = m6_data::Tokenizer::load(&scene.path("start/tokenizer.json")).unwrap().vocab_size() as i64;
+    assert_eq!(new.narrow(0, 0, ids), old.narrow(0, 0, ids));
+
+    scene.succeed(&["train", "train.toml", "--set", "schedule.steps=2"]);
+    scene.succeed(&["generate", "--model", "run/model", "red square", "-o", "out.png", "--device", "cpu"]);
+    scene.succeed(&["caption", "--model", "run/model", "pictures/red-square.png", "--device", "cpu"]);
+
+    write_language_model(&scene.path("small"), 200);
+    fs::remove_file(scene.path("language/tokenizer.json")).unwrap();
+    for (folder, problem) in [
+        ("language", "language: holds none of tokenizer.json, qwen.tiktoken"),
+        ("small", "ids: expected at most 200, the rows of its table"),
+    ] {
+        let refused = scene.run(&["convert", folder, "other", "--pictures", "train.toml"]);
+        assert_eq!(refused.code, Some(1));
+        assert!(refused.stderr.contains(problem), "{}", refused.stderr);
+    }
+}

@@ -126,3 +126,13 @@ fn training_of_the_image_tokenizer_resumes_exactly() {
     scene.succeed(&whole);
     assert_same(&scene, "run", "same");
 }
+
+#[test]
+fn blocks_that_are_computed_again_do_not_change_a_run() {
+    let scene = Scene::with_tokenizer();
+    let train = ["train", "train.toml", "--set", "schedule.steps=7"];
+    scene.succeed(&train);
+    scene.succeed(&[&train[..], &["--set", "run=again", "--set", "recompute=true"]].concat());
+    assert_same(&scene, "run", "again");
+    scene.succeed(&[&train[..], &["--set", "recompute=true"]].concat());
+}

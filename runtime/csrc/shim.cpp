@@ -5,6 +5,8 @@
 #include <ATen/Context.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/GradMode.h>
+#include <torch/csrc/autograd/autograd.h>
+
 #include <climits>
 #include <cstdlib>
 #include <mutex>
@@ -78,6 +80,10 @@ char* m6_fused_adamw(
       at::_foreach_sub_(state_steps, std::vector<at::Tensor>(count, *skip));
     }
   });
+}
+
+char* m6_backward(size_t count, at::Tensor* const* outputs, at::Tensor* const* gradients) {
+  return guarded([&] { torch::autograd::backward(gather(outputs, count), gather(gradients, count)); });
 }
 
 char* m6_clear_grads(size_t count, at::Tensor* const* params) {

@@ -26,6 +26,11 @@ unsafe extern "C" {
         eps: f64,
         found_inf: *const C_tensor,
     ) -> *mut c_char;
+    pub(crate) fn m6_backward(
+        count: usize,
+        outputs: *const *const C_tensor,
+        gradients: *const *const C_tensor,
+    ) -> *mut c_char;
     pub(crate) fn m6_clear_grads(count: usize, params: *const *const C_tensor) -> *mut c_char;
     pub(crate) fn m6_foreach_l2_norm(
         count: usize,

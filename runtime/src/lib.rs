@@ -1,6 +1,7 @@
 //! What libtorch can do and `tch` does not bind: a parameter registry with strict weights, fused AdamW and Muon,
-//! averaged weights, attention by sequence lengths, fused norms and gates, random state, determinism and memory figures, and the few layers that
-//! every model here is built from. The only crate with `unsafe` and C++.
+//! averaged weights, attention by sequence lengths, fused norms and gates, backward passes in parts, random state,
+//! determinism and memory figures, and the few layers that every model here is built from. The only crate with `unsafe`
+//! and C++.
 
 #![allow(unsafe_code)]
 
@@ -9,6 +10,7 @@ pub mod device;
 mod error;
 mod ffi;
 pub mod fused;
+pub mod graph;
 mod muon;
 pub mod nn;
 pub mod optim;

@@ -33,7 +33,7 @@ pub fn tiny_rotary() -> (Params, Transformer) {
         heads: 4,
         kv_heads: Some(2),
         rotary: Some(RotaryConfig { base: 1e4, scaling: None, logn: Some(3) }),
-        window: Some(WindowConfig { size: 3, from: 1 }),
+        window: Some(WindowConfig::new(3, 1)),
         ..config()
     })
 }

@@ -112,6 +112,12 @@ pub struct WindowConfig {
     pub size: i64,
     /// The first block that is limited; the ones before it see everything.
     pub from: i64,
+    /// The first block after `from` that is not, nor those after it; none where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub until: Option<i64>,
+    /// Of the blocks between them every n-th is limited, beginning with the first.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub every: i64,
 }
 
 /// Bounds that keep a damaged or absurd config from asking for all memory; far above any model that is built.
@@ -127,6 +133,14 @@ fn norm_eps() -> f64 {
 
 fn yes() -> bool {
     true
+}
+
+fn one() -> i64 {
+    1
+}
+
+fn is_one(value: &i64) -> bool {
+    *value == 1
 }
 
 impl ModelConfig {
@@ -168,7 +182,7 @@ impl ModelConfig {
 
     /// How far back block `layer` sees, where that is limited.
     pub fn window(&self, layer: usize) -> Option<i64> {
-        self.window.as_ref().filter(|window| layer as i64 >= window.from).map(|window| window.size)
+        self.window.as_ref().filter(|window| window.limits(layer as i64)).map(|window| window.size)
     }
 
     /// What block `layer` has in place of a dense feed-forward, if anything.
@@ -257,12 +271,30 @@ impl ModelConfig {
 }
 
 impl WindowConfig {
+    /// Of `size` tokens in all blocks from `from` on.
+    pub fn new(size: i64, from: i64) -> Self {
+        Self { size, from, until: None, every: one() }
+    }
+
+    fn limits(&self, layer: i64) -> bool {
+        layer >= self.from
+            && self.until.is_none_or(|until| layer < until)
+            && (layer - self.from) % self.every == 0
+    }
+
     fn validate(&self, layers: i64) -> Result<(), String> {
         if self.size < 1 {
             return Err(format!("size = {}: expected 1 or more", self.size));
         }
         if !(0..layers).contains(&self.from) {
             return Err(format!("from = {}: expected 0 to {}, the last block", self.from, layers - 1));
+        }
+        if let Some(until) = self.until.filter(|until| !(self.from + 1..layers).contains(until)) {
+            let expected = format!("expected window.from + 1 = {} to {}", self.from + 1, layers - 1);
+            return Err(format!("until = {until}: {expected}, the last block"));
+        }
+        if self.every < 1 {
+            return Err(format!("every = {}: expected 1 or more", self.every));
         }
         Ok(())
     }
@@ -286,8 +318,28 @@ mod tests {
         assert_eq!(problem(|c| c.kv_heads = Some(0)), "kv_heads = 0: expected a divisor of heads = 4");
         let expected = "head_width = 12: expected a multiple of 8, at most 256";
         assert_eq!(problem(|c| c.head_width = Some(12)), expected);
-        let window = |c: &mut ModelConfig| c.window = Some(WindowConfig { size: 4, from: 2 });
+        let window = |c: &mut ModelConfig| c.window = Some(WindowConfig::new(4, 2));
         assert_eq!(problem(window), "window.from = 2: expected 0 to 1, the last block");
+        let window =
+            |c: &mut ModelConfig| c.window = Some(WindowConfig { until: Some(2), ..WindowConfig::new(4, 0) });
+        let expected = "window.until = 2: expected window.from + 1 = 1 to 1, the last block";
+        assert_eq!(problem(window), expected);
+        let window =
+            |c: &mut ModelConfig| c.window = Some(WindowConfig { every: 0, ..WindowConfig::new(4, 0) });
+        assert_eq!(problem(window), "window.every = 0: expected 1 or more");
+    }
+
+    #[test]
+    fn a_window_limits_the_blocks_that_it_says() {
+        let limited = |text: &str| -> Vec<usize> {
+            let window = Some(toml::from_str(text).unwrap());
+            let config = ModelConfig { window, ..ModelConfig::new(32, 8, 4, 48, 16) };
+            config.validate().unwrap();
+            (0..8).filter(|layer| config.window(*layer).is_some()).collect()
+        };
+        assert_eq!(limited("size = 4\nfrom = 5"), [5, 6, 7]);
+        assert_eq!(limited("size = 4\nfrom = 0\nuntil = 5\nevery = 2"), [0, 2, 4]);
+        assert_eq!(limited("size = 4\nfrom = 1\nevery = 3"), [1, 4, 7]);
     }
 
     #[test]

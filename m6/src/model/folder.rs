@@ -10,13 +10,14 @@ use m6_vqgan::Vqgan;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
-use super::{ModelConfig, Transformer, Vocab};
+use super::{ModelConfig, Transformer, Upcycling, Vocab};
 use crate::error::{Error, Result};
 
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const TOKENIZER: &str = "tokenizer.json";
-const VQGAN: &str = "vqgan";
+/// Folder of the image tokenizer in a model folder.
+pub const VQGAN: &str = "vqgan";
 
 /// How floats are stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -100,6 +101,19 @@ impl Model {
         Ok(Self { info, params, transformer, tokenizer, vqgan })
     }
 
+    /// The same with experts.
+    ///
+    /// # Errors
+    /// When this is not the dense model that `upcycling` is for.
+    pub fn upcycled(self, upcycling: &Upcycling) -> Result<Self> {
+        upcycling.check(&self.info.model)?;
+        let device = self.params.device();
+        let mut model = Self::new(&upcycling.model, self.tokenizer, self.vqgan, device, upcycling.seed)?;
+        model.info.dtype = self.info.dtype;
+        upcycling.fill(&self.params, &model.params);
+        Ok(model)
+    }
+
     /// Side of the pictures that it sees, in pixels.
     pub fn resolution(&self) -> i64 {
         resolution(&self.info.model).expect("a model without patches is not opened")
@@ -111,7 +125,7 @@ impl Model {
     /// When a file cannot be read, or settings or tokenizers differ.
     pub fn load_weights(&self, dir: &Path) -> Result<()> {
         let info = read_info(dir)?;
-        if info != self.info {
+        if (ModelInfo { dtype: self.info.dtype, ..info.clone() }) != self.info {
             return Err(Error::file(&dir.join(CONFIG), "its model or tokenizers are not those of this run"));
         }
         Ok(self.params.load(&dir.join(WEIGHTS), info.dtype.kind())?)

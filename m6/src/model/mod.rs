@@ -2,27 +2,33 @@
 
 mod attention;
 mod config;
+mod extend;
 mod folder;
 mod hub;
 mod mlp;
 mod moe;
 mod norm;
 mod order;
+mod recompute;
 mod rotary;
 mod sequence;
 mod transformer;
+mod upcycle;
 mod vocab;
 
 pub use config::{Bias, FeedForwardKind, ModelConfig, NormKind, WindowConfig};
+pub use extend::Extension;
 pub(crate) use folder::read_info;
-pub use folder::{Model, ModelInfo, StoredKind};
+pub use folder::{Model, ModelInfo, StoredKind, VQGAN};
 pub(crate) use hub::language_shape;
-pub use hub::{LanguageModel, is_published};
+pub use hub::{LanguageModel, has_pictures, is_published};
 pub use moe::{Balance, MoeConfig, RoutingKind};
 pub use order::CodeOrder;
+pub use recompute::Recompute;
 pub use rotary::{RotaryConfig, RotaryScaling, Rotation};
 pub use sequence::{Positions, SEGMENTS, Sequence, Tokens};
 pub use transformer::{Hidden, Mode, Transformer, compute_kind};
+pub use upcycle::Upcycling;
 pub use vocab::{Language, Special, Vocab};
 
 /// Initial width of matrices and tables (GPT-2).

@@ -13,7 +13,7 @@ use super::INIT_STD;
 use super::attention::{Attend, Attention};
 use super::config::{Bias, ModelConfig};
 use super::mlp::Mlp;
-use super::moe::{Moe, RouterTotals};
+use super::moe::{Moe, RouterLosses, RouterTotals};
 use super::norm::Norm;
 use super::rotary::{Rotary, RotaryConfig, Rotation};
 use super::sequence::{Positions, SEGMENTS, Tokens};
@@ -49,6 +49,25 @@ pub struct Hidden {
     pub x_nd: Tensor,
     /// What the routers of all blocks come to, where there are experts.
     pub routers: Option<RouterTotals>,
+}
+
+/// What the blocks of one forward pass have in common.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Pass<'a> {
+    pub rotation: Option<&'a Rotation>,
+    /// Tokens that are no padding, which come first.
+    pub real: i64,
+    pub mode: Mode,
+}
+
+/// What a block made of its input.
+#[derive(Debug)]
+pub(super) struct Stepped {
+    /// `[n, d]` the stream after attention.
+    pub x_nd: Tensor,
+    /// `[n, d]` what the feed-forward adds to it.
+    pub fed_nd: Tensor,
+    pub losses: Option<RouterLosses>,
 }
 
 /// One transformer for all tasks. A language model is the same without the parts that are for pictures.
@@ -190,32 +209,61 @@ impl Transformer {
         mode: Mode,
         mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
     ) -> Result<Hidden> {
-        let drop = |x: Tensor| match mode {
+        let pass = Pass { rotation, real, mode };
+        let mut x_nd = self.drop(x_nd, mode);
+        let mut normed = self.norm_before(0).forward(&x_nd);
+        let mut losses = Vec::new();
+        for index in 0..self.blocks() {
+            let mut attend_here = |q: &Tensor, k: &Tensor, v: &Tensor| attend(index, q, k, v);
+            let stepped = self.step(index, &x_nd, &normed, pass, &mut attend_here)?;
+            (x_nd, normed) = self.norm_before(index + 1).forward_sum(&stepped.fed_nd, &stepped.x_nd);
+            losses.extend(stepped.losses);
+        }
+        Ok(Hidden { x_nd: normed, routers: self.router_totals(&losses) })
+    }
+
+    /// Number of blocks.
+    pub(super) fn blocks(&self) -> usize {
+        self.blocks.len()
+    }
+
+    /// Block `index` on a stream `[n, d]` and its norm.
+    pub(super) fn step(
+        &self,
+        index: usize,
+        x_nd: &Tensor,
+        normed: &Tensor,
+        pass: Pass<'_>,
+        attend: &mut Attend,
+    ) -> Result<Stepped> {
+        let (block, Pass { rotation, real, mode }) = (&self.blocks[index], pass);
+        let attended = self.drop(block.attention.forward(normed, rotation, attend)?, mode);
+        let (x_nd, normed) = block.feed_forward_norm.forward_sum(&attended, x_nd);
+        let (fed_nd, losses) = match &block.feed_forward {
+            FeedForward::Dense(mlp) => (mlp.forward(&normed), None),
+            FeedForward::Experts(moe) => {
+                let (fed_nd, losses) = moe.forward(&normed, real, mode);
+                (fed_nd, Some(losses))
+            }
+        };
+        Ok(Stepped { x_nd, fed_nd: self.drop(fed_nd, mode), losses })
+    }
+
+    /// The first norm of block `index`, or that of the stack after the last block.
+    pub(super) fn norm_before(&self, index: usize) -> &Norm {
+        self.blocks.get(index).map_or(&self.norm, |block| &block.attention_norm)
+    }
+
+    pub(super) fn drop(&self, x: Tensor, mode: Mode) -> Tensor {
+        match mode {
             Mode::Train if self.config.dropout > 0.0 => x.dropout(self.config.dropout, true),
             _ => x,
-        };
-        let mut x_nd = drop(x_nd);
-        let norm_of = |index: usize| self.blocks.get(index).map_or(&self.norm, |block| &block.attention_norm);
-        let mut normed = norm_of(0).forward(&x_nd);
-        let mut router_losses = Vec::new();
-        for (index, block) in self.blocks.iter().enumerate() {
-            let mut with_index = |q: &Tensor, k: &Tensor, v: &Tensor| attend(index, q, k, v);
-            let attend_here: &mut Attend = &mut with_index;
-            let attended = block.attention.forward(&normed, rotation, attend_here)?;
-            (x_nd, normed) = block.feed_forward_norm.forward_sum(&drop(attended), &x_nd);
-            let fed = match &block.feed_forward {
-                FeedForward::Dense(mlp) => mlp.forward(&normed),
-                FeedForward::Experts(moe) => {
-                    let (y_nd, losses) = moe.forward(&normed, real, mode);
-                    router_losses.push(losses);
-                    y_nd
-                }
-            };
-            (x_nd, normed) = norm_of(index + 1).forward_sum(&drop(fed), &x_nd);
         }
-        let experts = self.config.moe.as_ref().filter(|_| !router_losses.is_empty());
-        let routers = experts.map(|config| RouterTotals::of(config, &router_losses));
-        Ok(Hidden { x_nd: normed, routers })
+    }
+
+    pub(super) fn router_totals(&self, losses: &[RouterLosses]) -> Option<RouterTotals> {
+        let config = self.config.moe.as_ref().filter(|_| !losses.is_empty());
+        config.map(|config| RouterTotals::of(config, losses))
     }
 
     /// The stack over packed examples.

@@ -301,7 +301,7 @@ mod tests {
     #[test]
     fn a_window_is_seen_and_no_more() {
         let mut model = ModelConfig::new(32, 2, 4, 48, 16);
-        model.window = Some(crate::model::WindowConfig { size: 4, from: 1 });
+        model.window = Some(crate::model::WindowConfig::new(4, 1));
         assert_eq!((seen(&model, 0, 8), seen(&model, 1, 8), seen(&model, 1, 2)), (4.0, 3.0, 1.0));
     }
 }

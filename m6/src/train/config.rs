@@ -35,6 +35,9 @@ pub struct TrainConfig {
     pub tasks: TasksConfig,
     /// Length, batch and learning rate.
     pub schedule: ScheduleConfig,
+    /// Whether blocks keep their input alone and are computed again for their gradients: less memory, more time.
+    #[serde(default)]
+    pub recompute: bool,
     /// AdamW, and Muon beside it.
     #[serde(default)]
     pub optimizer: OptimizerConfig,

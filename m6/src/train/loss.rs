@@ -4,7 +4,7 @@ use m6_runtime::fused::linear_cross_entropy;
 use tch::{Kind, Tensor};
 
 use crate::error::Result;
-use crate::model::{Mode, Transformer};
+use crate::model::{Hidden, Mode, Recompute, Transformer};
 use crate::objectives::{Batch, Targets, Task};
 
 /// Losses of one micro-batch, all on the device.
@@ -30,6 +30,36 @@ pub struct Losses {
 pub fn losses(transformer: &Transformer, batch: &Batch, mode: Mode) -> Result<Losses> {
     let hidden =
         transformer.forward(&batch.tokens, batch.pictures.as_ref(), &batch.layout, batch.real, mode)?;
+    Ok(score(hidden, transformer.text_head(), transformer.code_head(), batch))
+}
+
+/// The losses of a micro-batch, one of `count` of an update, whose gradients are added to those of the parameters. With
+/// `recompute`, blocks keep their input alone and are computed again.
+///
+/// # Errors
+/// When libtorch refuses an attention call.
+pub(super) fn accumulate(
+    transformer: &Transformer,
+    batch: &Batch,
+    count: u64,
+    recompute: bool,
+) -> Result<Losses> {
+    let backward = |losses: &Losses| (&losses.total / count as f64).backward();
+    if !recompute {
+        let losses = losses(transformer, batch, Mode::Train)?;
+        backward(&losses);
+        return Ok(losses);
+    }
+    let (pass, hidden) =
+        Recompute::forward(transformer, &batch.tokens, batch.pictures.as_ref(), &batch.layout, batch.real)?;
+    let losses = score(hidden, pass.text_head().shallow_clone(), transformer.code_head(), batch);
+    backward(&losses);
+    pass.backward()?;
+    Ok(losses)
+}
+
+/// Scores the targets of a batch against the rows of the heads.
+fn score(hidden: Hidden, text_head: Tensor, code_head: Option<Tensor>, batch: &Batch) -> Losses {
     let device = hidden.x_nd.device();
     let zeros = || Tensor::zeros([Task::ALL.len() as i64], (Kind::Float, device));
     let (mut task_sums, mut task_counts) = (zeros(), zeros());
@@ -37,8 +67,7 @@ pub fn losses(transformer: &Transformer, batch: &Batch, mode: Mode) -> Result<Lo
         Some(routers) => (routers.loss, Some(routers.loads), routers.dropped),
         None => (Tensor::zeros([], (Kind::Float, device)), None, None),
     };
-    let heads: [(&Targets, Option<Tensor>); 2] =
-        [(&batch.texts, Some(transformer.text_head())), (&batch.codes, transformer.code_head())];
+    let heads: [(&Targets, Option<Tensor>); 2] = [(&batch.texts, Some(text_head)), (&batch.codes, code_head)];
     for (targets, head) in heads {
         let Some(head) = head.filter(|_| targets.count > 0) else { continue };
         let rows = hidden.x_nd.index_select(0, &targets.rows);
@@ -47,5 +76,134 @@ pub fn losses(transformer: &Transformer, batch: &Batch, mode: Mode) -> Result<Lo
         task_sums = task_sums.index_add(0, &targets.tasks, &each);
         task_counts = task_counts.index_add(0, &targets.tasks, &each.ones_like());
     }
-    Ok(Losses { total, task_sums, task_counts, expert_load, expert_dropped })
+    Losses { total, task_sums, task_counts, expert_load, expert_dropped }
+}
+
+#[cfg(test)]
+mod tests {
+    use m6_data::Rgb8;
+    use m6_runtime::Params;
+    use m6_vision::PatchConfig;
+    use tch::Device;
+
+    use super::*;
+    use crate::model::{Bias, Language, ModelConfig, MoeConfig, NormKind, RotaryConfig, Vocab, WindowConfig};
+    use crate::objectives::{Example, Piece, Target, lay_out};
+
+    const VOCAB: Vocab = Vocab { text: 20, codes: 4 };
+    const CODE_GRID: i64 = 2;
+
+    /// A caption and, as `has_codes` says, a drawing, and some padding.
+    fn batch(transformer: &Transformer, words: &[i64], has_codes: bool) -> Batch {
+        let caption = Example {
+            task: Task::Captioning,
+            prefix: vec![Piece::Picture(Rgb8::filled(8, 8, [words[0] as u8; 3]))],
+            target: Target::Text { language: Language::Zh, ids: words.to_vec() },
+        };
+        let codes = vec![3, 2, 1, 0];
+        let drawing = Example {
+            task: Task::TextToImage,
+            prefix: vec![Piece::Text(words.to_vec())],
+            target: Target::Codes { seen: codes.clone(), codes, places: vec![0, 1, 2, 3] },
+        };
+        let examples = [Some(caption), has_codes.then_some(drawing)].into_iter().flatten();
+        let row = lay_out(transformer.vocab(), transformer.positions(), examples, Some(24));
+        row.unwrap().upload(Device::Cpu).unwrap()
+    }
+
+    fn dense() -> ModelConfig {
+        let patches = Some(PatchConfig { resolution: 8, channels: vec![16, 16] });
+        ModelConfig { patches, ..ModelConfig::new(16, 3, 2, 24, 8) }
+    }
+
+    fn built(config: &ModelConfig) -> (Params, Transformer) {
+        config.validate().unwrap();
+        let params = Params::new(Device::Cpu, 3);
+        let transformer = Transformer::new(&params, config, VOCAB, CODE_GRID);
+        (params, transformer)
+    }
+
+    /// Every number of an update of three micro-batches by name: what they are scored, gradients, and the random state.
+    fn update(config: &ModelConfig, recompute: bool) -> Vec<(String, Tensor)> {
+        let (params, transformer) = built(config);
+        tch::manual_seed(4);
+        let mut numbers = Vec::new();
+        for (words, has_codes) in [(&[5, 6, 7], true), (&[1, 2, 3], true), (&[9, 5, 9], false)] {
+            let batch = batch(&transformer, words, has_codes);
+            let losses = accumulate(&transformer, &batch, 3, recompute).unwrap();
+            numbers.extend([
+                ("total", losses.total),
+                ("sums", losses.task_sums),
+                ("counts", losses.task_counts),
+            ]);
+            numbers.extend(losses.expert_load.map(|load| ("load", load)));
+            numbers.extend(losses.expert_dropped.map(|dropped| ("dropped", dropped)));
+        }
+        numbers.push(("random", Tensor::rand([4], (Kind::Float, Device::Cpu))));
+        let numbers = numbers.into_iter().map(|(name, tensor)| (name.to_owned(), tensor.detach()));
+        numbers
+            .chain(params.trainable().into_iter().map(|(name, param)| (name, param.tensor.grad())))
+            .collect()
+    }
+
+    fn assert_same(config: &ModelConfig) {
+        let (kept, again) = (update(config, false), update(config, true));
+        assert_eq!(kept.len(), again.len());
+        for ((name, kept), (_, again)) in kept.iter().zip(&again) {
+            assert!(kept.defined() && kept == again, "{name} of {config:?}\n{kept:?}\n{again:?}");
+        }
+    }
+
+    fn experts(more: &str) -> Option<MoeConfig> {
+        let text = format!("experts = 4\nactive = 2\nbalance_loss = 0.1\nz_loss = 0.01\n{more}");
+        Some(toml::from_str(&text).unwrap())
+    }
+
+    #[test]
+    fn blocks_that_are_computed_again_give_the_same_bits() {
+        assert_same(&dense());
+        let qwen2 = ModelConfig {
+            kv_heads: Some(1),
+            bias: Bias::Qkv,
+            rotary: Some(RotaryConfig { base: 1e4, scaling: None, logn: None }),
+            window: Some(WindowConfig::new(3, 1)),
+            tied: false,
+            ..dense()
+        };
+        assert_same(&qwen2);
+        assert_same(&ModelConfig { norm: NormKind::Layer, any_order: true, dropout: 0.3, ..dense() });
+    }
+
+    #[test]
+    fn routers_of_blocks_that_are_computed_again_give_the_same_bits() {
+        for more in [
+            "every = 2",
+            "every = 1\nbalance = \"model\"\nshared = 16\nrenormalize = false",
+            "every = 1\nrouting = \"prototypes\"\ncapacity = 0.5\ndense_layers = [1]",
+        ] {
+            assert_same(&ModelConfig { moe: experts(more), ..dense() });
+            assert_same(&ModelConfig { moe: experts(more), dropout: 0.3, ..dense() });
+        }
+    }
+
+    #[test]
+    fn nothing_of_a_block_is_kept_but_its_input() {
+        let (params, transformer) = built(&ModelConfig { moe: experts("every = 2"), ..dense() });
+        let batch = batch(&transformer, &[5, 6, 7], true);
+        let (pass, hidden) = Recompute::forward(
+            &transformer,
+            &batch.tokens,
+            batch.pictures.as_ref(),
+            &batch.layout,
+            batch.real,
+        )
+        .unwrap();
+        let head = pass.text_head().shallow_clone();
+        score(hidden, head, transformer.code_head(), &batch).total.backward();
+        let blocks = (&params / "blocks").trainable();
+        let reached = || blocks.iter().filter(|(_, param)| param.tensor.grad().defined()).count();
+        assert_eq!(reached(), 0, "a graph through the blocks would have brought them gradients");
+        pass.backward().unwrap();
+        assert_eq!(reached(), blocks.len());
+    }
 }

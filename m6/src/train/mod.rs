@@ -21,12 +21,13 @@ use m6_vqgan::Vqgan;
 use tch::{Device, Tensor};
 
 pub use config::{SamplesConfig, ScheduleConfig, TokenizerConfig, TrainConfig, ValidationConfig};
+use loss::accumulate;
 pub use loss::{Losses, losses};
 pub use texts::texts;
 
 use crate::error::{Error, Result};
 use crate::generate::{draw, rows_grid};
-use crate::model::{Mode, Model};
+use crate::model::Model;
 use crate::objectives::{ExampleSource, ModelView, OpenSource};
 use feed::{Feed, Place, Recipe};
 use sources::Opening;
@@ -36,9 +37,10 @@ use window::Window;
 const TOKENIZER: &str = "tokenizer.json";
 const MODEL: &str = "model";
 /// Keys that may change when a run goes on: they do not touch what it computes, or are checked on their own.
-const FREE_KEYS: [&str; 10] = [
+const FREE_KEYS: [&str; 11] = [
     "run",
     "device",
+    "recompute",
     "vqgan",
     "log_every",
     "checkpoint_every",
@@ -176,8 +178,8 @@ impl Trainer {
             self.optimizer.zero_grad()?;
             for _ in 0..plan.accumulation {
                 let batch = feed.next_batch(self.device)?;
-                let losses = losses(&self.model.transformer, &batch, Mode::Train)?;
-                (&losses.total / plan.accumulation as f64).backward();
+                let transformer = &self.model.transformer;
+                let losses = accumulate(transformer, &batch, plan.accumulation, self.config.recompute)?;
                 self.window.add(&losses, &batch);
             }
             let grad_norm = self.optimizer.clip_grad_norm(plan.clip)?;

@@ -51,6 +51,9 @@ MODELS = {
     ),
     "qwen2-moe": Qwen2MoeConfig(**EXPERTS, norm_topk_prob=False, decoder_sparse_step=1),
     "qwen2-moe-sparse": Qwen2MoeConfig(**EXPERTS, norm_topk_prob=True, decoder_sparse_step=2),
+    "qwen2-moe-window": Qwen2MoeConfig(
+        **EXPERTS | dict(num_hidden_layers=3), use_sliding_window=True, sliding_window=5, max_window_layers=2
+    ),
 }
 
 

@@ -83,9 +83,8 @@ pub fn publish(described: &Described, dtype: StoredKind) -> Result<Value, String
     };
     config["vocab_size"] = json!(vocab_size);
     merge(&mut config, &json!(ids));
-    let read = explicit(&describe(&config)?.model);
-    difference("", &json!(explicit(model)), &json!(read)).map_or(Ok(config), |setting| {
-        Err(format!("{setting} has no counterpart in a published {} config", json!(family)))
+    difference(model, &describe(&config)?.model).map_or(Ok(config), |(key, value, _)| {
+        Err(format!("{key} = {value} has no counterpart in a published {} config", json!(family)))
     })
 }
 
@@ -100,14 +99,18 @@ fn explicit(model: &ModelConfig) -> ModelConfig {
     model
 }
 
-/// The first setting of `wanted` that differs in `found`, by its key.
-fn difference(key: &str, wanted: &Value, found: &Value) -> Option<String> {
+/// The first setting of `wanted` that differs in `found`, by its key, with both values.
+pub fn difference(wanted: &ModelConfig, found: &ModelConfig) -> Option<(String, Value, Value)> {
+    difference_in("", &json!(explicit(wanted)), &json!(explicit(found)))
+}
+
+fn difference_in(key: &str, wanted: &Value, found: &Value) -> Option<(String, Value, Value)> {
     let Value::Object(settings) = wanted else {
-        return (wanted != found).then(|| format!("{key} = {wanted}"));
+        return (wanted != found).then(|| (key.to_owned(), wanted.clone(), found.clone()));
     };
     let key_of = |name: &String| if key.is_empty() { name.clone() } else { format!("{key}.{name}") };
     let inner = |(name, value): (&String, &Value)| {
-        difference(&key_of(name), value, found.get(name).unwrap_or(&Value::Null))
+        difference_in(&key_of(name), value, found.get(name).unwrap_or(&Value::Null))
     };
     settings.iter().find_map(inner)
 }
@@ -145,7 +148,10 @@ fn qwen2(model: &ModelConfig, dtype: StoredKind) -> Value {
         "rope_parameters": rope(model.rotary.as_ref()),
         "use_sliding_window": model.window.is_some(),
         "sliding_window": model.window.as_ref().map(|window| window.size),
-        "max_window_layers": model.window.as_ref().map_or(model.layers, |window| window.from),
+        "max_window_layers": model.window.as_ref().map_or(model.layers, |window| match model.moe {
+            None => window.from,
+            Some(_) => window.until.unwrap_or(model.layers),
+        }),
     });
     if let Some(moe) = &model.moe {
         let experts = json!({
@@ -329,15 +335,17 @@ impl Qwen2 {
         if !self.use_sliding_window {
             return Ok(None);
         }
-        // There the window is one of every other block below `max_window_layers`.
-        if self.num_experts.is_some() {
-            return Err("use_sliding_window = true: expected false in a model with experts".to_owned());
-        }
         let size = self.sliding_window.ok_or("sliding_window is missing; use_sliding_window asks for it")?;
-        let from =
+        let layers =
             self.max_window_layers.ok_or("max_window_layers is missing; use_sliding_window asks for it")?;
-        // Beyond the last block it limits none.
-        Ok((from < self.num_hidden_layers).then_some(WindowConfig { size, from }))
+        let until = (layers < self.num_hidden_layers).then_some(layers);
+        Ok(if self.num_experts.is_none() {
+            // Beyond the last block it limits none.
+            until.map(|from| WindowConfig::new(size, from))
+        } else {
+            // In a model with experts, every other block below `max_window_layers`.
+            (layers > 0).then_some(WindowConfig { until, every: 2, ..WindowConfig::new(size, 0) })
+        })
     }
 
     /// Whether `layer_types`, which newer files have too, agrees with the keys that we read.
@@ -489,6 +497,30 @@ mod tests {
         assert_eq!(after.rotary.unwrap().base, 1e6);
     }
 
+    /// So that `m6 convert --experts` takes the one for the other. The keys are those of the published files.
+    #[test]
+    fn presets_say_what_published_configs_do() {
+        let both = r#""hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "hidden_act": "silu", "max_position_embeddings": 131072, "rms_norm_eps": 1e-6,
+            "rope_theta": 1000000.0, "sliding_window": 131072, "max_window_layers": 28, "use_sliding_window": false,
+            "tie_word_embeddings": false"#;
+        let experts = r#""num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 2560,
+            "shared_expert_intermediate_size": 20480, "norm_topk_prob": false, "decoder_sparse_step": 1,
+            "router_aux_loss_coef": 0.001"#;
+        for (preset, published) in [
+            ("qwen2-7b", format!(r#"{{"model_type": "qwen2", "vocab_size": 152064, {both}}}"#)),
+            (
+                "qwen2-57b-a14b",
+                format!(r#"{{"model_type": "qwen2_moe", "vocab_size": 151936, {both}, {experts}}}"#),
+            ),
+        ] {
+            let file = format!("{}/../configs/model/{preset}.toml", env!("CARGO_MANIFEST_DIR"));
+            let table: toml::Table = std::fs::read_to_string(file).unwrap().parse().unwrap();
+            let model: ModelConfig = table["model"].clone().try_into().unwrap();
+            assert_eq!(difference(&describe(&published).unwrap().model, &model), None, "{preset}");
+        }
+    }
+
     #[test]
     fn qwens_own_fields_are_read() {
         let text = r#"{"model_type": "qwen", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 22016,
@@ -509,10 +541,6 @@ mod tests {
             (r#""rope_parameters": {"rope_type": "yarn"}"#, "factor is missing"),
             (r#""use_sliding_window": true"#, "sliding_window is missing"),
             (r#""num_experts": 4"#, "num_experts_per_tok is missing"),
-            (
-                r#""num_experts": 4, "use_sliding_window": true, "sliding_window": 8, "max_window_layers": 1"#,
-                "use_sliding_window = true: expected false",
-            ),
             (r#""rope_scaling": {"type": "yarn", "factor": 2.0, "mscale": 1.0}"#, "mscale is set"),
             (r#""rope_scaling": {"type": "yarn", "factor": null}"#, "factor is missing"),
             (r#""layer_types": ["full_attention"]"#, "layer_types has 1 entries: expected 2"),

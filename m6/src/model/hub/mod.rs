@@ -10,13 +10,15 @@ use std::path::{Path, PathBuf};
 
 use m6_data::tokenizer::Tokenizer;
 use m6_runtime::{Params, TensorShards, first_problems};
+use m6_vqgan::Vqgan;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
 use super::folder::{StoredKind, same};
-use super::{ModelConfig, Transformer, Vocab};
+use super::{Extension, Model, ModelConfig, Transformer, Upcycling, Vocab, extend};
 use crate::error::{Error, Result};
+pub use config::difference;
 use config::{Described, Family, TokenIds, describe};
 use names::{Part, parts};
 
@@ -61,6 +63,11 @@ struct LanguageInfo {
 /// Whether a folder holds a model of Hugging Face's layout, by its config.
 pub fn is_published(dir: &Path) -> bool {
     read_config(dir).is_ok_and(|config| config.get("model_type").is_some())
+}
+
+/// Whether a folder holds a model of this program that sees and draws pictures, by its config.
+pub fn has_pictures(dir: &Path) -> bool {
+    read_config(dir).is_ok_and(|config| config.get("vqgan").is_some())
 }
 
 fn read_config(dir: &Path) -> Result<Value> {
@@ -138,6 +145,26 @@ impl LanguageModel {
         Ok(Self { params, transformer, tokenizer, stored, folder, described, parts })
     }
 
+    /// The same with experts, to be published as Qwen2-MoE.
+    ///
+    /// # Errors
+    /// When this is not the dense model that `upcycling` is for.
+    pub fn upcycled(self, upcycling: &Upcycling) -> Result<Self> {
+        upcycling.check(self.config())?;
+        let (model, family) = (upcycling.model.clone(), Family::Qwen2);
+        let params = Params::new(self.params.device(), upcycling.seed);
+        let transformer = Transformer::new(&params, &model, self.transformer.vocab(), 0);
+        upcycling.fill(&self.params, &params);
+        let parts = parts(family, &model);
+        Ok(Self {
+            params,
+            transformer,
+            parts,
+            described: Described { family, model, ..self.described },
+            ..self
+        })
+    }
+
     fn info(&self, dtype: StoredKind) -> Result<LanguageInfo> {
         Ok(LanguageInfo {
             model: self.config().clone(),
@@ -147,6 +174,30 @@ impl LanguageModel {
             family: self.described.family,
             ids: self.described.ids.clone(),
         })
+    }
+
+    /// The same with all that a run needs to begin from it and learn pictures.
+    ///
+    /// # Errors
+    /// When this is not the model that `extension` is for, has no text tokenizer or one with more ids than the table has
+    /// rows, or the image tokenizer cannot be read.
+    pub fn extended(self, extension: &Extension) -> Result<Model> {
+        extension.check(self.config())?;
+        let fail = |problem: String| Error::file(&self.folder, problem);
+        let (device, rows) = (self.params.device(), self.transformer.vocab().text);
+        let tokenizer =
+            self.tokenizer.ok_or_else(|| fail(format!("holds none of {}", TOKENIZERS.join(", "))))?;
+        let ids = tokenizer.vocab_size() as i64;
+        if ids > rows {
+            return Err(fail(format!(
+                "its tokenizer has {ids} ids: expected at most {rows}, the rows of its table"
+            )));
+        }
+        let vqgan = Vqgan::load(&extension.vqgan, device)?;
+        let mut model = Model::new(&extension.model, tokenizer, vqgan, device, extension.seed)?;
+        model.info.dtype = self.stored;
+        extend::fill(&self.params, &model.params, model.info.vocab);
+        Ok(model)
     }
 
     /// The settings of the stack.
@@ -241,7 +292,7 @@ mod tests {
     use super::*;
 
     /// `tests/parity/make.py` made these, with transformers.
-    const MODELS: [&str; 8] = [
+    const MODELS: [&str; 9] = [
         "qwen2",
         "qwen2-tied",
         "qwen2-window",
@@ -250,6 +301,7 @@ mod tests {
         "qwen2-yarn",
         "qwen2-moe",
         "qwen2-moe-sparse",
+        "qwen2-moe-window",
     ];
 
     fn folder(name: &str) -> PathBuf {

@@ -101,6 +101,14 @@ impl Router {
     }
 }
 
+impl RouterLosses {
+    /// Those of a pass without a graph, as leaves.
+    pub fn into_leaves(self) -> Self {
+        let leaf = |tensor: Tensor| tensor.set_requires_grad(true);
+        Self { loss: leaf(self.loss), mean_e: leaf(self.mean_e), ..self }
+    }
+}
+
 /// What the routers of all blocks come to.
 #[derive(Debug)]
 pub struct RouterTotals {
