@@ -70,6 +70,11 @@ impl Discriminator {
 }
 
 impl Verdict {
+    /// One score a picture, `[b]`: the mean of those of its patches.
+    pub(crate) fn scores(&self) -> Tensor {
+        self.logits.mean_dim([1, 2, 3].as_slice(), false, Kind::Float)
+    }
+
     /// What the discriminator minimises; `self` judges real pictures.
     pub(crate) fn discriminator_loss(&self, fake: &Verdict, loss: AdversarialLoss) -> Tensor {
         let penalty = |wrong: Tensor| match loss {

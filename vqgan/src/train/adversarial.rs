@@ -33,6 +33,20 @@ pub struct DiscriminatorConfig {
     pub adaptive_max: Option<f64>,
     /// Weight of the distance of its activations.
     pub feature_matching: f64,
+    /// Weight of LeCam regularisation (Tseng et al. 2021) in what the discriminator minimises.
+    #[serde(default)]
+    pub lecam: f64,
+    /// Weight of R1 (Mescheder et al. 2018) in what the discriminator minimises, which is half of it times the squared
+    /// length of the gradient of a real picture's score, the mean of those of its patches.
+    #[serde(default)]
+    pub r1: f64,
+    /// Steps between those with R1, whose weight is then as many times as large (Karras et al. 2020).
+    #[serde(default = "r1_every")]
+    pub r1_every: u64,
+}
+
+fn r1_every() -> u64 {
+    16
 }
 
 /// What the discriminator minimises, and what the model does about its scores.
@@ -63,6 +77,12 @@ impl DiscriminatorConfig {
         ((step - heard_from + 1) as f64 / self.ramp.max(1) as f64).min(1.0)
     }
 
+    /// The weight of R1 at `step`, where the step has it.
+    pub(super) fn r1_weight(&self, step: u64) -> Option<f64> {
+        let due = self.r1 > 0.0 && (step + 1).is_multiple_of(self.r1_every);
+        due.then_some(self.r1 / 2.0 * self.r1_every as f64)
+    }
+
     /// Checks what the types do not.
     ///
     /// # Errors
@@ -74,6 +94,8 @@ impl DiscriminatorConfig {
             ("start", self.start, 1.0),
             ("weight", self.weight, f64::MAX),
             ("feature_matching", self.feature_matching, f64::MAX),
+            ("lecam", self.lecam, f64::MAX),
+            ("r1", self.r1, f64::MAX),
         ] {
             if let Some(message) = out_of_range(value, high) {
                 return problem(key, message);
@@ -81,6 +103,9 @@ impl DiscriminatorConfig {
         }
         if !(1..=MAX_LAYERS).contains(&self.layers) {
             return problem("layers", format!("{}, expected 1 to {MAX_LAYERS}", self.layers));
+        }
+        if self.r1_every == 0 {
+            return problem("r1_every", "0, expected at least 1".into());
         }
         match self.adaptive_max {
             Some(max) if !(max > 0.0 && max.is_finite()) => {
@@ -113,7 +138,16 @@ pub(super) mod tests {
     #[test]
     fn keys_that_came_later_change_nothing_where_they_are_not_given() {
         let d = plain();
-        assert_eq!((d.loss, d.adaptive_max), (AdversarialLoss::Hinge, None));
+        assert_eq!((d.loss, d.adaptive_max, d.lecam), (AdversarialLoss::Hinge, None, 0.0));
+        assert!((0..100).all(|step| d.r1_weight(step).is_none()));
+    }
+
+    #[test]
+    fn r1_comes_every_nth_step_with_n_times_its_weight() {
+        let d = DiscriminatorConfig { r1: 10.0, r1_every: 4, ..plain() };
+        let weights: Vec<Option<f64>> = (0..9).map(|step| d.r1_weight(step)).collect();
+        let (none, due) = (None, Some(20.0));
+        assert_eq!(weights, [none, none, none, due, none, none, none, due, none]);
     }
 
     #[test]
@@ -125,6 +159,12 @@ pub(super) mod tests {
         plain().validate().unwrap();
         assert_eq!(message(DiscriminatorConfig { start: 2.0, ..plain() }), "start: 2, expected 0 to 1");
         assert_eq!(message(DiscriminatorConfig { layers: 5, ..plain() }), "layers: 5, expected 1 to 4");
+        assert_eq!(message(DiscriminatorConfig { lecam: -1.0, ..plain() }), "lecam: -1, expected 0 or more");
+        assert_eq!(message(DiscriminatorConfig { r1: f64::NAN, ..plain() }), "r1: NaN, expected 0 or more");
+        assert_eq!(
+            message(DiscriminatorConfig { r1_every: 0, ..plain() }),
+            "r1_every: 0, expected at least 1"
+        );
         let adaptive = |max| message(DiscriminatorConfig { adaptive_max: Some(max), ..plain() });
         assert_eq!(adaptive(0.0), "adaptive_max: 0, expected more than 0");
         assert_eq!(adaptive(f64::NAN), "adaptive_max: NaN, expected more than 0");

@@ -5,6 +5,7 @@ use m6_runtime::{Params, named_seed};
 use tch::{Device, Kind, Tensor};
 
 use super::adversarial::DiscriminatorConfig;
+use super::regularise::{LeCam, gradient_penalty};
 use crate::augment::Augmentation;
 use crate::discriminator::{Discriminator, Verdict};
 use crate::error::Result;
@@ -25,6 +26,7 @@ pub(super) struct Critic {
     pub(super) params: Params,
     pub(super) optimizer: Optimizer,
     discriminator: Discriminator,
+    lecam: Option<LeCam>,
     compute: Kind,
 }
 
@@ -34,7 +36,8 @@ impl Critic {
         let params = Params::new(device, named_seed(seed, "discriminator"));
         let discriminator = Discriminator::new(&params, config.layers);
         let optimizer = Optimizer::new(&params, OPTIMIZER);
-        Self { config, steps, params, optimizer, discriminator, compute: compute_kind(device) }
+        let lecam = (config.lecam > 0.0).then(|| LeCam::new(&(&params / "lecam")));
+        Self { config, steps, params, optimizer, discriminator, lecam, compute: compute_kind(device) }
     }
 
     /// Whether the discriminator is trained at `step`.
@@ -78,19 +81,30 @@ impl Critic {
         terms
     }
 
-    /// The discriminator's own term, and by how much its scores tell `x` from reconstructions `y`.
-    pub(super) fn own_terms(&self, x: &Tensor, y: &Tensor) -> Vec<Term> {
+    /// The discriminator's own terms at `step`, and by how much its scores tell `x` from reconstructions `y`.
+    pub(super) fn own_terms(&self, x: &Tensor, y: &Tensor, step: u64) -> Vec<Term> {
         let augmentation = Augmentation::draw(&x.size(), x.device());
         let (real, fake) = (self.judge(&augmentation, x), self.judge(&augmentation, &y.detach()));
         let margin = real.logits.mean(Kind::Float) - fake.logits.mean(Kind::Float);
-        vec![
+        let mut terms = vec![
             Term {
                 name: "discriminator",
                 weight: 1.0,
                 value: real.discriminator_loss(&fake, self.config.loss),
             },
             Term { name: "discriminator_margin", weight: 0.0, value: margin.detach() },
-        ]
+        ];
+        if let Some(lecam) = &self.lecam {
+            let value = lecam.penalty(&real.logits, &fake.logits);
+            terms.push(Term { name: "lecam", weight: self.config.lecam, value });
+        }
+        if let Some(weight) = self.config.r1_weight(step) {
+            // In float32: the kernels for bf16 have no second derivatives.
+            let score = |shown: &Tensor| self.discriminator.forward(shown).scores();
+            let value = gradient_penalty(&augmentation.apply(x), score);
+            terms.push(Term { name: "r1", weight, value });
+        }
+        terms
     }
 
     /// One update from the gradients so far.
@@ -144,6 +158,22 @@ mod tests {
         let y = scale_gradient(&x.square(), &Tensor::from(0.25f32));
         y.backward();
         assert_eq!((y.double_value(&[]), x.grad().double_value(&[])), (9.0, 1.5));
+    }
+
+    #[test]
+    fn penalties_join_the_discriminators_own_terms() {
+        let config = DiscriminatorConfig { lecam: 0.1, r1: 10.0, r1_every: 2, ..plain() };
+        let critic = Critic::new(config, 100, Device::Cpu, 1);
+        let draw = |seed| {
+            Params::new(Device::Cpu, seed).add("x", &[2, 3, 32, 32], Init::Uniform(1.0), Group::Buffer)
+        };
+        let weights = |step| -> Vec<(&str, f64)> {
+            let terms = critic.own_terms(&draw(1), &draw(2), step);
+            terms.iter().map(|term| (term.name, term.weight)).collect()
+        };
+        let plain = [("discriminator", 1.0), ("discriminator_margin", 0.0), ("lecam", 0.1)];
+        assert_eq!(weights(0), plain);
+        assert_eq!(weights(1), [&plain[..], &[("r1", 10.0)]].concat());
     }
 
     /// With weight 1 the adversarial loss moves the last kernel as far as the other terms do.

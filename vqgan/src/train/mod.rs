@@ -3,6 +3,7 @@
 mod adversarial;
 mod config;
 mod critic;
+mod regularise;
 mod state;
 
 use std::path::{Path, PathBuf};
@@ -134,7 +135,7 @@ fn train(
             }
             (Term::total(&terms) / accumulation as f64).backward();
             if let Some(critic) = &critic {
-                let own = critic.own_terms(&x, y);
+                let own = critic.own_terms(&x, y, step);
                 (Term::total(&own) / accumulation as f64).backward();
                 terms.extend(own);
             }
@@ -325,7 +326,12 @@ mod tests {
     fn a_resumed_run_equals_one_that_never_stopped_bit_for_bit() {
         let _alone = alone();
         check_resume(&[]);
-        check_resume(&["discriminator.adaptive_max=10.0"]);
+        check_resume(&[
+            "discriminator.adaptive_max=10.0",
+            "discriminator.lecam=0.1",
+            "discriminator.r1=1.0",
+            "discriminator.r1_every=2",
+        ]);
     }
 
     fn check_resume(overrides: &[&str]) {
