@@ -3,7 +3,9 @@
 use serde::{Deserialize, Serialize};
 
 use super::config::{fraction, out_of_range};
+use crate::augment::AugmentConfig;
 use crate::config::ConfigProblem;
+use crate::discriminator::DiscriminatorNorm;
 
 /// Layers of stride 2 that pictures of ordinary sizes have room for.
 const MAX_LAYERS: i64 = 4;
@@ -14,6 +16,9 @@ const MAX_LAYERS: i64 = 4;
 pub struct DiscriminatorConfig {
     /// Layers of stride 2: 2 at 64 to 128 pixels, 3 at 256.
     pub layers: i64,
+    /// What holds its activations in bounds.
+    #[serde(default)]
+    pub norm: DiscriminatorNorm,
     /// What discriminator and model minimise.
     #[serde(default)]
     pub loss: AdversarialLoss,
@@ -33,6 +38,9 @@ pub struct DiscriminatorConfig {
     pub adaptive_max: Option<f64>,
     /// Weight of the distance of its activations.
     pub feature_matching: f64,
+    /// How what it sees is changed.
+    #[serde(default)]
+    pub augment: AugmentConfig,
     /// Weight of LeCam regularisation (Tseng et al. 2021) in what the discriminator minimises.
     #[serde(default)]
     pub lecam: f64,
@@ -138,6 +146,8 @@ pub(super) mod tests {
     #[test]
     fn keys_that_came_later_change_nothing_where_they_are_not_given() {
         let d = plain();
+        assert_eq!(d.augment, AugmentConfig { colour: true, translation: true, cutout: true });
+        assert_eq!(d.norm, DiscriminatorNorm::Group);
         assert_eq!((d.loss, d.adaptive_max, d.lecam), (AdversarialLoss::Hinge, None, 0.0));
         assert!((0..100).all(|step| d.r1_weight(step).is_none()));
     }

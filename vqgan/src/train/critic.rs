@@ -34,7 +34,7 @@ impl Critic {
     /// For a run of `steps`.
     pub(super) fn new(config: DiscriminatorConfig, steps: u64, device: Device, seed: u64) -> Self {
         let params = Params::new(device, named_seed(seed, "discriminator"));
-        let discriminator = Discriminator::new(&params, config.layers);
+        let discriminator = Discriminator::new(&params, config.layers, config.norm);
         let optimizer = Optimizer::new(&params, OPTIMIZER);
         let lecam = (config.lecam > 0.0).then(|| LeCam::new(&(&params / "lecam")));
         Self { config, steps, params, optimizer, discriminator, lecam, compute: compute_kind(device) }
@@ -61,7 +61,7 @@ impl Critic {
         last_kernel: &Tensor,
     ) -> Vec<Term> {
         let DiscriminatorConfig { loss, weight, adaptive_max, feature_matching, .. } = self.config;
-        let augmentation = Augmentation::draw(&x.size(), x.device());
+        let augmentation = Augmentation::draw(self.config.augment, &x.size(), x.device());
         self.params.set_trainable(false);
         let fake = self.judge(&augmentation, y);
         let mut adversarial =
@@ -83,7 +83,7 @@ impl Critic {
 
     /// The discriminator's own terms at `step`, and by how much its scores tell `x` from reconstructions `y`.
     pub(super) fn own_terms(&self, x: &Tensor, y: &Tensor, step: u64) -> Vec<Term> {
-        let augmentation = Augmentation::draw(&x.size(), x.device());
+        let augmentation = Augmentation::draw(self.config.augment, &x.size(), x.device());
         let (real, fake) = (self.judge(&augmentation, x), self.judge(&augmentation, &y.detach()));
         let margin = real.logits.mean(Kind::Float) - fake.logits.mean(Kind::Float);
         let mut terms = vec![

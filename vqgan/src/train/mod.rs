@@ -15,6 +15,8 @@ use m6_runtime::device::{device, memory};
 use m6_runtime::named_seed;
 use tch::{Device, Kind, Tensor};
 
+pub use crate::augment::AugmentConfig;
+pub use crate::discriminator::DiscriminatorNorm;
 pub use adversarial::{AdversarialLoss, DiscriminatorConfig};
 pub use config::{DataConfig, ScheduleConfig, TrainConfig, ValidationConfig};
 
@@ -331,6 +333,7 @@ mod tests {
             "discriminator.lecam=0.1",
             "discriminator.r1=1.0",
             "discriminator.r1_every=2",
+            "discriminator.norm=spectral",
         ]);
     }
 
