@@ -84,19 +84,26 @@ pub fn reconstruction_grid(model: &Vqgan, pictures: &Tensor) -> Result<Rgb8> {
     Ok(grid(&tiles, columns, GRID_GAP))
 }
 
-/// Scores the tokenizer in folder `dir` on the pictures of `shards`, at most `limit` of them, each resized and cropped
-/// to the model's resolution. With `grid`, also writes originals above reconstructions as a PNG.
+/// What to score, and how.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct EvalRequest<'a> {
+    /// At most so many pictures.
+    pub limit: Option<usize>,
+    /// Where to write originals above reconstructions as a PNG.
+    pub grid: Option<&'a Path>,
+    /// Weights of the Inception network that FID is measured with, in pytorch-fid's layout; without them, sets are compared
+    /// by [`crate::fidelity::FidelitySpace::RandomNetwork`].
+    pub inception: Option<&'a Path>,
+}
+
+/// Scores the tokenizer in folder `dir` on the pictures of `shards`, each resized and cropped to the model's resolution.
 ///
 /// # Errors
-/// When the model, a shard or a picture cannot be read, or the grid cannot be written.
-pub fn run(
-    dir: &Path,
-    shards: &[String],
-    device_name: &str,
-    limit: Option<usize>,
-    grid: Option<&Path>,
-) -> Result<EvalReport> {
+/// When the model, a shard, a picture or Inception's weights cannot be read, or the grid cannot be written.
+pub fn run(dir: &Path, shards: &[String], device_name: &str, request: EvalRequest) -> Result<EvalReport> {
+    let EvalRequest { limit, grid, inception } = request;
     let model = Vqgan::load(dir, device(device_name)?)?;
+    let mut comparison = Comparison::new(inception, model.device())?;
     let side = model.config().resolution;
     let transform = Transform::centered(side as u32);
     let shards = ShardSet::open_with(shards, fetching())?;
@@ -107,7 +114,6 @@ pub fn run(
     let mut stream = PictureStream::start(shards, transform, UNUSED_SEED, index, (0, workers, 2 * BATCH))?;
 
     let mut sums = Sums::new(&model);
-    let mut comparison = Comparison::new(&model);
     let mut task = Task::new("score reconstructions", total, "images");
     while stream.next_ordinal() < total {
         let done = stream.next_ordinal();
@@ -232,7 +238,8 @@ mod tests {
         model.save(dir.path(), Dtype::Float32).unwrap();
         let png = dir.path().join("grid.png");
         let EvalReport { scores: report, fidelity } =
-            run(dir.path(), &shards, "cpu", None, Some(&png)).unwrap();
+            run(dir.path(), &shards, "cpu", EvalRequest { grid: Some(&png), ..EvalRequest::default() })
+                .unwrap();
         assert_eq!(report.samples, 3);
         // An untrained decoder makes grey of everything.
         let Fidelity { frechet_distance, kernel_distance, .. } = fidelity.unwrap();
@@ -248,7 +255,10 @@ mod tests {
         assert_eq!(report.ms_ssim, None, "pictures of 16 pixels have no five scales");
         let grid = Rgb8::decode(&std::fs::read(png).unwrap()).unwrap();
         assert!(grid.width >= 3 * 16 && grid.height >= 2 * 16);
-        let of = |limit| run(dir.path(), &shards, "cpu", Some(limit), None).unwrap();
+        let of = |limit| {
+            let request = EvalRequest { limit: Some(limit), ..EvalRequest::default() };
+            run(dir.path(), &shards, "cpu", request).unwrap()
+        };
         assert_eq!(of(2).scores.samples, 2);
         assert_eq!(of(1).fidelity, None);
     }

@@ -35,7 +35,7 @@ pub mod weights;
 
 pub use config::{ConfigProblem, QuantizerKind, VqganConfig};
 pub use error::{Result, VqganError};
-pub use eval::{EvalReport, VqganReport};
+pub use eval::{EvalReport, EvalRequest, VqganReport};
 pub use grid::CodeGrid;
 pub use loss::LossWeights;
 pub use lpips::LpipsConfig;

@@ -6,7 +6,7 @@ use clap::ValueEnum;
 use m6::Result;
 use m6_vqgan::fidelity::Fidelity;
 use m6_vqgan::weights::{self, Imported};
-use m6_vqgan::{Dtype, VqganReport};
+use m6_vqgan::{Dtype, EvalRequest, VqganReport};
 
 use super::args::ConfigArgs;
 use super::output;
@@ -73,8 +73,10 @@ impl TrainArgs {
     MS-SSIM has five scales, and pictures of less than 176 pixels a side have none. Bits a pixel are by the entropy of \
     the codes, and nominal by the size of the codebook.\n\n\
     Originals and reconstructions are also compared as sets, by the Frechet distance and the unbiased kernel distance \
-    that FID and KID are in Inception's features. These are in those of a network that was never trained, which the \
-    figures are named after: they compare with others of that name and number of pictures, and not with FID and KID."
+    that FID and KID are in Inception's features. With --inception they are those: it takes the weights that pytorch-fid \
+    publishes, pt_inception-2015-12-05, as a safetensors file or a torch file of torch 1.6 and later. Without, the \
+    features are of a network that was never trained and whose name stands with the figures, which compare with others \
+    of that name and number of pictures, and not with FID and KID."
 )]
 pub struct EvalArgs {
     /// Folder of the tokenizer
@@ -88,6 +90,9 @@ pub struct EvalArgs {
     /// Write originals above reconstructions as a PNG
     #[arg(long, value_name = "FILE")]
     grid: Option<PathBuf>,
+    /// Weights of FID's Inception network, for FID and KID
+    #[arg(long, value_name = "FILE")]
+    inception: Option<PathBuf>,
     /// Where to compute: `cpu`, `cuda:N`, or `auto`
     #[arg(long, default_value = "auto")]
     device: String,
@@ -102,8 +107,12 @@ impl EvalArgs {
             output::check_extension("--grid", grid, "png")?;
             output::check_writable(grid)?;
         }
-        let limit = self.limit.map(|limit| limit as usize);
-        let report = m6_vqgan::eval::run(&self.dir, &self.shards, &self.device, limit, self.grid.as_deref())?;
+        let request = EvalRequest {
+            limit: self.limit.map(|limit| limit as usize),
+            grid: self.grid.as_deref(),
+            inception: self.inception.as_deref(),
+        };
+        let report = m6_vqgan::eval::run(&self.dir, &self.shards, &self.device, request)?;
         if self.json {
             return output::json(&report);
         }

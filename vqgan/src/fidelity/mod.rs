@@ -1,13 +1,16 @@
 //! How far reconstructions as a set are from the originals as a set: what FID and KID measure, in a space of features
 //! that the figures are named after.
 
+mod inception;
 mod random;
 
+use std::path::Path;
+
 use serde::{Deserialize, Serialize};
-use tch::{Kind, Tensor};
+use tch::{Device, Kind, Tensor};
 
 use crate::error::Result;
-use crate::model::Vqgan;
+use inception::Inception;
 use random::RandomNetwork;
 
 /// Rows whose kernels are taken at a time, to bound the memory.
@@ -22,6 +25,10 @@ pub enum FidelitySpace {
     /// blur, and with no notion of content.
     #[serde(rename = "random-conv-480")]
     RandomNetwork,
+    /// InceptionV3 after its third pooling, with weights from a file. With those that pytorch-fid publishes, the Frechet
+    /// distance is FID and the kernel distance KID.
+    #[serde(rename = "inception-v3-pool3")]
+    Inception,
 }
 
 impl FidelitySpace {
@@ -30,6 +37,7 @@ impl FidelitySpace {
     pub fn name(self) -> &'static str {
         match self {
             Self::RandomNetwork => "random-conv-480",
+            Self::Inception => "inception-v3-pool3",
         }
     }
 }
@@ -46,22 +54,49 @@ pub struct Fidelity {
     pub kernel_distance: f64,
 }
 
+/// Makes features of pictures.
+#[derive(Debug)]
+enum Network {
+    Random(RandomNetwork),
+    Inception(Inception),
+}
+
+impl Network {
+    fn space(&self) -> FidelitySpace {
+        match self {
+            Self::Random(_) => FidelitySpace::RandomNetwork,
+            Self::Inception(_) => FidelitySpace::Inception,
+        }
+    }
+
+    /// `[b, d]` float32 of bytes `[b, 3, h, w]`.
+    fn features(&self, bytes: &Tensor) -> Tensor {
+        match self {
+            Self::Random(network) => network.features(bytes),
+            Self::Inception(network) => network.features(bytes),
+        }
+    }
+}
+
 /// Collects the features of originals and reconstructions.
 #[derive(Debug)]
 pub(crate) struct Comparison {
-    network: RandomNetwork,
+    network: Network,
     originals: Vec<Tensor>,
     reconstructions: Vec<Tensor>,
 }
 
 impl Comparison {
-    /// For pictures on the device of `model`.
-    pub(crate) fn new(model: &Vqgan) -> Self {
-        Self {
-            network: RandomNetwork::new(model.device()),
-            originals: Vec::new(),
-            reconstructions: Vec::new(),
-        }
+    /// For pictures on `device`, by Inception with the weights at `inception` or else by the network without training.
+    ///
+    /// # Errors
+    /// When the weights cannot be read or are those of another network.
+    pub(crate) fn new(inception: Option<&Path>, device: Device) -> Result<Self> {
+        let network = match inception {
+            Some(path) => Network::Inception(Inception::load(path, device)?),
+            None => Network::Random(RandomNetwork::new(device)),
+        };
+        Ok(Self { network, originals: Vec::new(), reconstructions: Vec::new() })
     }
 
     /// Takes in originals `x` and their reconstructions `y`, bytes `[b, 3, h, w]`.
@@ -77,7 +112,7 @@ impl Comparison {
             return Ok(None);
         }
         Ok(Some(Fidelity {
-            space: FidelitySpace::RandomNetwork,
+            space: self.network.space(),
             frechet_distance: frechet_distance(&x, &y)?,
             kernel_distance: kernel_distance(&x, &y),
         }))
