@@ -11,8 +11,8 @@ const KERNEL: i64 = 3;
 /// Its weights follow from this number; another one makes another space.
 const SEED: u64 = 0;
 
-/// Convolutions with weights as He et al. (2015) start them, without biases, each followed by a rectifier. Random features
-/// tell distributions of pictures apart almost as trained ones do where content is not what differs (Naeem et al. 2020).
+/// Convolutions with weights as He et al. (2015) start them, without biases, each followed by a rectifier. Naeem et al.
+/// (2020) measure with random networks where trained ones have seen other kinds of pictures.
 #[derive(Debug)]
 pub(super) struct RandomNetwork {
     kernels: Vec<Tensor>,
