@@ -58,7 +58,10 @@ fn pictures_become_a_model_that_draws_and_captions() {
         "cpu",
         "--json",
     ]));
-    has_keys(&scores, &["samples", "psnr", "ssim", "codebook_usage", "perplexity", "bits_per_pixel"]);
+    has_keys(
+        &scores,
+        &["samples", "psnr", "ssim", "codebook_usage", "perplexity", "bits_per_pixel", "fidelity"],
+    );
     assert_eq!(scores["samples"], PICTURES);
     assert!(scene.path("grid.png").is_file());
 

@@ -162,12 +162,17 @@ impl Conv2d {
 
     /// `[b, in, h, w] -> [b, out, h', w']` in the dtype of `x`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        let (weight, bias) = (self.weight.to_kind(x.kind()), self.bias.to_kind(x.kind()));
+        self.forward_with(x, &self.weight)
+    }
+
+    /// [`Conv2d::forward`] with the kernel `weight` in place of its own.
+    pub fn forward_with(&self, x: &Tensor, weight: &Tensor) -> Tensor {
+        let (weight, bias) = (weight.to_kind(x.kind()), self.bias.to_kind(x.kind()));
         let (s, p) = (self.stride, self.padding);
         x.conv2d(&weight, Some(&bias), [s, s], [p, p], [1, 1], 1)
     }
 
-    /// The kernel, for losses that balance gradients at the last layer.
+    /// The kernel, for losses that balance gradients at the last layer and for norms of it.
     pub fn weight(&self) -> &Tensor {
         &self.weight
     }

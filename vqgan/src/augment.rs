@@ -1,6 +1,7 @@
 //! Differentiable augmentation of what the discriminator sees (DiffAugment, Zhao et al. 2020), which keeps it from
 //! learning a small data set by heart.
 
+use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
 /// Shift along each side, as a part of it.
@@ -10,10 +11,29 @@ const CUTOUT: f64 = 0.5;
 /// Axes of a picture batch along which it is moved and cut.
 const SIDES: [i64; 2] = [2, 3];
 
+/// The kinds of change that are made, all of them unless the config says otherwise.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct AugmentConfig {
+    /// Of brightness, saturation and contrast.
+    pub colour: bool,
+    /// Of place, by up to an eighth of a side.
+    pub translation: bool,
+    /// A square of half the side is hidden.
+    pub cutout: bool,
+}
+
+impl Default for AugmentConfig {
+    fn default() -> Self {
+        Self { colour: true, translation: true, cutout: true }
+    }
+}
+
 /// One random change of colour, place and visible part for each picture of a batch. The same draw can be applied to
 /// several batches, so that originals and reconstructions stay comparable.
 #[derive(Debug)]
 pub(crate) struct Augmentation {
+    config: AugmentConfig,
     /// Added; within 0.5.
     brightness: Tensor,
     /// Factor on the distance to grey, 0 to 2.
@@ -28,13 +48,14 @@ pub(crate) struct Augmentation {
 
 impl Augmentation {
     /// Draws for a batch of shape `[b, 3, h, w]` on `device`, without waiting for it.
-    pub(crate) fn draw(shape: &[i64], device: Device) -> Self {
+    pub(crate) fn draw(config: AugmentConfig, shape: &[i64], device: Device) -> Self {
         let one_each = [shape[0], 1, 1, 1];
         let uniform = || Tensor::rand(one_each, (Kind::Float, device));
         let integers =
             |low: i64, high: i64| Tensor::randint_low(low, high + 1, one_each, (Kind::Int64, device));
         let side = |dim: i64| shape[dim as usize];
         Self {
+            config,
             brightness: uniform() - 0.5,
             saturation: uniform() * 2.0,
             contrast: uniform() + 0.5,
@@ -48,11 +69,14 @@ impl Augmentation {
 
     /// Changes pictures `[b, 3, h, w]`, float32; what comes in from outside or is cut out is 0.
     pub(crate) fn apply(&self, x: &Tensor) -> Tensor {
-        let mut x = self.recolour(x);
-        for (dim, shift) in SIDES.into_iter().zip(&self.shift) {
-            x = translate(&x, dim, shift);
+        let AugmentConfig { colour, translation, cutout } = self.config;
+        let mut x = if colour { self.recolour(x) } else { x.shallow_clone() };
+        if translation {
+            for (dim, shift) in SIDES.into_iter().zip(&self.shift) {
+                x = translate(&x, dim, shift);
+            }
         }
-        self.cut_out(&x)
+        if cutout { self.cut_out(&x) } else { x }
     }
 
     fn recolour(&self, x: &Tensor) -> Tensor {
@@ -107,7 +131,7 @@ mod tests {
     #[test]
     fn draws_are_in_range_and_a_square_is_cut_out() {
         let shape = [64, 3, 16, 16];
-        let drawn = Augmentation::draw(&shape, Device::Cpu);
+        let drawn = Augmentation::draw(AugmentConfig::default(), &shape, Device::Cpu);
         let bounds = |t: &Tensor| (t.min().double_value(&[]), t.max().double_value(&[]));
         assert_eq!(bounds(&drawn.shift[0]), (-2.0, 2.0));
         let (low, high) = bounds(&drawn.contrast);
@@ -122,9 +146,29 @@ mod tests {
     #[test]
     fn one_draw_changes_equal_pictures_alike_and_gradients_pass() {
         let x = Tensor::linspace(-1, 1, 2 * 3 * 16 * 16, FLOAT).view([2, 3, 16, 16]).set_requires_grad(true);
-        let drawn = Augmentation::draw(&x.size(), Device::Cpu);
+        let drawn = Augmentation::draw(AugmentConfig::default(), &x.size(), Device::Cpu);
         assert_eq!(drawn.apply(&x), drawn.apply(&x.copy()));
         drawn.apply(&x).square().sum(Kind::Float).backward();
         assert!(x.grad().abs().sum(Kind::Float).double_value(&[]) > 0.0);
+    }
+
+    #[test]
+    fn changes_can_be_left_out() {
+        let x = Tensor::linspace(-1, 1, 2 * 3 * 16 * 16, FLOAT).view([2, 3, 16, 16]);
+        let mut drawn = Augmentation::draw(AugmentConfig::default(), &x.size(), Device::Cpu);
+        drawn.shift = SIDES.map(|_| Tensor::ones([2, 1, 1, 1], (Kind::Int64, Device::Cpu)));
+        let mut apply = |table: &str| {
+            drawn.config = toml::from_str(table).unwrap();
+            drawn.apply(&x)
+        };
+        assert_eq!(apply("colour = false\ntranslation = false\ncutout = false"), x);
+        let cut = apply("colour = false\ntranslation = false");
+        // It leaves the values that it shows; what it hides is 0.
+        assert_eq!((&cut - &x) * &cut, x.zeros_like());
+        assert!(cut.eq(0.0).sum(Kind::Int64).int64_value(&[]) >= 2 * 3 * 25);
+        let moved = apply("colour = false\ncutout = false");
+        let (inner, source) = (moved.narrow(2, 0, 15).narrow(3, 0, 15), x.narrow(2, 1, 15).narrow(3, 1, 15));
+        assert_eq!(inner, source);
+        assert_eq!(apply("translation = false\ncutout = false") * cut.ne(0.0), apply("translation = false"));
     }
 }

@@ -56,7 +56,7 @@ fn yes() -> bool {
     true
 }
 
-/// A key of [`VqganConfig`] and what is wrong with its value.
+/// A key of a config's table and what is wrong with its value.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct ConfigProblem {
     /// The key.

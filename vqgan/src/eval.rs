@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 use crate::error::{Result, VqganError};
+use crate::fidelity::{Comparison, Fidelity};
 use crate::metrics::{MsSsim, Ssim, perplexity, psnr};
 use crate::model::Vqgan;
 use crate::pictures::{pictures_to_tensor, to_bytes, to_pictures, to_unit};
@@ -49,6 +50,16 @@ pub struct VqganReport {
     pub nominal_bits_per_pixel: f64,
 }
 
+/// What [`run`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct EvalReport {
+    /// Picture by picture.
+    #[serde(flatten)]
+    pub scores: VqganReport,
+    /// As sets, of pictures rounded to bytes; none of a single picture.
+    pub fidelity: Option<Fidelity>,
+}
+
 /// Scores `model` on pictures, bytes `[n, 3, h, w]` on the CPU.
 ///
 /// # Errors
@@ -56,7 +67,7 @@ pub struct VqganReport {
 pub fn evaluate(model: &Vqgan, pictures: &Tensor) -> Result<VqganReport> {
     let mut sums = Sums::new(model);
     for batch in pictures.split(BATCH as i64, 0) {
-        sums.add(model, &batch)?;
+        sums.add(&Pass::new(model, &batch)?);
     }
     sums.report(model)
 }
@@ -73,19 +84,26 @@ pub fn reconstruction_grid(model: &Vqgan, pictures: &Tensor) -> Result<Rgb8> {
     Ok(grid(&tiles, columns, GRID_GAP))
 }
 
-/// Scores the tokenizer in folder `dir` on the pictures of `shards`, at most `limit` of them, each resized and cropped
-/// to the model's resolution. With `grid`, also writes originals above reconstructions as a PNG.
+/// What to score, and how.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct EvalRequest<'a> {
+    /// At most so many pictures.
+    pub limit: Option<usize>,
+    /// Where to write originals above reconstructions as a PNG.
+    pub grid: Option<&'a Path>,
+    /// Weights of the Inception network that FID is measured with, in pytorch-fid's layout; without them, sets are compared
+    /// by [`crate::fidelity::FidelitySpace::RandomNetwork`].
+    pub inception: Option<&'a Path>,
+}
+
+/// Scores the tokenizer in folder `dir` on the pictures of `shards`, each resized and cropped to the model's resolution.
 ///
 /// # Errors
-/// When the model, a shard or a picture cannot be read, or the grid cannot be written.
-pub fn run(
-    dir: &Path,
-    shards: &[String],
-    device_name: &str,
-    limit: Option<usize>,
-    grid: Option<&Path>,
-) -> Result<VqganReport> {
+/// When the model, a shard, a picture or Inception's weights cannot be read, or the grid cannot be written.
+pub fn run(dir: &Path, shards: &[String], device_name: &str, request: EvalRequest) -> Result<EvalReport> {
+    let EvalRequest { limit, grid, inception } = request;
     let model = Vqgan::load(dir, device(device_name)?)?;
+    let mut comparison = Comparison::new(inception, model.device())?;
     let side = model.config().resolution;
     let transform = Transform::centered(side as u32);
     let shards = ShardSet::open_with(shards, fetching())?;
@@ -108,11 +126,13 @@ pub fn run(
             let shown = bytes.narrow(0, 0, batch.len().min(GRID_PICTURES) as i64);
             reconstruction_grid(&model, &shown)?.save_png(path)?;
         }
-        sums.add(&model, &bytes)?;
+        let pass = Pass::new(&model, &bytes)?;
+        sums.add(&pass);
+        comparison.add(&pass.originals, &pass.reconstructions);
         task.advance(stream.next_ordinal() - done);
     }
     task.finish();
-    sums.report(&model)
+    Ok(EvalReport { scores: sums.report(&model)?, fidelity: comparison.report()? })
 }
 
 /// Reconstructions of `x` and their codes.
@@ -121,6 +141,24 @@ fn reconstruct(model: &Vqgan, x: &Tensor) -> Result<(Tensor, Tensor)> {
     let codes = model.encode(x)?;
     let (height, width) = (x.size()[2], x.size()[3]);
     Ok((model.decode_codes(&codes, height / factor, width / factor)?, codes))
+}
+
+/// Some pictures through the model, on its device.
+struct Pass {
+    /// Bytes `[b, 3, h, w]`.
+    originals: Tensor,
+    /// Bytes as well.
+    reconstructions: Tensor,
+    /// `[b, places]`.
+    codes: Tensor,
+}
+
+impl Pass {
+    fn new(model: &Vqgan, bytes: &Tensor) -> Result<Self> {
+        let x = to_unit(bytes, model.device())?;
+        let (y, codes) = reconstruct(model, &x)?;
+        Ok(Self { originals: to_bytes(&x), reconstructions: to_bytes(&y), codes })
+    }
 }
 
 /// Running sums, on the model's device.
@@ -140,24 +178,20 @@ impl Sums {
         Self { samples: 0, psnr: zero(), ssim: zero(), ms_ssim: None, counts_k }
     }
 
-    fn add(&mut self, model: &Vqgan, bytes: &Tensor) -> Result<()> {
-        let x = to_unit(bytes, model.device())?;
-        let (y, codes) = reconstruct(model, &x)?;
-        let (x, y) = (to_bytes(&x), to_bytes(&y));
+    fn add(&mut self, Pass { originals: x, reconstructions: y, codes }: &Pass) {
         let unit = |bytes: &Tensor| bytes.to_kind(Kind::Float) / 255.0;
         let (height, width) = (x.size()[2], x.size()[3]);
-        let (unit_x, unit_y) = (unit(&x), unit(&y));
-        let ssim = Ssim::new(height, width, model.device()).forward(&unit_x, &unit_y);
-        if let Some(ms_ssim) = MsSsim::new(height, width, model.device()) {
+        let (unit_x, unit_y) = (unit(x), unit(y));
+        let ssim = Ssim::new(height, width, x.device()).forward(&unit_x, &unit_y);
+        if let Some(ms_ssim) = MsSsim::new(height, width, x.device()) {
             let sum = ms_ssim.forward(&unit_x, &unit_y).sum(Kind::Double);
             self.ms_ssim =
                 Some(self.ms_ssim.take().map_or_else(|| sum.shallow_clone(), |before| before + &sum));
         }
-        self.samples += bytes.size()[0] as u64;
-        self.psnr += psnr(&x, &y).sum(Kind::Double);
+        self.samples += x.size()[0] as u64;
+        self.psnr += psnr(x, y).sum(Kind::Double);
         self.ssim += ssim.sum(Kind::Double);
-        self.counts_k += counts(&codes.flatten(0, 1), model.config().codebook_size);
-        Ok(())
+        self.counts_k += counts(&codes.flatten(0, 1), self.counts_k.size()[0]);
     }
 
     fn report(self, model: &Vqgan) -> Result<VqganReport> {
@@ -203,8 +237,13 @@ mod tests {
         let model = Vqgan::new(&Params::new(Device::Cpu, 1), &tiny());
         model.save(dir.path(), Dtype::Float32).unwrap();
         let png = dir.path().join("grid.png");
-        let report = run(dir.path(), &shards, "cpu", None, Some(&png)).unwrap();
+        let EvalReport { scores: report, fidelity } =
+            run(dir.path(), &shards, "cpu", EvalRequest { grid: Some(&png), ..EvalRequest::default() })
+                .unwrap();
         assert_eq!(report.samples, 3);
+        // An untrained decoder makes grey of everything.
+        let Fidelity { frechet_distance, kernel_distance, .. } = fidelity.unwrap();
+        assert!(frechet_distance > 0.1 && kernel_distance.is_finite(), "{fidelity:?}");
         assert!(report.psnr > 0.0 && report.ssim < 1.0, "{report:?}");
         // A used code is at least one of 32, and the perplexity is at most the number of used ones.
         assert!(
@@ -216,6 +255,11 @@ mod tests {
         assert_eq!(report.ms_ssim, None, "pictures of 16 pixels have no five scales");
         let grid = Rgb8::decode(&std::fs::read(png).unwrap()).unwrap();
         assert!(grid.width >= 3 * 16 && grid.height >= 2 * 16);
-        assert_eq!(run(dir.path(), &shards, "cpu", Some(2), None).unwrap().samples, 2);
+        let of = |limit| {
+            let request = EvalRequest { limit: Some(limit), ..EvalRequest::default() };
+            run(dir.path(), &shards, "cpu", request).unwrap()
+        };
+        assert_eq!(of(2).scores.samples, 2);
+        assert_eq!(of(1).fidelity, None);
     }
 }

@@ -19,6 +19,7 @@ mod config;
 mod discriminator;
 mod error;
 pub mod eval;
+pub mod fidelity;
 mod grid;
 mod layers;
 mod loss;
@@ -34,7 +35,7 @@ pub mod weights;
 
 pub use config::{ConfigProblem, QuantizerKind, VqganConfig};
 pub use error::{Result, VqganError};
-pub use eval::VqganReport;
+pub use eval::{EvalReport, EvalRequest, VqganReport};
 pub use grid::CodeGrid;
 pub use loss::LossWeights;
 pub use lpips::LpipsConfig;

@@ -187,6 +187,11 @@ impl Vqgan {
         self.quantizer.codebook()
     }
 
+    /// The kernel of the decoder's last convolution, at which losses are balanced.
+    pub(crate) fn last_kernel(&self) -> &Tensor {
+        self.decoder.last_kernel()
+    }
+
     /// One training pass over pictures `[b, 3, h, w]` from -1 to 1, with gradients.
     #[must_use]
     pub fn forward(&self, x: &Tensor, bottleneck: Bottleneck) -> VqganOutput {

@@ -4,8 +4,9 @@ use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
 use m6::Result;
+use m6_vqgan::fidelity::Fidelity;
 use m6_vqgan::weights::{self, Imported};
-use m6_vqgan::{Dtype, VqganReport};
+use m6_vqgan::{Dtype, EvalRequest, VqganReport};
 
 use super::args::ConfigArgs;
 use super::output;
@@ -16,7 +17,7 @@ use super::vqgan_codes::{DecodeArgs, EncodeArgs};
 pub enum Command {
     /// Train an image tokenizer; the same command again resumes an unfinished run
     Train(TrainArgs),
-    /// Score reconstructions: PSNR, SSIM, MS-SSIM, codebook usage, perplexity and bits a pixel
+    /// Score reconstructions: PSNR, SSIM, MS-SSIM, distances of the sets, codebook usage, perplexity and bits a pixel
     Eval(EvalArgs),
     /// Turn pictures of any size into codes, a NumPy file each
     Encode(EncodeArgs),
@@ -70,7 +71,12 @@ impl TrainArgs {
 #[command(
     after_help = "Example:\n  m6 vqgan eval models/emoji/vqgan datasets/emoji/val-base-*.tar --grid grid.png\n\n\
     MS-SSIM has five scales, and pictures of less than 176 pixels a side have none. Bits a pixel are by the entropy of \
-    the codes, and nominal by the size of the codebook."
+    the codes, and nominal by the size of the codebook.\n\n\
+    Originals and reconstructions are also compared as sets, by the Frechet distance and the unbiased kernel distance \
+    that FID and KID are in Inception's features. With --inception they are those: it takes the weights that pytorch-fid \
+    publishes, pt_inception-2015-12-05, as a safetensors file or a torch file of torch 1.6 and later. Without, the \
+    features are of a network that was never trained and whose name stands with the figures, which compare with others \
+    of that name and number of pictures, and not with FID and KID."
 )]
 pub struct EvalArgs {
     /// Folder of the tokenizer
@@ -84,6 +90,9 @@ pub struct EvalArgs {
     /// Write originals above reconstructions as a PNG
     #[arg(long, value_name = "FILE")]
     grid: Option<PathBuf>,
+    /// Weights of FID's Inception network, for FID and KID
+    #[arg(long, value_name = "FILE")]
+    inception: Option<PathBuf>,
     /// Where to compute: `cpu`, `cuda:N`, or `auto`
     #[arg(long, default_value = "auto")]
     device: String,
@@ -98,12 +107,19 @@ impl EvalArgs {
             output::check_extension("--grid", grid, "png")?;
             output::check_writable(grid)?;
         }
-        let limit = self.limit.map(|limit| limit as usize);
-        let report = m6_vqgan::eval::run(&self.dir, &self.shards, &self.device, limit, self.grid.as_deref())?;
+        let request = EvalRequest {
+            limit: self.limit.map(|limit| limit as usize),
+            grid: self.grid.as_deref(),
+            inception: self.inception.as_deref(),
+        };
+        let report = m6_vqgan::eval::run(&self.dir, &self.shards, &self.device, request)?;
         if self.json {
             return output::json(&report);
         }
-        print_scores(&report)?;
+        print_scores(&report.scores)?;
+        if let Some(fidelity) = &report.fidelity {
+            print_fidelity(fidelity)?;
+        }
         match &self.grid {
             Some(grid) => output::line(format_args!("{}  originals above reconstructions", grid.display())),
             None => Ok(()),
@@ -158,6 +174,14 @@ fn print_scores(report: &VqganReport) -> Result<()> {
         report.perplexity,
         report.bits_per_pixel,
         report.nominal_bits_per_pixel
+    ))
+}
+
+fn print_fidelity(fidelity: &Fidelity) -> Result<()> {
+    let Fidelity { space, frechet_distance, kernel_distance } = fidelity;
+    output::line(format_args!(
+        "as sets, by features {}: Frechet distance {frechet_distance:.4}, kernel distance {kernel_distance:.6}",
+        space.name()
     ))
 }
 

@@ -61,4 +61,9 @@ impl Decoder {
         }
         self.conv_out.forward(&self.norm_out.forward_swish(&x))
     }
+
+    /// The kernel of the last convolution, at which losses are balanced.
+    pub(crate) fn last_kernel(&self) -> &Tensor {
+        self.conv_out.weight()
+    }
 }

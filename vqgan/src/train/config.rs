@@ -7,6 +7,7 @@ use m6_run::Schedule;
 use m6_runtime::optim::OptimizerConfig;
 use serde::{Deserialize, Serialize};
 
+use super::adversarial::DiscriminatorConfig;
 use crate::config::VqganConfig;
 use crate::error::{Result, VqganError};
 use crate::loss::LossWeights;
@@ -83,42 +84,6 @@ pub struct ValidationConfig {
     pub samples: usize,
 }
 
-/// The adversarial part of the loss.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct DiscriminatorConfig {
-    /// Layers of stride 2: 2 at 64 to 128 pixels, 3 at 256.
-    pub layers: i64,
-    /// What discriminator and model minimise.
-    #[serde(default)]
-    pub loss: AdversarialLoss,
-    /// Learning rate, constant.
-    pub lr: f64,
-    /// Fraction of the run after which the discriminator is trained.
-    pub start: f64,
-    /// Steps it is trained alone before the model sees it.
-    pub alone: u64,
-    /// Steps over which its weights in the loss then rise to their values.
-    pub ramp: u64,
-    /// Weight of the adversarial loss.
-    pub weight: f64,
-    /// Weight of the distance of its activations.
-    pub feature_matching: f64,
-}
-
-/// What the discriminator minimises, and what the model does about its scores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum AdversarialLoss {
-    /// Real patches should score 1 or more, others -1 or less (Lim and Ye 2017); the model raises the scores of its own.
-    #[default]
-    Hinge,
-    /// Cross-entropy of the sigmoids of the scores; the model raises the scores of its own (taming-transformers).
-    Vanilla,
-    /// The same, and the model minimises the negative logarithm of the sigmoids of its own (Goodfellow et al. 2014).
-    NonSaturating,
-}
-
 /// Steps, batch and learning rate.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -192,14 +157,9 @@ impl TrainConfig {
         if let Err(message) = self.optimizer.validate() {
             return problem("optimizer", message);
         }
-        let discriminator = self.discriminator.iter().flat_map(|d| {
-            [
-                ("discriminator.lr", d.lr, f64::MAX),
-                ("discriminator.start", d.start, 1.0),
-                ("discriminator.weight", d.weight, f64::MAX),
-                ("discriminator.feature_matching", d.feature_matching, f64::MAX),
-            ]
-        });
+        if let Some(Err(bad)) = self.discriminator.map(|discriminator| discriminator.validate()) {
+            return problem(&format!("discriminator.{}", bad.key), bad.message);
+        }
         let numbers = [
             ("ema", self.ema, 1.0),
             ("loss.l1", self.loss.l1, f64::MAX),
@@ -216,14 +176,10 @@ impl TrainConfig {
             ("schedule.min_ratio", self.schedule.min_ratio, 1.0),
             ("schedule.clip", self.schedule.clip, f64::MAX),
         ];
-        for (key, value, high) in numbers.into_iter().chain(discriminator) {
-            if !(0.0..=high).contains(&value) {
-                let expected = if high == 1.0 { "0 to 1" } else { "0 or more" };
-                return problem(key, format!("{value}, expected {expected}"));
+        for (key, value, high) in numbers {
+            if let Some(message) = out_of_range(value, high) {
+                return problem(key, message);
             }
-        }
-        if let Some(d) = self.discriminator.filter(|d| !(1..=4).contains(&d.layers)) {
-            return problem("discriminator.layers", format!("{}, expected 1 to 4", d.layers));
         }
         if self.codes_from() >= self.schedule.steps {
             let message = format!(
@@ -247,24 +203,15 @@ impl TrainConfig {
     }
 }
 
-impl DiscriminatorConfig {
-    /// Whether the discriminator is trained at `step` of `steps`.
-    pub(super) fn is_on(&self, step: u64, steps: u64) -> bool {
-        step >= fraction(steps, self.start)
-    }
-
-    /// By how much the model's loss listens to it at `step` of `steps`, 0 to 1.
-    pub(super) fn ratio(&self, step: u64, steps: u64) -> f64 {
-        let heard_from = fraction(steps, self.start) + self.alone;
-        if step < heard_from {
-            return 0.0;
-        }
-        ((step - heard_from + 1) as f64 / self.ramp.max(1) as f64).min(1.0)
-    }
+/// The nearest step to `part` of `steps`.
+pub(super) fn fraction(steps: u64, part: f64) -> u64 {
+    (steps as f64 * part).round() as u64
 }
 
-fn fraction(steps: u64, part: f64) -> u64 {
-    (steps as f64 * part).round() as u64
+/// What is wrong with `value`, which is to be from 0 to `high`, or 0 or more where `high` is the largest number.
+pub(super) fn out_of_range(value: f64, high: f64) -> Option<String> {
+    let expected = if high == 1.0 { "0 to 1" } else { "0 or more" };
+    (!(0.0..=high).contains(&value)).then(|| format!("{value}, expected {expected}"))
 }
 
 #[cfg(test)]
@@ -319,22 +266,5 @@ mod tests {
             message(|c| c.data.transform = "resize:64".parse().unwrap())
                 .contains("key `data.transform`: expected")
         );
-    }
-
-    #[test]
-    fn the_discriminator_learns_alone_and_is_then_heard_more_and_more() {
-        let d = DiscriminatorConfig {
-            loss: AdversarialLoss::Hinge,
-            layers: 2,
-            lr: 1e-4,
-            start: 0.5,
-            alone: 10,
-            ramp: 4,
-            weight: 0.1,
-            feature_matching: 1.0,
-        };
-        assert!(!d.is_on(49, 100) && d.is_on(50, 100));
-        let ratios: Vec<f64> = [59, 60, 61, 63, 64].map(|step| d.ratio(step, 100)).to_vec();
-        assert_eq!(ratios, [0.0, 0.25, 0.5, 1.0, 1.0]);
     }
 }

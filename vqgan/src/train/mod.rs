@@ -1,7 +1,9 @@
 //! The training loop of the image tokenizer.
 
+mod adversarial;
 mod config;
 mod critic;
+mod regularise;
 mod state;
 
 use std::path::{Path, PathBuf};
@@ -13,9 +15,10 @@ use m6_runtime::device::{device, memory};
 use m6_runtime::named_seed;
 use tch::{Device, Kind, Tensor};
 
-pub use config::{
-    AdversarialLoss, DataConfig, DiscriminatorConfig, ScheduleConfig, TrainConfig, ValidationConfig,
-};
+pub use crate::augment::AugmentConfig;
+pub use crate::discriminator::DiscriminatorNorm;
+pub use adversarial::{AdversarialLoss, DiscriminatorConfig};
+pub use config::{DataConfig, ScheduleConfig, TrainConfig, ValidationConfig};
 
 use crate::error::{Result, VqganError};
 use crate::eval::{VqganReport, evaluate, reconstruction_grid};
@@ -128,11 +131,13 @@ fn train(
                 rows = Some(output.rows_nd.detach());
             }
             if let Some(critic) = critic.as_ref().filter(|critic| critic.ratio(step) > 0.0) {
-                terms.extend(critic.model_terms(&x, y, critic.ratio(step)));
+                let ratio = critic.ratio(step);
+                let judged = critic.model_terms(&x, y, ratio, &terms, state.model.last_kernel());
+                terms.extend(judged);
             }
             (Term::total(&terms) / accumulation as f64).backward();
             if let Some(critic) = &critic {
-                let own = critic.own_terms(&x, y);
+                let own = critic.own_terms(&x, y, step);
                 (Term::total(&own) / accumulation as f64).backward();
                 terms.extend(own);
             }
@@ -322,14 +327,26 @@ mod tests {
     #[test]
     fn a_resumed_run_equals_one_that_never_stopped_bit_for_bit() {
         let _alone = alone();
+        check_resume(&[]);
+        check_resume(&[
+            "discriminator.adaptive_max=10.0",
+            "discriminator.lecam=0.1",
+            "discriminator.r1=1.0",
+            "discriminator.r1_every=2",
+            "discriminator.norm=spectral",
+        ]);
+    }
+
+    fn check_resume(overrides: &[&str]) {
         let finish = |stops: &[u64]| {
             let dir = tempfile::tempdir().unwrap();
             let path = write_config(dir.path());
             for &stop in stops {
-                let outcome = train_until(&path, &["data.workers=1"], stop).unwrap();
+                let one_worker = [overrides, &["data.workers=1"]].concat();
+                let outcome = train_until(&path, &one_worker, stop).unwrap();
                 assert!(outcome.finished.is_none() && outcome.steps == stop);
             }
-            let outcome = train_until(&path, &[], u64::MAX).unwrap();
+            let outcome = train_until(&path, overrides, u64::MAX).unwrap();
             let (model, report) = outcome.finished.unwrap();
             assert_eq!((outcome.steps, report.samples), (7, 6));
             let newest = dir.path().join("run/checkpoints/step-00000007");
@@ -352,7 +369,7 @@ mod tests {
         assert!(whole.1.len() == 4 && whole.2.psnr.is_finite());
         let interrupted = finish(&[1, 5]);
         assert_eq!(whole.1, interrupted.1);
-        assert!(whole.0 == interrupted.0, "a file differs");
+        assert!(whole.0 == interrupted.0, "a file differs with {overrides:?}");
         assert_eq!(whole.2, interrupted.2);
     }
 

@@ -27,7 +27,7 @@ const NAMES: [&str; 6] = [
 
 /// An open file of weights.
 #[derive(Debug)]
-pub(super) struct WeightFile {
+pub(crate) struct WeightFile {
     path: PathBuf,
     format: Format,
     shapes: BTreeMap<String, Vec<i64>>,
@@ -42,7 +42,7 @@ enum Format {
 impl WeightFile {
     /// Opens `path`, a file or a folder with one, and reads what it holds, without the numbers. Which format a file has
     /// follows from its first bytes.
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let path = if path.is_dir() { file_in(path)? } else { path.to_owned() };
         let format = match first_bytes(&path)? {
             ZIP_MAGIC => Format::Torch(TorchFile::open(&path)?),
@@ -60,17 +60,17 @@ impl WeightFile {
     }
 
     /// The file, which may lie in the folder that was opened.
-    pub(super) fn path(&self) -> &Path {
+    pub(crate) fn path(&self) -> &Path {
         &self.path
     }
 
     /// Names and shapes of all tensors.
-    pub(super) fn shapes(&self) -> &BTreeMap<String, Vec<i64>> {
+    pub(crate) fn shapes(&self) -> &BTreeMap<String, Vec<i64>> {
         &self.shapes
     }
 
     /// What is wrong where the tensor `name` is not there.
-    pub(super) fn missing(&self, name: &str) -> String {
+    pub(crate) fn missing(&self, name: &str) -> String {
         let other = if let Format::Torch(file) = &self.format { file.other(name) } else { None };
         match other {
             Some(class) => format!("`{name}` is made by `{class}`, which is not run"),
@@ -79,7 +79,7 @@ impl WeightFile {
     }
 
     /// Reads the tensor `name` as float32.
-    pub(super) fn read(&self, name: &str) -> Result<Tensor> {
+    pub(crate) fn read(&self, name: &str) -> Result<Tensor> {
         let tensor = match &self.format {
             Format::Safetensors(file) => file.read(name)?,
             Format::Torch(file) => file.read(name)?,

@@ -23,7 +23,7 @@ use crate::config::{NORM_GROUPS, QuantizerKind, VqganConfig};
 use crate::error::{Result, VqganError};
 use crate::model::{CONFIG_FILE, Dtype, Vqgan};
 use crate::quantize::normalize;
-use file::WeightFile;
+pub(crate) use file::WeightFile;
 use layout::is_of_training;
 
 /// Name of the codebook in our state dict.

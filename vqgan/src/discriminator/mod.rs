@@ -1,32 +1,35 @@
 //! The PatchGAN discriminator (Isola et al. 2017): tells real patches from reconstructed ones.
 
+mod norm;
+
 use m6_runtime::Params;
 use m6_runtime::fused::{channels_last, leaky_relu};
-use m6_runtime::nn::{Conv2d, GroupNorm};
+use m6_runtime::nn::Conv2d;
 use tch::{Kind, Tensor};
 
-use crate::config::{COLOURS, NORM_GROUPS};
+pub use norm::DiscriminatorNorm;
+
+use crate::config::COLOURS;
 use crate::train::AdversarialLoss;
+use norm::{Conv, Norm};
 
 /// Channels of the first layer, doubled by each further one up to eight times.
 const WIDTH: i64 = 64;
 const MAX_MULTIPLE: i64 = 8;
 const KERNEL: i64 = 4;
 const LEAK: f64 = 0.2;
-const NORM_EPS: f64 = 1e-5;
 
-/// Convolutions of kernel 4. Group norms instead of the original's batch norms, so that one picture's verdict does not
-/// depend on its neighbours in the batch.
+/// Convolutions of kernel 4.
 #[derive(Debug)]
 pub(crate) struct Discriminator {
     hidden: Vec<Hidden>,
-    verdict: Conv2d,
+    verdict: Conv,
 }
 
 #[derive(Debug)]
 struct Hidden {
-    conv: Conv2d,
-    norm: Option<GroupNorm>,
+    conv: Conv,
+    norm: Option<Norm>,
 }
 
 /// What the discriminator makes of a batch.
@@ -40,19 +43,19 @@ pub(crate) struct Verdict {
 
 impl Discriminator {
     /// `layers` of stride 2, then one of stride 1 and the scores.
-    pub(crate) fn new(params: &Params, layers: i64) -> Self {
+    pub(crate) fn new(params: &Params, layers: i64, norm: DiscriminatorNorm) -> Self {
+        let conv = |params: &Params, input, output, stride| {
+            Conv::new(norm, params, Conv2d::new(params, input, output, KERNEL, stride, 1))
+        };
         let mut width = COLOURS;
         let hidden = (0..=layers).map(|layer| {
             let input = std::mem::replace(&mut width, WIDTH * (1 << layer).min(MAX_MULTIPLE));
             let stride = if layer < layers { 2 } else { 1 };
-            Hidden {
-                conv: Conv2d::new(&(params / "conv" / layer), input, width, KERNEL, stride, 1),
-                norm: (layer > 0)
-                    .then(|| GroupNorm::new(&(params / "norm" / layer), NORM_GROUPS, width, NORM_EPS)),
-            }
+            let norm = (layer > 0).then(|| Norm::new(norm, &(params / "norm" / layer), width));
+            Hidden { conv: conv(&(params / "conv" / layer), input, width, stride), norm: norm.flatten() }
         });
         let hidden = hidden.collect();
-        Self { hidden, verdict: Conv2d::new(&(params / "verdict"), width, 1, KERNEL, 1, 1) }
+        Self { hidden, verdict: conv(&(params / "verdict"), width, 1, 1) }
     }
 
     /// Judges pictures `[b, 3, h, w]` from -1 to 1 in their dtype.
@@ -70,6 +73,11 @@ impl Discriminator {
 }
 
 impl Verdict {
+    /// One score a picture, `[b]`: the mean of those of its patches.
+    pub(crate) fn scores(&self) -> Tensor {
+        self.logits.mean_dim([1, 2, 3].as_slice(), false, Kind::Float)
+    }
+
     /// What the discriminator minimises; `self` judges real pictures.
     pub(crate) fn discriminator_loss(&self, fake: &Verdict, loss: AdversarialLoss) -> Tensor {
         let penalty = |wrong: Tensor| match loss {
@@ -137,24 +145,30 @@ mod tests {
 
     #[test]
     fn scores_are_one_a_patch_and_features_can_be_matched() {
-        let params = Params::new(Device::Cpu, 1);
-        let discriminator = Discriminator::new(&(&params / "d"), 2);
-        let x = params.add("x", &[2, 3, 32, 32], Init::Uniform(1.0), Group::Decay);
-        let fake = discriminator.forward(&x);
-        assert_eq!(fake.logits.size(), [2, 1, 6, 6]);
-        let real = discriminator.forward(&(&x * 0.5).detach());
-        assert_eq!(fake.feature_loss(&fake).double_value(&[]), 0.0);
-        fake.feature_loss(&real).backward();
-        assert!(x.grad().abs().sum(Kind::Float).double_value(&[]) > 0.0);
+        for norm in [DiscriminatorNorm::Group, DiscriminatorNorm::Batch, DiscriminatorNorm::Spectral] {
+            let params = Params::new(Device::Cpu, 1);
+            let discriminator = Discriminator::new(&(&params / "d"), 2, norm);
+            let x = params.add("x", &[2, 3, 32, 32], Init::Uniform(1.0), Group::Decay);
+            let fake = discriminator.forward(&x);
+            assert_eq!(fake.logits.size(), [2, 1, 6, 6]);
+            let real = discriminator.forward(&(&x * 0.5).detach());
+            assert_eq!(fake.feature_loss(&fake).double_value(&[]), 0.0);
+            fake.feature_loss(&real).backward();
+            assert!(x.grad().abs().sum(Kind::Float).double_value(&[]) > 0.0);
+        }
     }
 
     #[test]
-    fn one_picture_does_not_depend_on_its_neighbours() {
-        let params = Params::new(Device::Cpu, 1);
-        let discriminator = Discriminator::new(&(&params / "d"), 2);
-        let x = params.add("x", &[2, 3, 32, 32], Init::Uniform(1.0), Group::Buffer);
-        let together = discriminator.forward(&x).logits.get(0);
-        let alone = discriminator.forward(&x.narrow(0, 0, 1)).logits.get(0);
-        assert!((together - alone).abs().max().double_value(&[]) < 1e-5);
+    fn pictures_depend_on_their_neighbours_where_norms_go_over_the_batch() {
+        let gap = |norm| {
+            let params = Params::new(Device::Cpu, 1);
+            let judge =
+                |x: &Tensor| Discriminator::new(&Params::new(Device::Cpu, 1), 2, norm).forward(x).logits;
+            let x = params.add("x", &[2, 3, 32, 32], Init::Uniform(1.0), Group::Buffer);
+            (judge(&x).get(0) - judge(&x.narrow(0, 0, 1))).abs().max().double_value(&[])
+        };
+        assert!(gap(DiscriminatorNorm::Group) < 1e-5);
+        assert!(gap(DiscriminatorNorm::Spectral) < 1e-5);
+        assert!(gap(DiscriminatorNorm::Batch) > 1e-3);
     }
 }
