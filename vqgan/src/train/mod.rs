@@ -1,5 +1,6 @@
 //! The training loop of the image tokenizer.
 
+mod codebook;
 mod config;
 mod critic;
 mod state;
@@ -17,13 +18,12 @@ pub use config::{
     AdversarialLoss, DataConfig, DiscriminatorConfig, ScheduleConfig, TrainConfig, ValidationConfig,
 };
 
+use crate::bottleneck::Bottleneck;
 use crate::error::{Result, VqganError};
 use crate::eval::{VqganReport, evaluate, reconstruction_grid};
 use crate::loss::{ReconstructionLoss, Term};
-use crate::metrics::perplexity;
-use crate::model::{Bottleneck, Dtype, Vqgan};
+use crate::model::{Dtype, Vqgan};
 use crate::pictures::{pictures_to_tensor, to_unit};
-use crate::revive::initialise;
 use crate::stream::{PictureStream, with_picture};
 use state::State;
 
@@ -106,27 +106,19 @@ fn train(
 
     while step < steps && !stopped {
         tch::manual_seed(named_seed(config.seed, &format!("step {step}")) as i64);
-        let bottleneck = if step < config.codes_from() { Bottleneck::Continuous } else { Bottleneck::Codes };
+        let bottleneck = state.codebook.bottleneck(step);
         let critic = state.critic.as_mut().filter(|critic| critic.is_on(step));
         let mut terms = Vec::new();
-        let mut rows = None;
         for micro_batch in 0..accumulation {
             let batch = pictures.batch(batch, u64::MAX, |note| progress.note(note))?;
             let x = to_unit(&pictures_to_tensor(&batch)?, device)?;
-            if config.init.is_none() && step == config.codebook.warmup && micro_batch == 0 {
-                initialise(config.model.quantizer, &encoder_rows(&state.model, &x), &mut state.codebooks);
+            if state.codebook.starts_at(step) && micro_batch == 0 {
+                state.codebook.start(&encoder_rows(&state.model, &x));
             }
             let output = state.model.forward(&x, bottleneck);
             let y = &output.reconstruction;
             terms = reconstruction.terms(&x, y);
-            if let Some(quantized) = &output.quantized {
-                let (codebook, commitment) =
-                    (quantized.codebook_loss(&output.rows_nd), quantized.commitment_loss(&output.rows_nd));
-                terms.push(Term { name: "codebook", weight: config.loss.codebook, value: codebook });
-                terms.push(Term { name: "commitment", weight: config.loss.commitment, value: commitment });
-                state.revival.observe(&quantized.codes_n);
-                rows = Some(output.rows_nd.detach());
-            }
+            terms.extend(state.codebook.observe(&state.model, &output));
             if let Some(critic) = critic.as_ref().filter(|critic| critic.ratio(step) > 0.0) {
                 terms.extend(critic.model_terms(&x, y, critic.ratio(step)));
             }
@@ -145,10 +137,9 @@ fn train(
         if let Some(critic) = critic {
             critic.step(clip)?;
         }
+        state.codebook.step();
         state.ema.update(step)?;
-        if let Some(rows) = rows.filter(|_| step < config.revive_until()) {
-            state.revival.revive(&rows, &mut state.codebooks);
-        }
+        state.codebook.revive(step);
 
         step += 1;
         if step % config.log_every == 0 || step == steps {
@@ -228,13 +219,8 @@ fn encoder_rows(model: &Vqgan, x: &Tensor) -> Tensor {
 fn read_terms(state: &State, terms: &[Term], grad_norm: &Tensor) -> Vec<(String, f64)> {
     let mut names: Vec<String> = terms.iter().map(|term| format!("loss/{}", term.name)).collect();
     let mut values: Vec<Tensor> = terms.iter().map(|term| term.value.detach().to_kind(Kind::Float)).collect();
-    let usage = state.revival.usage();
-    let alive = state.revival.dead().logical_not().to_kind(Kind::Float).mean(Kind::Float);
-    for (name, value) in [
-        ("grad_norm", grad_norm.shallow_clone()),
-        ("codebook/alive", alive),
-        ("codebook/perplexity", perplexity(usage)),
-    ] {
+    for (name, value) in [("grad_norm", grad_norm.shallow_clone())].into_iter().chain(state.codebook.usage())
+    {
         names.push(name.to_owned());
         values.push(value);
     }
@@ -275,7 +261,6 @@ mod tests {
     use std::sync::{Mutex, MutexGuard, PoisonError};
 
     use super::*;
-    use crate::config::QuantizerKind;
     use crate::stream::tests::random_shard;
 
     /// Steps seed the process's random generator, which tests on other threads would draw from too.
@@ -319,41 +304,62 @@ mod tests {
         train(path, &m6_run::config::load(path, &overrides)?, |step| step >= last)
     }
 
+    /// A run of `CONFIG` with `overrides`, stopped and started again at each of `stops`: the bytes of its files, its losses
+    /// and its scores.
+    fn finish(overrides: &[&str], stops: &[u64]) -> (Vec<(String, Vec<u8>)>, Vec<String>, VqganReport) {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write_config(dir.path());
+        for &stop in stops {
+            let overrides = [overrides, &["data.workers=1"]].concat();
+            let outcome = train_until(&path, &overrides, stop).unwrap();
+            assert!(outcome.finished.is_none() && outcome.steps == stop);
+        }
+        let outcome = train_until(&path, overrides, u64::MAX).unwrap();
+        let (model, report) = outcome.finished.unwrap();
+        assert_eq!((outcome.steps, report.samples), (7, 6));
+        let newest = dir.path().join("run/checkpoints/step-00000007");
+        let mut files: Vec<(String, Vec<u8>)> = [model, newest]
+            .iter()
+            .flat_map(|dir| fs::read_dir(dir).unwrap())
+            .map(|entry| entry.unwrap())
+            .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
+            .collect();
+        files.sort();
+        let losses: Vec<String> = m6_run::read_metrics(dir.path().join("run/metrics.jsonl"))
+            .unwrap()
+            .into_iter()
+            .filter_map(|row| Some(format!("{} {}", row.step, row.values.get("loss/l1")?)))
+            .collect();
+        (files, losses, report)
+    }
+
+    /// Every quantiser, and every way for a codebook to start and to learn.
+    const QUANTIZERS: [&[&str]; 5] = [
+        &[],
+        &["model.quantizer=nearest", "codebook.start=kmeans", "codebook.gradient=rotation"],
+        &["codebook.ema=0.9", "loss.codebook=0", "loss.entropy={ weight = 0.1, temperature = 0.5 }"],
+        &["model.quantizer=simvq", "codebook.until=0"],
+        &[
+            "model.quantizer=gumbel",
+            "codebook.until=0",
+            "codebook.gradient={ gumbel = { hard = true, from = 1.0, to = 0.1, over = 0.5, kl = 0.01 } }",
+            "loss.codebook=0",
+            "loss.commitment=0",
+        ],
+    ];
+
     #[test]
     fn a_resumed_run_equals_one_that_never_stopped_bit_for_bit() {
         let _alone = alone();
-        let finish = |stops: &[u64]| {
-            let dir = tempfile::tempdir().unwrap();
-            let path = write_config(dir.path());
-            for &stop in stops {
-                let outcome = train_until(&path, &["data.workers=1"], stop).unwrap();
-                assert!(outcome.finished.is_none() && outcome.steps == stop);
-            }
-            let outcome = train_until(&path, &[], u64::MAX).unwrap();
-            let (model, report) = outcome.finished.unwrap();
-            assert_eq!((outcome.steps, report.samples), (7, 6));
-            let newest = dir.path().join("run/checkpoints/step-00000007");
-            let mut files: Vec<(String, Vec<u8>)> = [model, newest]
-                .iter()
-                .flat_map(|dir| fs::read_dir(dir).unwrap())
-                .map(|entry| entry.unwrap())
-                .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
-                .collect();
-            files.sort();
-            let losses: Vec<String> = m6_run::read_metrics(dir.path().join("run/metrics.jsonl"))
-                .unwrap()
-                .into_iter()
-                .filter_map(|row| Some(format!("{} {}", row.step, row.values.get("loss/l1")?)))
-                .collect();
-            (files, losses, report)
-        };
-        let whole = finish(&[]);
-        assert_eq!(whole.0.len(), 2 + 8);
-        assert!(whole.1.len() == 4 && whole.2.psnr.is_finite());
-        let interrupted = finish(&[1, 5]);
-        assert_eq!(whole.1, interrupted.1);
-        assert!(whole.0 == interrupted.0, "a file differs");
-        assert_eq!(whole.2, interrupted.2);
+        for overrides in QUANTIZERS {
+            let whole = finish(overrides, &[]);
+            assert_eq!(whole.0.len(), 2 + 8);
+            assert!(whole.1.len() == 4 && whole.2.psnr.is_finite() && whole.2.perplexity > 1.0);
+            let interrupted = finish(overrides, &[1, 5]);
+            assert_eq!(whole.1, interrupted.1, "{overrides:?}");
+            assert!(whole.0 == interrupted.0, "{overrides:?}: a file differs");
+            assert_eq!(whole.2, interrupted.2);
+        }
     }
 
     #[test]
@@ -372,17 +378,6 @@ mod tests {
         let tuned = [small.as_slice(), &["schedule.lr=0.0", "schedule.min_ratio=0.0", &init, &run]].concat();
         let (_, tuned) = train_until(&path, &tuned, u64::MAX).unwrap().finished.unwrap();
         assert!((tuned.psnr - report.psnr).abs() < 0.5, "{tuned:?} against {report:?}");
-    }
-
-    #[test]
-    fn codes_can_be_learnt_by_distance() {
-        let _alone = alone();
-        let dir = tempfile::tempdir().unwrap();
-        let path = write_config(dir.path());
-        let (model, report) =
-            train_until(&path, &["model.quantizer=nearest"], u64::MAX).unwrap().finished.unwrap();
-        assert_eq!(Vqgan::load(&model, Device::Cpu).unwrap().config().quantizer, QuantizerKind::Nearest);
-        assert!(report.psnr.is_finite() && report.perplexity > 1.0, "{report:?}");
     }
 
     #[test]
