@@ -141,3 +141,62 @@ impl Codebook {
         [("codebook/alive", alive), ("codebook/perplexity", perplexity(self.revival.usage()))]
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::state::State;
+    use super::super::tests::{alone, write_config};
+    use super::*;
+
+    fn state(overrides: &[&str]) -> State {
+        let dir = tempfile::tempdir().unwrap();
+        let overrides: Vec<String> = overrides.iter().map(|text| (*text).to_owned()).collect();
+        let config: TrainConfig = m6_run::config::load(write_config(dir.path()), &overrides).unwrap().config;
+        State::new(&config, Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn running_means_take_the_place_of_the_gradient_and_start_anew_with_their_codes() {
+        let _alone = alone();
+        let mut state =
+            state(&["codebook.ema=0.5", "loss.codebook=0", "codebook.warmup=0", "codebook.threshold=0.9"]);
+        let x = Tensor::rand([2, 3, 16, 16], (Kind::Float, Device::Cpu)) * 2.0 - 1.0;
+        let output = state.model.forward(&x, Bottleneck::Continuous);
+        state.codebook.start(&output.rows_nd.detach());
+        let started = state.model.codebook().copy();
+        let output = state.model.forward(&x, state.codebook.bottleneck(0));
+        let terms = state.codebook.observe(&state.model, &output);
+        assert_eq!(terms.iter().map(|term| term.name).collect::<Vec<_>>(), ["commitment"]);
+        (output.reconstruction.square().mean(Kind::Float) + Term::total(&terms)).backward();
+        assert!(!state.model.codebook().grad().defined());
+        state.codebook.step();
+        assert_ne!(state.model.codebook(), started);
+
+        let dead = state.codebook.revival.dead();
+        assert!(dead.any().int64_value(&[]) == 1 && dead.all().int64_value(&[]) == 0);
+        state.codebook.revive(0);
+        let of = |name: &str| {
+            let entries = state.codebook.params.entries();
+            entries.into_iter().find(|(found, _)| found == name).unwrap().1.tensor
+        };
+        let dead = dead.nonzero().flatten(0, -1);
+        let revived = |tensor: &Tensor| tensor.index_select(0, &dead);
+        assert_eq!(revived(&of("means.counts")), revived(&of("means.counts")).ones_like());
+        let gap = revived(&of("means.sums")) - revived(&state.model.codebook());
+        assert!(gap.abs().max().double_value(&[]) < 1e-6);
+    }
+
+    #[test]
+    fn codes_that_are_not_free_neither_start_from_data_nor_anew() {
+        let _alone = alone();
+        let mut state = state(&["model.quantizer=simvq", "codebook.until=0"]);
+        let frozen = state.model.codebook().copy();
+        assert!((0..7).all(|step| !state.codebook.starts_at(step)));
+        let x = Tensor::rand([2, 3, 16, 16], (Kind::Float, Device::Cpu));
+        let output = state.model.forward(&x, state.codebook.bottleneck(2));
+        state.codebook.observe(&state.model, &output);
+        state.codebook.step();
+        state.codebook.revive(2);
+        assert_eq!(state.model.codebook(), frozen);
+    }
+}

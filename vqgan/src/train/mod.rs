@@ -268,7 +268,7 @@ mod tests {
 
     /// Holds other training tests off, and takes one thread: where several tests share few cores, libtorch's threads
     /// wait for each other by spinning, and seconds become minutes.
-    fn alone() -> MutexGuard<'static, ()> {
+    pub(super) fn alone() -> MutexGuard<'static, ()> {
         tch::set_num_threads(1);
         GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -291,7 +291,7 @@ mod tests {
         schedule = { steps = 7, batch = 3, accumulation = 2, lr = 1e-3, warmup = 1, min_ratio = 0.1, clip = 1.0 }
     "#;
 
-    fn write_config(dir: &Path) -> PathBuf {
+    pub(super) fn write_config(dir: &Path) -> PathBuf {
         let shard = random_shard(dir, 20);
         let path = dir.join("run.toml");
         fs::write(&path, format!("run = \"{}/run\"\n{}", dir.display(), CONFIG.replace("SHARD", &shard)))
@@ -304,9 +304,15 @@ mod tests {
         train(path, &m6_run::config::load(path, &overrides)?, |step| step >= last)
     }
 
-    /// A run of `CONFIG` with `overrides`, stopped and started again at each of `stops`: the bytes of its files, its losses
-    /// and its scores.
-    fn finish(overrides: &[&str], stops: &[u64]) -> (Vec<(String, Vec<u8>)>, Vec<String>, VqganReport) {
+    /// What a run leaves: the bytes of its model and its last checkpoint, its losses, its scores.
+    struct Left {
+        files: Vec<(String, Vec<u8>)>,
+        losses: Vec<String>,
+        report: VqganReport,
+    }
+
+    /// A run of `CONFIG` with `overrides`, stopped and started again at each of `stops`.
+    fn finish(overrides: &[&str], stops: &[u64]) -> Left {
         let dir = tempfile::tempdir().unwrap();
         let path = write_config(dir.path());
         for &stop in stops {
@@ -330,7 +336,7 @@ mod tests {
             .into_iter()
             .filter_map(|row| Some(format!("{} {}", row.step, row.values.get("loss/l1")?)))
             .collect();
-        (files, losses, report)
+        Left { files, losses, report }
     }
 
     /// Every quantiser, and every way for a codebook to start and to learn.
@@ -353,12 +359,13 @@ mod tests {
         let _alone = alone();
         for overrides in QUANTIZERS {
             let whole = finish(overrides, &[]);
-            assert_eq!(whole.0.len(), 2 + 8);
-            assert!(whole.1.len() == 4 && whole.2.psnr.is_finite() && whole.2.perplexity > 1.0);
+            assert_eq!(whole.files.len(), 2 + 8);
+            assert!(whole.losses.len() == 4 && whole.report.psnr.is_finite());
+            assert!(whole.report.perplexity > 1.0, "{overrides:?}: {:?}", whole.report);
             let interrupted = finish(overrides, &[1, 5]);
-            assert_eq!(whole.1, interrupted.1, "{overrides:?}");
-            assert!(whole.0 == interrupted.0, "{overrides:?}: a file differs");
-            assert_eq!(whole.2, interrupted.2);
+            assert_eq!(whole.losses, interrupted.losses, "{overrides:?}");
+            assert!(whole.files == interrupted.files, "{overrides:?}: a file differs");
+            assert_eq!(whole.report, interrupted.report);
         }
     }
 
