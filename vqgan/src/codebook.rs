@@ -12,7 +12,8 @@ use crate::loss::LossWeights;
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CodebookConfig {
-    /// Steps of plain autoencoding before the codebook is made from encoder outputs.
+    /// Steps of plain autoencoding before there are codes. Those of `normalized` and `nearest` are then made from encoder
+    /// outputs.
     pub warmup: u64,
     /// Decay a step of a code's running usage.
     pub decay: f64,

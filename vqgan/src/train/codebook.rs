@@ -17,6 +17,7 @@ use crate::revive::{Revival, initialise};
 /// Name of the codebook in the state dict, where its codes are free.
 const CODEBOOK: &str = "quantize.embedding.weight";
 
+/// What training does to the codebook of a model beside its gradient.
 #[derive(Debug)]
 pub(super) struct Codebook {
     config: CodebookConfig,
