@@ -69,7 +69,7 @@ fn settings() {
             ("vqgan train train.toml", WRONG_USE, &["train.toml", "unknown field"]),
         ],
     );
-    let settings: [(&str, &[&str]); 45] = [
+    let settings: [(&str, &[&str]); 47] = [
         ("train train.toml --set schedule.stesp=3", &["--set schedule.stesp=3", "did you mean `steps`?"]),
         ("train train.toml --set schedule.steps=many", &["schedule.steps=many", "expected u64"]),
         ("train train.toml --set schedule.steps=-1", &["schedule.steps=-1", "expected u64"]),
@@ -132,6 +132,8 @@ fn settings() {
         ("vqgan train vqgan.toml --set schedule.batch=0", &["schedule.batch", "expected at least 1"]),
         ("vqgan train vqgan.toml --set model.ch=20", &["model.ch", "multiple of 32"]),
         ("vqgan train vqgan.toml --set optimizer.beta1=2", &["optimizer", "beta1 = 2"]),
+        ("vqgan train vqgan.toml --set model.quantizer=gumbel", &["codebook.gradient", "a table `gumbel`"]),
+        ("vqgan train vqgan.toml --set codebook.gradient.gumbel.hard=1", &["codebook.gradient", "hard"]),
         ("vqgan train vqgan.toml --set data.shards=[]", &["shards", "expected at least one"]),
     ];
     let cases = settings.map(|(line, words)| (line, WRONG_USE, words));

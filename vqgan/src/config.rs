@@ -1,5 +1,7 @@
 //! The shape of an image tokenizer.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 /// Groups of every group norm (taming-transformers' `Normalize`).
@@ -21,6 +23,30 @@ pub enum QuantizerKind {
     Normalized,
     /// By the distance between rows as they are (van den Oord et al. 2017; taming-transformers, Chameleon).
     Nearest,
+    /// By that distance too, but the codes are frozen random rows times one learned matrix, so that each step moves all
+    /// of them (SimVQ, Zhu et al. 2024).
+    SimVq,
+    /// By the largest of the logits that a projection gives the codes (taming-transformers' `GumbelQuantize`; DALL-E,
+    /// Ramesh et al. 2021).
+    Gumbel,
+}
+
+impl QuantizerKind {
+    /// Whether a code is a row that can be put anywhere without moving the others, to where rows of the encoder are.
+    pub(crate) fn has_free_codes(self) -> bool {
+        matches!(self, Self::Normalized | Self::Nearest)
+    }
+}
+
+impl fmt::Display for QuantizerKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Normalized => "normalized",
+            Self::Nearest => "nearest",
+            Self::SimVq => "simvq",
+            Self::Gumbel => "gumbel",
+        })
+    }
 }
 
 /// Encoder, decoder and codebook, under the names of taming-transformers' `ddconfig` (Esser et al. 2021).

@@ -15,6 +15,8 @@
 
 mod augment;
 pub mod bench;
+mod bottleneck;
+mod codebook;
 mod config;
 mod discriminator;
 mod error;
@@ -24,6 +26,7 @@ mod grid;
 mod layers;
 mod loss;
 mod lpips;
+mod means;
 pub mod metrics;
 mod model;
 mod pictures;
@@ -33,13 +36,13 @@ mod stream;
 pub mod train;
 pub mod weights;
 
+pub use bottleneck::{Bottleneck, Passage, Quantized};
+pub use codebook::{CodebookConfig, CodebookStart, EncoderGradient, GumbelConfig};
 pub use config::{ConfigProblem, QuantizerKind, VqganConfig};
 pub use error::{Result, VqganError};
 pub use eval::{EvalReport, EvalRequest, VqganReport};
 pub use grid::CodeGrid;
-pub use loss::LossWeights;
+pub use loss::{EntropyLoss, LossWeights};
 pub use lpips::LpipsConfig;
-pub use model::{Bottleneck, Dtype, FILES, Vqgan, VqganOutput};
+pub use model::{Dtype, FILES, Vqgan, VqganOutput};
 pub use pictures::{pictures_to_tensor, to_bytes, to_pictures, to_unit};
-pub use quantize::Quantized;
-pub use revive::RevivalConfig;

@@ -31,10 +31,26 @@ pub struct LossWeights {
     pub gradient: f64,
     /// Structural loss: 1 - SSIM.
     pub ssim: f64,
-    /// Distance of the codes to the encoder's rows.
+    /// Distance of the codes to the encoder's rows; 0 where codes do not learn by it (`codebook.ema`, `gumbel`).
+    #[serde(default)]
     pub codebook: f64,
-    /// Distance of the encoder's rows to their codes.
+    /// Distance of the encoder's rows to their codes; 0 for the quantiser `gumbel`.
+    #[serde(default)]
     pub commitment: f64,
+    /// Entropy of the choice of codes.
+    #[serde(default)]
+    pub entropy: Option<EntropyLoss>,
+}
+
+/// Entropy of the codes at a position less that of their mean over a batch, so that positions are sure of their codes and
+/// all codes are in use (MAGVIT-v2, Yu et al. 2023; LlamaGen).
+#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EntropyLoss {
+    /// Its weight.
+    pub weight: f64,
+    /// What the squared distances of rows to codes are divided by before they become probabilities.
+    pub temperature: f64,
 }
 
 /// One term of a loss: a scalar on the device, its name in the metrics and its weight.
@@ -125,6 +141,7 @@ mod tests {
         ssim: 0.5,
         codebook: 1.0,
         commitment: 0.25,
+        entropy: None,
     };
 
     fn picture(seed: u64) -> Tensor {

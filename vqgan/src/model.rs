@@ -10,10 +10,11 @@ use m6_runtime::{Params, RuntimeError};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
+use crate::bottleneck::{Bottleneck, Quantized};
 use crate::config::{COLOURS, VqganConfig};
 use crate::error::{Result, VqganError};
 use crate::layers::{Decoder, Encoder};
-use crate::quantize::{Quantized, Quantizer};
+use crate::quantize::Quantizer;
 
 pub(crate) const CONFIG_FILE: &str = "config.json";
 const WEIGHT_FILE: &str = "model.safetensors";
@@ -47,15 +48,6 @@ impl Dtype {
 struct ModelFile {
     dtype: Dtype,
     model: VqganConfig,
-}
-
-/// What lies between encoder and decoder.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Bottleneck {
-    /// The encoder's rows as they are, for the first steps of training.
-    Continuous,
-    /// The nearest codes.
-    Codes,
 }
 
 /// What training needs of one pass.
@@ -182,8 +174,8 @@ impl Vqgan {
         self.hash.as_deref()
     }
 
-    /// The codebook `[codebook_size, code_dim]` as it is stored, not normalised.
-    pub fn codebook(&self) -> &Tensor {
+    /// The codebook `[codebook_size, code_dim]`, not normalised.
+    pub fn codebook(&self) -> Tensor {
         self.quantizer.codebook()
     }
 
@@ -192,14 +184,22 @@ impl Vqgan {
         self.decoder.last_kernel()
     }
 
+    /// How well each code suits each of the rows of a [`VqganOutput`], `[n, codebook_size]`, with gradients.
+    pub(crate) fn affinity(&self, rows_nd: &Tensor) -> Tensor {
+        self.quantizer.affinity(rows_nd)
+    }
+
     /// One training pass over pictures `[b, 3, h, w]` from -1 to 1, with gradients.
     #[must_use]
     pub fn forward(&self, x: &Tensor, bottleneck: Bottleneck) -> VqganOutput {
         let grid = self.quantizer.rows(&self.latent(x).permute([0, 2, 3, 1]));
         let rows_nd = grid.reshape([-1, self.config.code_dim]);
-        let quantized = (bottleneck == Bottleneck::Codes).then(|| self.quantizer.quantize(&rows_nd));
+        let quantized = match bottleneck {
+            Bottleneck::Continuous => None,
+            Bottleneck::Codes(passage) => Some(self.quantizer.quantize(&rows_nd, passage)),
+        };
         let decoded = match &quantized {
-            Some(quantized) => quantized.straight_through(&rows_nd).reshape_as(&grid),
+            Some(quantized) => quantized.passed_nd.reshape_as(&grid),
             None => grid,
         };
         VqganOutput { reconstruction: self.decode_grid(&decoded), rows_nd, quantized }
@@ -214,7 +214,7 @@ impl Vqgan {
         let latent = self.encode_latent(x)?;
         let _guard = tch::no_grad_guard();
         let rows = self.quantizer.rows(&latent.permute([0, 2, 3, 1])).reshape([-1, self.config.code_dim]);
-        Ok(self.quantizer.quantize(&rows).codes_n.view([latent.size()[0], -1]))
+        Ok(self.quantizer.choose(&rows).view([latent.size()[0], -1]))
     }
 
     /// What the quantiser sees, `[b, code_dim, h / f, w / f]`, float32, before any normalisation: a feature space for
@@ -307,10 +307,12 @@ mod tests {
     use m6_runtime::{Group, Init};
 
     use super::*;
+    use crate::bottleneck::{Passage, divergence_from_uniform};
     use crate::config::QuantizerKind;
     use crate::config::tests::tiny;
 
-    const KINDS: [QuantizerKind; 2] = [QuantizerKind::Normalized, QuantizerKind::Nearest];
+    const KINDS: [QuantizerKind; 4] =
+        [QuantizerKind::Normalized, QuantizerKind::Nearest, QuantizerKind::SimVq, QuantizerKind::Gumbel];
 
     fn model(seed: u64) -> Vqgan {
         with_quantizer(seed, QuantizerKind::Normalized)
@@ -333,7 +335,7 @@ mod tests {
             assert_eq!((codes.size(), codes.kind()), (vec![2, 8 * 12], Kind::Int64));
             let decoded = model.decode_codes(&codes, 8, 12).unwrap();
             assert_eq!(decoded.size(), x.size());
-            let output = model.forward(&x, Bottleneck::Codes);
+            let output = model.forward(&x, Bottleneck::Codes(Passage::StraightThrough));
             assert_eq!(output.quantized.unwrap().codes_n, codes.flatten(0, 1));
             let gap = (output.reconstruction.clamp(-1.0, 1.0) - decoded).abs().max().double_value(&[]);
             assert!(gap < 1e-5, "{quantizer:?}: {gap}");
@@ -344,11 +346,20 @@ mod tests {
     fn gradients_reach_every_parameter() {
         for quantizer in KINDS {
             let model = with_quantizer(1, quantizer);
-            let output = model.forward(&pictures(), Bottleneck::Codes);
+            let passage = match quantizer {
+                QuantizerKind::Gumbel => Passage::Gumbel { temperature: 1.0, hard: true },
+                _ => Passage::Rotation,
+            };
+            let output = model.forward(&pictures(), Bottleneck::Codes(passage));
             let quantized = output.quantized.as_ref().unwrap();
-            let loss = output.reconstruction.square().mean(Kind::Float)
-                + quantized.codebook_loss(&output.rows_nd)
-                + quantized.commitment_loss(&output.rows_nd);
+            let loss = output.reconstruction.square().mean(Kind::Float);
+            let loss = match quantizer {
+                QuantizerKind::Gumbel => loss + divergence_from_uniform(&model.affinity(&output.rows_nd)),
+                _ => {
+                    loss + quantized.codebook_loss(&output.rows_nd)
+                        + quantized.commitment_loss(&output.rows_nd)
+                }
+            };
             loss.backward();
             let untouched: Vec<_> =
                 model.params.trainable().into_iter().filter(|(_, p)| !p.tensor.grad().defined()).collect();

@@ -3,7 +3,7 @@
 //! Legend: `n` positions of all pictures of a batch, `d` code width, `k` codes.
 
 use m6_runtime::nn::Embedding;
-use m6_runtime::{Init, Params};
+use m6_runtime::{Group, Init, Params};
 use tch::{Kind, Tensor};
 
 use crate::config::{QuantizerKind, VqganConfig};
@@ -12,33 +12,72 @@ use crate::config::{QuantizerKind, VqganConfig};
 #[derive(Debug)]
 pub(crate) struct Quantizer {
     kind: QuantizerKind,
-    embedding: Embedding,
+    codes: Codes,
 }
 
-/// Positions with their codes.
+/// What is learnt, under the names of the project that a kind comes from.
 #[derive(Debug)]
-pub struct Quantized {
-    /// Rows of the codebook, float32 `[n, d]`.
-    pub rows_nd: Tensor,
-    /// Their indices, int64 `[n]`.
-    pub codes_n: Tensor,
+enum Codes {
+    /// Each code is a row of its own.
+    Rows(Embedding),
+    /// Row `k` of a constant table `[k, d]` times a matrix `[d, d]`, which is stored `[out, in]`.
+    Projected { frozen_kd: Tensor, weight: Tensor },
+    /// Logits of the codes by a convolution of size 1, `[k, d, 1, 1]` and `[k]`, and a row for each code.
+    Scored { weight: Tensor, bias: Tensor, rows: Embedding },
+}
+
+impl Codes {
+    fn new(params: &Params, config: &VqganConfig) -> Self {
+        let (size, width) = (config.codebook_size, config.code_dim);
+        // Bound of PyTorch's linear layers and convolutions, and deviation of SimVQ's rows.
+        let narrow = 1.0 / (width as f64).sqrt();
+        match config.quantizer {
+            // Replaced by encoder outputs before it is trained.
+            QuantizerKind::Normalized | QuantizerKind::Nearest => {
+                Self::Rows(Embedding::new(&(params / "embedding"), size, width, Init::Normal(1.0)))
+            }
+            QuantizerKind::SimVq => {
+                let frozen = params / "embedding";
+                // No decay: it would pull all codes to zero.
+                let layer = params / "embedding_proj";
+                Self::Projected {
+                    frozen_kd: frozen.add("weight", &[size, width], Init::Normal(narrow), Group::Buffer),
+                    weight: layer.add("weight", &[width, width], Init::Uniform(narrow), Group::NoDecay),
+                }
+            }
+            QuantizerKind::Gumbel => {
+                let projection = params / "proj";
+                Self::Scored {
+                    weight: projection.add(
+                        "weight",
+                        &[size, width, 1, 1],
+                        Init::Uniform(narrow),
+                        Group::Decay,
+                    ),
+                    bias: projection.add("bias", &[size], Init::Uniform(narrow), Group::NoDecay),
+                    rows: Embedding::new(&(params / "embed"), size, width, Init::Normal(1.0)),
+                }
+            }
+        }
+    }
 }
 
 impl Quantizer {
     pub(crate) fn new(params: &Params, config: &VqganConfig) -> Self {
-        let embedding = Embedding::new(
-            &(params / "embedding"),
-            config.codebook_size,
-            config.code_dim,
-            // Replaced by encoder outputs before it is trained.
-            Init::Normal(1.0),
-        );
-        Self { kind: config.quantizer, embedding }
+        Self { kind: config.quantizer, codes: Codes::new(params, config) }
     }
 
-    /// The table `[k, d]` as it is stored, not normalised.
-    pub(crate) fn codebook(&self) -> &Tensor {
-        self.embedding.weight()
+    /// The codes `[k, d]`, not normalised. Shares storage with what is trained where each code is a row of its own.
+    pub(crate) fn codebook(&self) -> Tensor {
+        match &self.codes {
+            Codes::Rows(rows) | Codes::Scored { rows, .. } => rows.weight().shallow_clone(),
+            Codes::Projected { frozen_kd, weight } => frozen_kd.matmul(&weight.tr()),
+        }
+    }
+
+    /// The codes as they are compared with the encoder's rows and given to the decoder, float32 `[k, d]`.
+    pub(crate) fn compared_codes(&self) -> Tensor {
+        self.kind.scale(&self.codebook())
     }
 
     /// The encoder's vectors `[.., d]` as they are compared with codes, float32.
@@ -48,13 +87,26 @@ impl Quantizer {
 
     /// Codes at `codes` as the decoder gets them, float32 `[.., d]`.
     pub(crate) fn lookup(&self, codes: &Tensor) -> Tensor {
-        self.kind.scale(&self.embedding.forward(codes))
+        self.kind.scale(&Tensor::embedding(&self.codebook(), codes, -1, false, false))
     }
 
-    /// The nearest code of each of the rows `rows_nd` that [`Quantizer::rows`] made.
-    pub(crate) fn quantize(&self, rows_nd: &Tensor) -> Quantized {
-        let (codes_n, _) = self.kind.nearest(rows_nd, self.codebook());
-        Quantized { rows_nd: self.lookup(&codes_n), codes_n }
+    /// The code of each of the rows `rows_nd` that [`Quantizer::rows`] made, int64 `[n]`. No gradient flows.
+    pub(crate) fn choose(&self, rows_nd: &Tensor) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        match self.codes {
+            Codes::Scored { .. } => self.affinity(rows_nd).argmax(-1, false),
+            Codes::Rows(_) | Codes::Projected { .. } => self.kind.nearest(rows_nd, &self.codebook()).0,
+        }
+    }
+
+    /// How well each code suits each row, float32 `[n, k]`: its logit, or the negative squared distance but for the square
+    /// of the row, which is the same for all codes.
+    pub(crate) fn affinity(&self, rows_nd: &Tensor) -> Tensor {
+        if let Codes::Scored { weight, bias, .. } = &self.codes {
+            return rows_nd.linear(&weight.flatten(1, -1), Some(bias));
+        }
+        let codes_kd = self.compared_codes();
+        rows_nd.matmul(&codes_kd.tr()) * 2.0 - squares(&codes_kd)
     }
 }
 
@@ -63,7 +115,7 @@ impl QuantizerKind {
     pub(crate) fn scale(self, x: &Tensor) -> Tensor {
         match self {
             Self::Normalized => normalize(x),
-            Self::Nearest => x.to_kind(Kind::Float),
+            Self::Nearest | Self::SimVq | Self::Gumbel => x.to_kind(Kind::Float),
         }
     }
 
@@ -73,22 +125,18 @@ impl QuantizerKind {
         let _guard = tch::no_grad_guard();
         let codes_kd = self.scale(codebook_kd);
         let product_nk = rows_nd.matmul(&codes_kd.tr());
-        match self {
+        if self == Self::Normalized {
             // Between unit vectors the smallest distance is the largest product.
-            Self::Normalized => {
-                let (cosine_n, codes_n) = product_nk.max_dim(-1, false);
-                (codes_n, (1.0f64 - cosine_n).clamp_min(0.0))
-            }
-            Self::Nearest => {
-                let (rest_n, codes_n) = (squares(&codes_kd) - product_nk * 2.0).min_dim(-1, false);
-                (codes_n, (squares(rows_nd) + rest_n).clamp_min(0.0))
-            }
+            let (cosine_n, codes_n) = product_nk.max_dim(-1, false);
+            return (codes_n, (1.0f64 - cosine_n).clamp_min(0.0));
         }
+        let (rest_n, codes_n) = (squares(&codes_kd) - product_nk * 2.0).min_dim(-1, false);
+        (codes_n, (squares(rows_nd) + rest_n).clamp_min(0.0))
     }
 }
 
 /// Squared length of each row.
-fn squares(rows: &Tensor) -> Tensor {
+pub(crate) fn squares(rows: &Tensor) -> Tensor {
     rows.square().sum_dim_intlist([-1].as_slice(), false, Kind::Float)
 }
 
@@ -100,30 +148,12 @@ pub(crate) fn normalize(x: &Tensor) -> Tensor {
     &x / x.square().sum_dim_intlist([-1].as_slice(), true, Kind::Float).clamp_min(NORM_EPS).sqrt()
 }
 
-impl Quantized {
-    /// The codes' rows with the gradient of `rows_nd`, the encoder's (straight-through, Bengio et al. 2013).
-    pub(crate) fn straight_through(&self, rows_nd: &Tensor) -> Tensor {
-        rows_nd + (&self.rows_nd - rows_nd).detach()
-    }
-
-    /// Mean squared distance that pulls the codes to the encoder's rows.
-    pub fn codebook_loss(&self, rows_nd: &Tensor) -> Tensor {
-        (&self.rows_nd - rows_nd.detach()).square().mean(Kind::Float)
-    }
-
-    /// Mean squared distance that pulls the encoder's rows to their codes (van den Oord et al. 2017; its weight is
-    /// their beta).
-    pub fn commitment_loss(&self, rows_nd: &Tensor) -> Tensor {
-        (rows_nd - self.rows_nd.detach()).square().mean(Kind::Float)
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use m6_runtime::Group;
     use tch::Device;
 
     use super::*;
+    use crate::bottleneck::Passage;
     use crate::config::tests::tiny;
 
     fn setup() -> (Params, Quantizer, Tensor) {
@@ -137,8 +167,8 @@ mod tests {
     fn the_code_is_the_nearest_by_euclidean_distance_of_unit_vectors() {
         let (_, quantizer, raw) = setup();
         let rows = normalize(&raw);
-        let quantized = quantizer.quantize(&rows);
-        let distances = (rows.unsqueeze(1) - normalize(quantizer.codebook()).unsqueeze(0)).square();
+        let quantized = quantizer.quantize(&rows, Passage::StraightThrough);
+        let distances = (rows.unsqueeze(1) - normalize(&quantizer.codebook()).unsqueeze(0)).square();
         let expected = distances.sum_dim_intlist([-1].as_slice(), false, Kind::Float).argmin(-1, false);
         assert_eq!(quantized.codes_n, expected);
         let lengths = quantized.rows_nd.square().sum_dim_intlist([-1].as_slice(), false, Kind::Float);
@@ -154,37 +184,50 @@ mod tests {
         let distances = (rows.unsqueeze(1) - quantizer.codebook().unsqueeze(0)).square();
         let distances = distances.sum_dim_intlist([-1].as_slice(), false, Kind::Float);
         let (expected, codes) = distances.min_dim(-1, false);
-        let (codes_n, distance_n) = QuantizerKind::Nearest.nearest(&rows, quantizer.codebook());
+        let (codes_n, distance_n) = QuantizerKind::Nearest.nearest(&rows, &quantizer.codebook());
         assert_eq!(codes_n, codes);
         assert!((distance_n - expected).abs().max().double_value(&[]) < 1e-4);
-        let quantized = quantizer.quantize(&rows);
+        let quantized = quantizer.quantize(&rows, Passage::StraightThrough);
         assert_eq!(quantized.rows_nd, quantizer.codebook().index_select(0, &codes));
-        assert_ne!(codes, QuantizerKind::Normalized.nearest(&normalize(&rows), quantizer.codebook()).0);
+        assert_ne!(codes, QuantizerKind::Normalized.nearest(&normalize(&rows), &quantizer.codebook()).0);
     }
 
     #[test]
-    fn straight_through_gives_the_code_and_the_encoders_gradient() {
-        let (_, quantizer, raw) = setup();
-        let rows = raw.detach().set_requires_grad(true);
-        let quantized = quantizer.quantize(&normalize(&rows));
-        let through = quantized.straight_through(&rows);
-        assert!((&through - &quantized.rows_nd).abs().max().double_value(&[]) < 1e-6);
-        (through * 3.0).sum(Kind::Float).backward();
-        assert_eq!(rows.grad(), rows.ones_like() * 3.0);
-        assert!(!quantizer.codebook().grad().defined());
+    fn simvqs_codes_are_the_frozen_rows_times_the_matrix() {
+        let params = Params::new(Device::Cpu, 1);
+        let config = VqganConfig { quantizer: QuantizerKind::SimVq, ..tiny() };
+        let quantizer = Quantizer::new(&params, &config);
+        let tensor = |name: &str| params.entries().into_iter().find(|(n, _)| n == name).unwrap().1.tensor;
+        let (frozen, matrix) = (tensor("embedding.weight"), tensor("embedding_proj.weight"));
+        assert_eq!(params.trainable().len(), 1);
+        let third = Tensor::from_slice(&[3i64]);
+        let expected = (matrix * frozen.get(3)).sum_dim_intlist([-1].as_slice(), true, Kind::Float).tr();
+        assert!((quantizer.lookup(&third) - &expected).abs().max().double_value(&[]) < 1e-6);
+        let rows = Tensor::cat(&[expected, quantizer.codebook().get(5).unsqueeze(0)], 0).detach();
+        assert_eq!(Vec::<i64>::try_from(quantizer.choose(&rows)).unwrap(), [3, 5]);
+        // One row's distance to its code moves every code.
+        let before = quantizer.codebook().detach();
+        let quantized = quantizer.quantize(&(rows.get(0).unsqueeze(0) + 1.0), Passage::StraightThrough);
+        quantized.codebook_loss(&(rows.get(0).unsqueeze(0) + 1.0)).backward();
+        let _guard = tch::no_grad_guard();
+        let mut weight = tensor("embedding_proj.weight");
+        let moved = &weight - weight.grad();
+        weight.copy_(&moved);
+        assert!(
+            (quantizer.codebook() - before).abs().amin([-1].as_slice(), false).min().double_value(&[]) > 0.0
+        );
     }
 
     #[test]
-    fn each_loss_moves_its_own_side_only() {
-        let (_, quantizer, raw) = setup();
-        let rows = normalize(&raw);
-        let quantized = quantizer.quantize(&rows);
-        quantized.codebook_loss(&rows).backward();
-        assert!(quantizer.codebook().grad().defined() && !raw.grad().defined());
-        let (_, quantizer, raw) = setup();
-        let rows = normalize(&raw);
-        let quantized = quantizer.quantize(&rows);
-        quantized.commitment_loss(&rows).backward();
-        assert!(!quantizer.codebook().grad().defined() && raw.grad().defined());
+    fn affinity_ranks_codes_as_their_distances_do() {
+        for kind in [QuantizerKind::Normalized, QuantizerKind::Nearest, QuantizerKind::SimVq] {
+            let params = Params::new(Device::Cpu, 1);
+            let quantizer = Quantizer::new(&params, &VqganConfig { quantizer: kind, ..tiny() });
+            let rows = quantizer.rows(&params.add("raw", &[10, 8], Init::Normal(3.0), Group::Buffer));
+            let distances = (rows.unsqueeze(1) - quantizer.compared_codes().unsqueeze(0)).square();
+            let distances = distances.sum_dim_intlist([-1].as_slice(), false, Kind::Float);
+            let gap = squares(&rows).unsqueeze(-1) - quantizer.affinity(&rows) - distances;
+            assert!(gap.abs().max().double_value(&[]) < 1e-4, "{kind}: {gap}");
+        }
     }
 }

@@ -3,29 +3,15 @@
 //! Everything happens on the device, so a training step never waits for the host. Legend as in `quantize.rs`.
 
 use m6_runtime::{Group, Init, Params};
-use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
+use crate::codebook::{CodebookConfig, CodebookStart};
 use crate::config::{QuantizerKind, VqganConfig};
-
-/// How the codebook starts and is kept alive.
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct RevivalConfig {
-    /// Steps of plain autoencoding before the codebook is made from encoder outputs.
-    pub warmup: u64,
-    /// Decay a step of a code's running usage.
-    pub decay: f64,
-    /// A code is dead below this usage; 1 is an equal share of the batch's positions.
-    pub threshold: f64,
-    /// Fraction of the run after which dead codes are left alone, so that the decoder can settle.
-    pub until: f64,
-}
 
 /// The running usage of every code.
 #[derive(Debug)]
 pub(crate) struct Revival {
-    config: RevivalConfig,
+    config: CodebookConfig,
     quantizer: QuantizerKind,
     /// Share of positions a code gets, 1 being an equal share; `[k]`.
     usage_k: Tensor,
@@ -33,7 +19,7 @@ pub(crate) struct Revival {
 
 impl Revival {
     /// All codes start with an equal share, which is also the grace that a revived code gets.
-    pub(crate) fn new(params: &Params, model: &VqganConfig, config: RevivalConfig) -> Self {
+    pub(crate) fn new(params: &Params, model: &VqganConfig, config: CodebookConfig) -> Self {
         let usage_k = params.add("usage", &[model.codebook_size], Init::Ones, Group::Buffer);
         Self { config, quantizer: model.quantizer, usage_k }
     }
@@ -57,12 +43,13 @@ impl Revival {
 
     /// Gives each dead code the place of an encoder output of this batch, in all of `tables` (`[k, d]`: the codebook
     /// and its running average). Badly served outputs are likelier (the D² sampling of k-means++, Arthur and
-    /// Vassilvitskii 2007), or a plain background would take every revived code.
-    pub(crate) fn revive(&mut self, rows_nd: &Tensor, tables: &mut [Tensor]) {
+    /// Vassilvitskii 2007), or a plain background would take every revived code. Returns which codes were dead, `[k]`.
+    pub(crate) fn revive(&mut self, rows_nd: &Tensor, tables: &mut [Tensor]) -> Tensor {
         let _guard = tch::no_grad_guard();
         let dead = self.dead();
         replace(self.quantizer, &dead, rows_nd, tables);
         self.usage_k.copy_(&self.usage_k.ones_like().where_self(&dead, &self.usage_k));
+        dead
     }
 
     fn equal_share(&self, codes_n: &Tensor) -> f64 {
@@ -70,10 +57,16 @@ impl Revival {
     }
 }
 
-/// Makes the codebook from encoder outputs `rows_nd`: random rows, then a few rounds that move the codes nothing
-/// chooses to badly served rows.
-pub(crate) fn initialise(quantizer: QuantizerKind, rows_nd: &Tensor, tables: &mut [Tensor]) {
+/// Makes the codebook, `tables`, from encoder outputs `rows_nd`: random rows, then a few rounds that move the codes
+/// nothing chooses to badly served rows; then, where asked for, k-means.
+pub(crate) fn initialise(
+    quantizer: QuantizerKind,
+    start: CodebookStart,
+    rows_nd: &Tensor,
+    tables: &mut [Tensor],
+) {
     const ROUNDS: usize = 8;
+    const KMEANS_ROUNDS: usize = 10;
     let _guard = tch::no_grad_guard();
     let size = tables[0].size()[0];
     let random = rows_nd.index_select(0, &draw(&rows_nd.select(1, 0).ones_like(), size));
@@ -82,6 +75,20 @@ pub(crate) fn initialise(quantizer: QuantizerKind, rows_nd: &Tensor, tables: &mu
         let (codes_n, _) = quantizer.nearest(rows_nd, &tables[0]);
         replace(quantizer, &counts(&codes_n, size).eq(0.0), rows_nd, tables);
     }
+    if start == CodebookStart::KMeans {
+        (0..KMEANS_ROUNDS).for_each(|_| move_to_means(quantizer, rows_nd, tables));
+    }
+}
+
+/// A round of k-means (Lloyd 1982): each code goes to the mean of the rows that choose it, and one that none chooses to a
+/// badly served row.
+fn move_to_means(quantizer: QuantizerKind, rows_nd: &Tensor, tables: &mut [Tensor]) {
+    let size = tables[0].size()[0];
+    let (codes_n, _) = quantizer.nearest(rows_nd, &tables[0]);
+    let counts_k = counts(&codes_n, size);
+    let means_kd = sums(rows_nd, &codes_n, size) / counts_k.clamp_min(1.0).unsqueeze(-1);
+    tables.iter_mut().for_each(|table| table.copy_(&quantizer.scale(&means_kd)));
+    replace(quantizer, &counts_k.eq(0.0), rows_nd, tables);
 }
 
 /// Overwrites the rows `which_k` of all `tables` by rows drawn from `rows_nd` by their squared distance to the
@@ -106,6 +113,12 @@ pub(crate) fn counts(codes_n: &Tensor, size: i64) -> Tensor {
     counts.index_add_(0, codes_n, &Tensor::ones([codes_n.numel() as i64], options))
 }
 
+/// The sum of the rows of `rows_nd` that each of `size` codes has in `codes_n`, `[size, d]`.
+pub(crate) fn sums(rows_nd: &Tensor, codes_n: &Tensor, size: i64) -> Tensor {
+    let mut sums = Tensor::zeros([size, rows_nd.size()[1]], (Kind::Float, rows_nd.device()));
+    sums.index_add_(0, codes_n, rows_nd)
+}
+
 /// `count` indices into `weights_n`, drawn one after the other without replacement in proportion to the weights
 /// (Efraimidis and Spirakis 2006); where there are fewer weights than that, each is used again in turn.
 fn draw(weights_n: &Tensor, count: i64) -> Tensor {
@@ -123,11 +136,20 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::codebook::EncoderGradient;
     use crate::config::tests::tiny;
     use crate::quantize::normalize;
 
     const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
-    const CONFIG: RevivalConfig = RevivalConfig { warmup: 0, decay: 0.5, threshold: 0.1, until: 1.0 };
+    const CONFIG: CodebookConfig = CodebookConfig {
+        warmup: 0,
+        decay: 0.5,
+        threshold: 0.1,
+        until: 1.0,
+        start: CodebookStart::Rows,
+        ema: None,
+        gradient: EncoderGradient::StraightThrough,
+    };
 
     const KINDS: [QuantizerKind; 2] = [QuantizerKind::Normalized, QuantizerKind::Nearest];
 
@@ -164,7 +186,8 @@ mod tests {
                 revival.observe(&Tensor::zeros([100], (Kind::Int64, Device::Cpu)));
             }
             assert_eq!(revival.dead().sum(Kind::Int64).int64_value(&[]), 5);
-            revival.revive(&rows, &mut tables);
+            let revived = revival.revive(&rows, &mut tables);
+            assert_eq!(Vec::<bool>::try_from(revived).unwrap(), [false, true, true, true, true, true]);
             assert_eq!(tables[0].get(0), living);
             let (_, distance) = quantizer.nearest(&rows, &tables[0]);
             assert!(distance.max().double_value(&[]) < 0.01, "every cluster has a code: {distance}");
@@ -177,11 +200,43 @@ mod tests {
     fn the_first_codebook_covers_rare_rows_too() {
         for (quantizer, length) in [(QuantizerKind::Normalized, 1.0), (QuantizerKind::Nearest, 5.0)] {
             let rows = rows(8) * length;
-            let mut tables = [Tensor::zeros([12, 8], FLOAT)];
-            initialise(quantizer, &rows, &mut tables);
-            let (_, distance) = quantizer.nearest(&rows, &tables[0]);
-            assert!(distance.max().double_value(&[]) < 0.01, "{distance}");
-            assert_eq!(tables[0], normalize(&tables[0]) * length);
+            for start in [CodebookStart::Rows, CodebookStart::KMeans] {
+                let mut tables = [Tensor::zeros([12, 8], FLOAT), Tensor::zeros([12, 8], FLOAT)];
+                initialise(quantizer, start, &rows, &mut tables);
+                let (_, distance) = quantizer.nearest(&rows, &tables[0]);
+                assert!(distance.max().double_value(&[]) < 0.01, "{distance}");
+                let gap = &tables[0] - normalize(&tables[0]) * length;
+                assert!(gap.abs().max().double_value(&[]) < 1e-5);
+                assert_eq!(tables[0], tables[1]);
+            }
+        }
+    }
+
+    /// Two clusters and a code in each: k-means puts it in the middle, where no row is.
+    #[test]
+    fn kmeans_ends_at_the_means() {
+        let rows = Tensor::from_slice(&[1.0f32, 0.0, 1.0, 0.2, 1.0, 0.4, -3.0, 0.0, -2.8, 0.0]).view([5, 2]);
+        let middle = |points: &[[f32; 2]]| {
+            let points = Tensor::from_slice(&points.concat()).view([-1, 2]);
+            points.mean_dim([0].as_slice(), false, Kind::Float)
+        };
+        for (quantizer, expected) in [
+            (
+                QuantizerKind::Nearest,
+                [middle(&[[1.0, 0.0], [1.0, 0.2], [1.0, 0.4]]), middle(&[[-3.0, 0.0], [-2.8, 0.0]])],
+            ),
+            (
+                QuantizerKind::Normalized,
+                [
+                    normalize(&normalize(&rows.narrow(0, 0, 3)).mean_dim([0].as_slice(), false, Kind::Float)),
+                    Tensor::from_slice(&[-1.0f32, 0.0]),
+                ],
+            ),
+        ] {
+            let mut tables = [Tensor::zeros([2, 2], FLOAT)];
+            initialise(quantizer, CodebookStart::KMeans, &quantizer.scale(&rows), &mut tables);
+            let (_, distance) = quantizer.nearest(&Tensor::stack(&expected, 0), &tables[0]);
+            assert!(distance.max().double_value(&[]) < 1e-6, "{quantizer}: {}", tables[0]);
         }
     }
 

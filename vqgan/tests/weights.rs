@@ -4,9 +4,9 @@ use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use m6_runtime::{read_tensors, write_tensors};
+use m6_runtime::{Params, read_tensors, write_tensors};
 use m6_vqgan::weights::{Imported, Layout, export, import};
-use m6_vqgan::{Dtype, QuantizerKind, Vqgan};
+use m6_vqgan::{Dtype, QuantizerKind, Vqgan, VqganConfig};
 use serde::Deserialize;
 use tch::{Device, Kind, Tensor};
 use tempfile::TempDir;
@@ -234,6 +234,51 @@ fn taming() {
     assert_eq!((imported.layout, imported.config.quantizer), (Layout::Taming, QuantizerKind::Nearest));
     assert_eq!(imported.left_out, others);
     check_way_back(&out, Layout::Taming);
+}
+
+/// taming's Gumbel quantiser, which is known by its tensors.
+#[test]
+fn gumbel() {
+    let dir = TempDir::new().unwrap();
+    let (file, out) = (dir.path().join("model.safetensors"), dir.path().join("out"));
+    let golden = golden("gumbel");
+    write_tensors(&file, &weights(&golden, |_, tensor| tensor)).unwrap();
+    let imported = check(&file, &out, &golden);
+    assert_eq!((imported.layout, imported.config.quantizer), (Layout::Taming, QuantizerKind::Gumbel));
+    check_way_back(&out, Layout::Taming);
+    for layout in [Layout::Diffusers, Layout::LlamaGen] {
+        let message = export(&out, layout, &dir.path().join("other")).unwrap_err().to_string();
+        assert!(message.ends_with("has no network with the quantiser `gumbel`"), "{message}");
+    }
+}
+
+/// SimVQ's table and layer become a codebook of the same codes.
+#[test]
+fn simvq_is_folded() {
+    let dir = TempDir::new().unwrap();
+    let (source, file, out) =
+        (dir.path().join("source"), dir.path().join("out.safetensors"), dir.path().join("out"));
+    let config = VqganConfig {
+        resolution: SIDE,
+        ch: 32,
+        ch_mult: vec![1, 1, 2],
+        num_res_blocks: 1,
+        attn_resolutions: vec![],
+        mid_attention: true,
+        z_channels: 16,
+        codebook_size: 64,
+        code_dim: 4,
+        quantizer: QuantizerKind::SimVq,
+    };
+    Vqgan::new(&Params::new(Device::Cpu, 1), &config).save(&source, Dtype::Float32).unwrap();
+    export(&source, Layout::Taming, &file).unwrap();
+    let imported = import(&file, &out, SIDE, Dtype::Float32).unwrap();
+    assert_eq!(imported.config, VqganConfig { quantizer: QuantizerKind::Nearest, ..config });
+    let ((codes, picture), (codes_again, again)) = (pass(&source), pass(&out));
+    assert_eq!(codes, codes_again);
+    assert!(largest(picture - again) < 1e-6);
+    let message = export(&source, Layout::Janus, &file).unwrap_err().to_string();
+    assert!(message.ends_with("has no network with the quantiser `simvq`"), "{message}");
 }
 
 #[test]

@@ -8,11 +8,11 @@ use m6_runtime::optim::OptimizerConfig;
 use serde::{Deserialize, Serialize};
 
 use super::adversarial::DiscriminatorConfig;
+use crate::codebook::CodebookConfig;
 use crate::config::VqganConfig;
 use crate::error::{Result, VqganError};
 use crate::loss::LossWeights;
 use crate::lpips::LpipsConfig;
-use crate::revive::RevivalConfig;
 
 /// A whole run: what is trained, on what, and how.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -45,8 +45,8 @@ pub struct TrainConfig {
     /// Where the weights of LPIPS are, for runs that take it.
     #[serde(default)]
     pub lpips: Option<LpipsConfig>,
-    /// How the codebook starts and is kept alive.
-    pub codebook: RevivalConfig,
+    /// How the codebook starts, learns and is kept alive.
+    pub codebook: CodebookConfig,
     /// The discriminator; a run without this table has none.
     pub discriminator: Option<DiscriminatorConfig>,
     /// AdamW of the model.
@@ -181,6 +181,9 @@ impl TrainConfig {
                 return problem(key, message);
             }
         }
+        if let Err(bad) = self.codebook.validate(self.model.quantizer, &self.loss) {
+            return problem(bad.key, bad.message);
+        }
         if self.codes_from() >= self.schedule.steps {
             let message = format!(
                 "{}, expected less than `schedule.steps` = {}",
@@ -257,6 +260,10 @@ mod tests {
         assert_eq!(
             message(|c| c.loss.lpips = 1.0),
             "run.toml: key `loss.lpips`: 1, expected a table [lpips] with its weights"
+        );
+        assert_eq!(
+            message(|c| c.codebook.ema = Some(0.9)),
+            "run.toml: key `loss.codebook`: 1, expected 0 with `codebook.ema`"
         );
         assert!(
             message(|c| c.model.resolution = 33)

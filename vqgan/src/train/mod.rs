@@ -1,6 +1,7 @@
 //! The training loop of the image tokenizer.
 
 mod adversarial;
+mod codebook;
 mod config;
 mod critic;
 mod regularise;
@@ -20,13 +21,12 @@ pub use crate::discriminator::DiscriminatorNorm;
 pub use adversarial::{AdversarialLoss, DiscriminatorConfig};
 pub use config::{DataConfig, ScheduleConfig, TrainConfig, ValidationConfig};
 
+use crate::bottleneck::Bottleneck;
 use crate::error::{Result, VqganError};
 use crate::eval::{VqganReport, evaluate, reconstruction_grid};
 use crate::loss::{ReconstructionLoss, Term};
-use crate::metrics::perplexity;
-use crate::model::{Bottleneck, Dtype, Vqgan};
+use crate::model::{Dtype, Vqgan};
 use crate::pictures::{pictures_to_tensor, to_unit};
-use crate::revive::initialise;
 use crate::stream::{PictureStream, with_picture};
 use state::State;
 
@@ -109,27 +109,19 @@ fn train(
 
     while step < steps && !stopped {
         tch::manual_seed(named_seed(config.seed, &format!("step {step}")) as i64);
-        let bottleneck = if step < config.codes_from() { Bottleneck::Continuous } else { Bottleneck::Codes };
+        let bottleneck = state.codebook.bottleneck(step);
         let critic = state.critic.as_mut().filter(|critic| critic.is_on(step));
         let mut terms = Vec::new();
-        let mut rows = None;
         for micro_batch in 0..accumulation {
             let batch = pictures.batch(batch, u64::MAX, |note| progress.note(note))?;
             let x = to_unit(&pictures_to_tensor(&batch)?, device)?;
-            if config.init.is_none() && step == config.codebook.warmup && micro_batch == 0 {
-                initialise(config.model.quantizer, &encoder_rows(&state.model, &x), &mut state.codebooks);
+            if state.codebook.starts_at(step) && micro_batch == 0 {
+                state.codebook.start(&encoder_rows(&state.model, &x));
             }
             let output = state.model.forward(&x, bottleneck);
             let y = &output.reconstruction;
             terms = reconstruction.terms(&x, y);
-            if let Some(quantized) = &output.quantized {
-                let (codebook, commitment) =
-                    (quantized.codebook_loss(&output.rows_nd), quantized.commitment_loss(&output.rows_nd));
-                terms.push(Term { name: "codebook", weight: config.loss.codebook, value: codebook });
-                terms.push(Term { name: "commitment", weight: config.loss.commitment, value: commitment });
-                state.revival.observe(&quantized.codes_n);
-                rows = Some(output.rows_nd.detach());
-            }
+            terms.extend(state.codebook.observe(&state.model, &output));
             if let Some(critic) = critic.as_ref().filter(|critic| critic.ratio(step) > 0.0) {
                 let ratio = critic.ratio(step);
                 let judged = critic.model_terms(&x, y, ratio, &terms, state.model.last_kernel());
@@ -150,10 +142,9 @@ fn train(
         if let Some(critic) = critic {
             critic.step(clip)?;
         }
+        state.codebook.step();
         state.ema.update(step)?;
-        if let Some(rows) = rows.filter(|_| step < config.revive_until()) {
-            state.revival.revive(&rows, &mut state.codebooks);
-        }
+        state.codebook.revive(step);
 
         step += 1;
         if step % config.log_every == 0 || step == steps {
@@ -233,13 +224,8 @@ fn encoder_rows(model: &Vqgan, x: &Tensor) -> Tensor {
 fn read_terms(state: &State, terms: &[Term], grad_norm: &Tensor) -> Vec<(String, f64)> {
     let mut names: Vec<String> = terms.iter().map(|term| format!("loss/{}", term.name)).collect();
     let mut values: Vec<Tensor> = terms.iter().map(|term| term.value.detach().to_kind(Kind::Float)).collect();
-    let usage = state.revival.usage();
-    let alive = state.revival.dead().logical_not().to_kind(Kind::Float).mean(Kind::Float);
-    for (name, value) in [
-        ("grad_norm", grad_norm.shallow_clone()),
-        ("codebook/alive", alive),
-        ("codebook/perplexity", perplexity(usage)),
-    ] {
+    for (name, value) in [("grad_norm", grad_norm.shallow_clone())].into_iter().chain(state.codebook.usage())
+    {
         names.push(name.to_owned());
         values.push(value);
     }
@@ -280,7 +266,6 @@ mod tests {
     use std::sync::{Mutex, MutexGuard, PoisonError};
 
     use super::*;
-    use crate::config::QuantizerKind;
     use crate::stream::tests::random_shard;
 
     /// Steps seed the process's random generator, which tests on other threads would draw from too.
@@ -288,7 +273,7 @@ mod tests {
 
     /// Holds other training tests off, and takes one thread: where several tests share few cores, libtorch's threads
     /// wait for each other by spinning, and seconds become minutes.
-    fn alone() -> MutexGuard<'static, ()> {
+    pub(super) fn alone() -> MutexGuard<'static, ()> {
         tch::set_num_threads(1);
         GENERATOR.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -311,7 +296,7 @@ mod tests {
         schedule = { steps = 7, batch = 3, accumulation = 2, lr = 1e-3, warmup = 1, min_ratio = 0.1, clip = 1.0 }
     "#;
 
-    fn write_config(dir: &Path) -> PathBuf {
+    pub(super) fn write_config(dir: &Path) -> PathBuf {
         let shard = random_shard(dir, 20);
         let path = dir.join("run.toml");
         fs::write(&path, format!("run = \"{}/run\"\n{}", dir.display(), CONFIG.replace("SHARD", &shard)))
@@ -324,53 +309,76 @@ mod tests {
         train(path, &m6_run::config::load(path, &overrides)?, |step| step >= last)
     }
 
-    #[test]
-    fn a_resumed_run_equals_one_that_never_stopped_bit_for_bit() {
-        let _alone = alone();
-        check_resume(&[]);
-        check_resume(&[
+    /// What a run leaves: the bytes of its model and its last checkpoint, its losses, its scores.
+    struct Left {
+        files: Vec<(String, Vec<u8>)>,
+        losses: Vec<String>,
+        report: VqganReport,
+    }
+
+    /// A run of `CONFIG` with `overrides`, stopped and started again at each of `stops`.
+    fn finish(overrides: &[&str], stops: &[u64]) -> Left {
+        let dir = tempfile::tempdir().unwrap();
+        let path = write_config(dir.path());
+        for &stop in stops {
+            let overrides = [overrides, &["data.workers=1"]].concat();
+            let outcome = train_until(&path, &overrides, stop).unwrap();
+            assert!(outcome.finished.is_none() && outcome.steps == stop);
+        }
+        let outcome = train_until(&path, overrides, u64::MAX).unwrap();
+        let (model, report) = outcome.finished.unwrap();
+        assert_eq!((outcome.steps, report.samples), (7, 6));
+        let newest = dir.path().join("run/checkpoints/step-00000007");
+        let mut files: Vec<(String, Vec<u8>)> = [model, newest]
+            .iter()
+            .flat_map(|dir| fs::read_dir(dir).unwrap())
+            .map(|entry| entry.unwrap())
+            .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
+            .collect();
+        files.sort();
+        let losses: Vec<String> = m6_run::read_metrics(dir.path().join("run/metrics.jsonl"))
+            .unwrap()
+            .into_iter()
+            .filter_map(|row| Some(format!("{} {}", row.step, row.values.get("loss/l1")?)))
+            .collect();
+        Left { files, losses, report }
+    }
+
+    /// A discriminator with all that can be added to it, every quantiser, every way for a codebook to start and to learn.
+    const VARIANTS: [&[&str]; 6] = [
+        &[],
+        &[
             "discriminator.adaptive_max=10.0",
             "discriminator.lecam=0.1",
             "discriminator.r1=1.0",
             "discriminator.r1_every=2",
             "discriminator.norm=spectral",
-        ]);
-    }
+        ],
+        &["model.quantizer=nearest", "codebook.start=kmeans", "codebook.gradient=rotation"],
+        &["codebook.ema=0.9", "loss.codebook=0", "loss.entropy={ weight = 0.1, temperature = 0.5 }"],
+        &["model.quantizer=simvq", "codebook.until=0"],
+        &[
+            "model.quantizer=gumbel",
+            "codebook.until=0",
+            "codebook.gradient={ gumbel = { hard = true, from = 1.0, to = 0.1, over = 0.5, kl = 0.01 } }",
+            "loss.codebook=0",
+            "loss.commitment=0",
+        ],
+    ];
 
-    fn check_resume(overrides: &[&str]) {
-        let finish = |stops: &[u64]| {
-            let dir = tempfile::tempdir().unwrap();
-            let path = write_config(dir.path());
-            for &stop in stops {
-                let one_worker = [overrides, &["data.workers=1"]].concat();
-                let outcome = train_until(&path, &one_worker, stop).unwrap();
-                assert!(outcome.finished.is_none() && outcome.steps == stop);
-            }
-            let outcome = train_until(&path, overrides, u64::MAX).unwrap();
-            let (model, report) = outcome.finished.unwrap();
-            assert_eq!((outcome.steps, report.samples), (7, 6));
-            let newest = dir.path().join("run/checkpoints/step-00000007");
-            let mut files: Vec<(String, Vec<u8>)> = [model, newest]
-                .iter()
-                .flat_map(|dir| fs::read_dir(dir).unwrap())
-                .map(|entry| entry.unwrap())
-                .map(|entry| (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap()))
-                .collect();
-            files.sort();
-            let losses: Vec<String> = m6_run::read_metrics(dir.path().join("run/metrics.jsonl"))
-                .unwrap()
-                .into_iter()
-                .filter_map(|row| Some(format!("{} {}", row.step, row.values.get("loss/l1")?)))
-                .collect();
-            (files, losses, report)
-        };
-        let whole = finish(&[]);
-        assert_eq!(whole.0.len(), 2 + 8);
-        assert!(whole.1.len() == 4 && whole.2.psnr.is_finite());
-        let interrupted = finish(&[1, 5]);
-        assert_eq!(whole.1, interrupted.1);
-        assert!(whole.0 == interrupted.0, "a file differs with {overrides:?}");
-        assert_eq!(whole.2, interrupted.2);
+    #[test]
+    fn a_resumed_run_equals_one_that_never_stopped_bit_for_bit() {
+        let _alone = alone();
+        for overrides in VARIANTS {
+            let whole = finish(overrides, &[]);
+            assert_eq!(whole.files.len(), 2 + 8);
+            assert!(whole.losses.len() == 4 && whole.report.psnr.is_finite());
+            assert!(whole.report.perplexity > 1.0, "{overrides:?}: {:?}", whole.report);
+            let interrupted = finish(overrides, &[1, 5]);
+            assert_eq!(whole.losses, interrupted.losses, "{overrides:?}");
+            assert!(whole.files == interrupted.files, "{overrides:?}: a file differs");
+            assert_eq!(whole.report, interrupted.report);
+        }
     }
 
     #[test]
@@ -389,17 +397,6 @@ mod tests {
         let tuned = [small.as_slice(), &["schedule.lr=0.0", "schedule.min_ratio=0.0", &init, &run]].concat();
         let (_, tuned) = train_until(&path, &tuned, u64::MAX).unwrap().finished.unwrap();
         assert!((tuned.psnr - report.psnr).abs() < 0.5, "{tuned:?} against {report:?}");
-    }
-
-    #[test]
-    fn codes_can_be_learnt_by_distance() {
-        let _alone = alone();
-        let dir = tempfile::tempdir().unwrap();
-        let path = write_config(dir.path());
-        let (model, report) =
-            train_until(&path, &["model.quantizer=nearest"], u64::MAX).unwrap().finished.unwrap();
-        assert_eq!(Vqgan::load(&model, Device::Cpu).unwrap().config().quantizer, QuantizerKind::Nearest);
-        assert!(report.psnr.is_finite() && report.perplexity > 1.0, "{report:?}");
     }
 
     #[test]

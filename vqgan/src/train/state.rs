@@ -7,13 +7,13 @@ use m6_run::write_atomic;
 use m6_runtime::optim::{Ema, Optimizer};
 use m6_runtime::{Params, read_tensors, write_tensors};
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Kind};
 
+use super::codebook::Codebook;
 use super::config::TrainConfig;
 use super::critic::Critic;
 use crate::error::{Result, VqganError};
 use crate::model::Vqgan;
-use crate::revive::Revival;
 
 const MODEL: &str = "model.safetensors";
 const OPTIMIZER: &str = "optimizer.safetensors";
@@ -22,8 +22,6 @@ const CODEBOOK_USAGE: &str = "codebook-usage.safetensors";
 const DISCRIMINATOR: &str = "discriminator.safetensors";
 const DISCRIMINATOR_OPTIMIZER: &str = "discriminator-optimizer.safetensors";
 const POSITION: &str = "position.json";
-/// Name of the codebook in the state dict.
-const CODEBOOK: &str = "quantize.embedding.weight";
 
 /// Where in the data a run is. Random numbers need no state: those of a step follow from the seed and the step, those
 /// of a sample from the seed and its ordinal.
@@ -33,18 +31,15 @@ struct Position {
     next_ordinal: u64,
 }
 
-/// Model, averages, optimizers, code usage, discriminator.
+/// Model, averages, optimizers, codebook, discriminator.
 #[derive(Debug)]
 pub(super) struct State {
     params: Params,
-    usage_params: Params,
     pub(super) model: Vqgan,
     pub(super) optimizer: Optimizer,
     pub(super) ema: Ema,
-    pub(super) revival: Revival,
+    pub(super) codebook: Codebook,
     pub(super) critic: Option<Critic>,
-    /// The codebook and its average, which are overwritten together.
-    pub(super) codebooks: [Tensor; 2],
 }
 
 impl State {
@@ -55,17 +50,11 @@ impl State {
         if let Some(dir) = &config.init {
             model.load_weights(dir)?;
         }
-        let usage_params = Params::new(device, config.seed);
-        let revival = Revival::new(&usage_params, &config.model, config.codebook);
         let ema = Ema::new(&params, config.ema);
-        let average = ema.state().into_iter().find(|(name, _)| name == CODEBOOK).map(|(_, tensor)| tensor);
-        let codebooks = [
-            model.codebook().shallow_clone(),
-            average.unwrap_or_else(|| unreachable!("the model has a codebook")),
-        ];
+        let codebook = Codebook::new(config, &model, &ema, device);
         let optimizer = Optimizer::new(&params, config.optimizer);
         let critic = config.discriminator.map(|d| Critic::new(d, config.schedule.steps, device, config.seed));
-        Ok(Self { params, usage_params, model, optimizer, ema, revival, critic, codebooks })
+        Ok(Self { params, model, optimizer, ema, codebook, critic })
     }
 
     /// Number of trained values of the model.
@@ -84,7 +73,7 @@ impl State {
     /// Writes a checkpoint into `dir`.
     pub(super) fn save(&self, dir: &Path, next_ordinal: u64) -> Result<()> {
         self.params.save(&dir.join(MODEL), Kind::Float)?;
-        self.usage_params.save(&dir.join(CODEBOOK_USAGE), Kind::Float)?;
+        self.codebook.params.save(&dir.join(CODEBOOK_USAGE), Kind::Float)?;
         write_tensors(&dir.join(OPTIMIZER), &self.optimizer.state())?;
         write_tensors(&dir.join(AVERAGE), &self.ema.state())?;
         if let Some(critic) = &self.critic {
@@ -100,7 +89,7 @@ impl State {
     /// Takes the checkpoint in `dir`; returns the ordinal of the next sample.
     pub(super) fn load(&mut self, dir: &Path) -> Result<u64> {
         self.params.load(&dir.join(MODEL), Kind::Float)?;
-        self.usage_params.load(&dir.join(CODEBOOK_USAGE), Kind::Float)?;
+        self.codebook.params.load(&dir.join(CODEBOOK_USAGE), Kind::Float)?;
         self.optimizer.load_state(read_tensors(&dir.join(OPTIMIZER))?)?;
         self.ema.load_state(read_tensors(&dir.join(AVERAGE))?)?;
         if let Some(critic) = &mut self.critic {

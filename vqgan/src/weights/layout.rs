@@ -88,9 +88,6 @@ impl Layout {
                         `tokenizer/vqgan.ckpt` of the original release"
                 .into());
         }
-        if has("quantize.embed.") {
-            return Err("has a Gumbel quantiser, expected a codebook `quantize.embedding.weight`".into());
-        }
         let layout = if has("encoder.conv_blocks.") {
             Self::LlamaGen
         } else if has("encoder.down_blocks.") {
@@ -228,8 +225,6 @@ mod tests {
         );
         let chameleon = ["model.vqmodel.encoder.conv_in.weight", "model.layers.0.weight"];
         assert!(message(&chameleon).starts_with("holds no `decoder`, as Chameleon's files"));
-        let gumbel = [FIRST, "decoder.conv_in.weight", "quantize.embed.weight"];
-        assert!(message(&gumbel).starts_with("has a Gumbel quantiser"));
         assert!(message(&[FIRST, "decoder.conv_in.weight"]).starts_with("has an encoder that is not"));
     }
 }

@@ -26,8 +26,12 @@ use crate::quantize::normalize;
 pub(crate) use file::WeightFile;
 use layout::is_of_training;
 
-/// Name of the codebook in our state dict.
+/// Name of the codebook in our state dict, but for Gumbel quantisers.
 const CODEBOOK: &str = "quantize.embedding.weight";
+/// Name of a Gumbel quantiser's codebook, in taming-transformers too.
+const GUMBEL_CODEBOOK: &str = "quantize.embed.weight";
+/// What stands before the names of the layer between the frozen table of SimVQ and its codes.
+const SIMVQ_LAYER: &str = "quantize.embedding_proj.";
 const DIFFUSERS_FILE: &str = "diffusion_pytorch_model.safetensors";
 const DIFFUSERS_CLASS: &str = "VQModel";
 
@@ -70,7 +74,8 @@ pub fn import(source: &Path, out: &Path, resolution: i64, dtype: Dtype) -> Resul
 /// diffusers.
 ///
 /// Codes chosen by angle become unit vectors for projects that choose by distance. That gives the same codes, since
-/// among vectors of one length the nearest is the one of the smallest angle.
+/// among vectors of one length the nearest is the one of the smallest angle. SimVQ's table and layer become the codes that
+/// they make.
 ///
 /// # Errors
 /// When the model cannot be read, the project has no such network, or the file cannot be written.
@@ -80,12 +85,16 @@ pub fn export(dir: &Path, layout: Layout, out: &Path) -> Result<()> {
     if let Some(reason) = unknown_to(layout, config) {
         return Err(VqganError::model(&dir.join(CONFIG_FILE), format!("{layout} has no network {reason}")));
     }
-    let unit_codes = config.quantizer == QuantizerKind::Normalized && !layout.is_normalized();
+    let codes = match config.quantizer {
+        QuantizerKind::Normalized if !layout.is_normalized() => normalize(&model.codebook()),
+        _ => model.codebook(),
+    };
     let tensors: Vec<(String, Tensor)> = model
         .tensors()
         .into_iter()
+        .filter(|(own, _)| !own.starts_with(SIMVQ_LAYER))
         .map(|(own, tensor)| {
-            let tensor = if unit_codes && own == CODEBOOK { normalize(&tensor) } else { tensor };
+            let tensor = if own == CODEBOOK { codes.shallow_clone() } else { tensor };
             let shape = layout.shape(&own, &tensor.size());
             (layout.name(&own, config.ch_mult.len()), tensor.reshape(shape))
         })
@@ -105,7 +114,10 @@ fn unknown_to(layout: Layout, config: &VqganConfig) -> Option<String> {
     let last = config.resolution >> (config.ch_mult.len() - 1);
     match layout {
         Layout::LlamaGen | Layout::Janus if config.quantizer != QuantizerKind::Normalized => {
-            Some("with the quantiser `nearest`".into())
+            Some(format!("with the quantiser `{}`", config.quantizer))
+        }
+        Layout::Diffusers | Layout::OldDiffusers if config.quantizer == QuantizerKind::Gumbel => {
+            Some(format!("with the quantiser `{}`", config.quantizer))
         }
         Layout::LlamaGen | Layout::Janus if !config.mid_attention || config.attn_resolutions != [last] => {
             Some(format!("but with attention in the middle and at the side {last} alone"))
@@ -229,6 +241,13 @@ impl Foreign {
         }
         let side = |level: usize| resolution.checked_shr(level as u32).unwrap_or(0);
         let attention = |level: &usize| self.has(&format!("encoder.down.{level}.attn.0.norm.weight"));
+        let (quantizer, codebook) = if self.has(GUMBEL_CODEBOOK) {
+            (QuantizerKind::Gumbel, GUMBEL_CODEBOOK)
+        } else if self.layout.is_normalized() {
+            (QuantizerKind::Normalized, CODEBOOK)
+        } else {
+            (QuantizerKind::Nearest, CODEBOOK)
+        };
         let blocks = self.count(|block| format!("encoder.down.0.block.{block}.conv2.weight"));
         let config = VqganConfig {
             resolution,
@@ -238,13 +257,9 @@ impl Foreign {
             attn_resolutions: (0..self.levels).filter(attention).map(side).collect(),
             mid_attention: self.has("encoder.mid.attn_1.norm.weight"),
             z_channels: self.length("encoder.conv_out.weight", 0)?,
-            codebook_size: self.length(CODEBOOK, 0)?,
-            code_dim: self.length(CODEBOOK, 1)?,
-            quantizer: if self.layout.is_normalized() {
-                QuantizerKind::Normalized
-            } else {
-                QuantizerKind::Nearest
-            },
+            codebook_size: self.length(codebook, 0)?,
+            code_dim: self.length(codebook, 1)?,
+            quantizer,
         };
         let valid = config.validate();
         valid.map_err(|problem| self.problem(format!("`{}` is {}", problem.key, problem.message)))?;

@@ -135,22 +135,40 @@ def llamagen(x):
     write("llamagen", named, codes, model.decode(codes.view(1, -1)))
 
 
-def taming(x):
-    """Chameleon's encoder and codebook, and Janus's decoder, which make up taming's network."""
+def taming_halves(prefix: str):
+    """Chameleon's encoder and codebook, and Janus's decoder, which make up taming's network, and their weights."""
     config = ChameleonVQVAEConfig(
         embed_dim=4, num_embeddings=CODES, latent_channels=Z_CHANNELS, resolution=SIDE, base_channels=CH,
         channel_multiplier=CH_MULT, num_res_blocks=1, attn_resolutions=[SIDE // 4], dropout=0.0,
     )
     model, other = ChameleonVQVAE(config).eval(), janus_model(4)
-    prefix = "first_stage_model."
     named = fill(model, lambda name: prefix + name)
     rest = fill(other, lambda name: prefix + to_taming(name))
-    named |= {name: tensor for name, tensor in rest.items() if ".decoder." in name}
+    named |= {name: tensor for name, tensor in rest.items() if name.startswith(f"{prefix}decoder.")}
+    return model, other, named
+
+
+def taming(x):
+    model, other, named = taming_halves("first_stage_model.")
     latent = model.quant_conv(model.encoder(x))
     quantized, _, codes = model.quantize(latent)
     assert torch.equal(codes, model.encode(x).image_tokens.flatten())
     reconstruction = other.decoder(other.post_quant_conv(quantized))
     write("taming", named, codes, reconstruction)
+
+
+def gumbel(x):
+    """taming's network with its Gumbel quantiser: a convolution to logits, of which the largest says the row."""
+    model, other, named = taming_halves("")
+    del named["quantize.embedding.weight"]
+    shapes = {"quantize.proj.weight": (CODES, 4, 1, 1), "quantize.proj.bias": (CODES,), "quantize.embed.weight": (CODES, 4)}
+    named |= {name: weight(name, shape) for name, shape in shapes.items()}
+    logits = torch.nn.functional.conv2d(
+        model.quant_conv(model.encoder(x)), named["quantize.proj.weight"], named["quantize.proj.bias"]
+    )
+    codes = logits.argmax(dim=1)
+    quantized = named["quantize.embed.weight"][codes].permute(0, 3, 1, 2)
+    write("gumbel", named, codes, other.decoder(other.post_quant_conv(quantized)))
 
 
 class Callback:
@@ -178,7 +196,7 @@ def odd():
 def main():
     x = torch.from_numpy(noise("picture", (1, 3, SIDE, SIDE))).float()
     with torch.no_grad():
-        for case in [diffusers, janus, llamagen, taming]:
+        for case in [diffusers, janus, llamagen, taming, gumbel]:
             case(x)
     odd()
 
