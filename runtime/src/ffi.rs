@@ -122,6 +122,19 @@ unsafe extern "C" {
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub(crate) fn m6_swiglu(gate_up: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
+    pub(crate) fn m6_permute(
+        x: *const C_tensor,
+        tokens: *const C_tensor,
+        rows: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_unpermute(
+        x: *const C_tensor,
+        weights: *const C_tensor,
+        order: *const C_tensor,
+        rows: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
     pub(crate) fn m6_linear_cross_entropy(
         hidden: *const C_tensor,
         weight: *const C_tensor,

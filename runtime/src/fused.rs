@@ -42,7 +42,7 @@ pub fn add_rms_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f64) ->
 /// `x weight^T + bias` in the dtype of `x` `[.., in]`; `weight` `[out, in]` and `bias` `[out]` float32.
 pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     #[cfg(feature = "cuda")]
-    if is_bf16_on_gpu(x) {
+    if kernels::is_bf16_on_gpu(x) {
         return kernels::linear(x, weight, bias);
     }
     let kind = x.kind();
@@ -106,26 +106,20 @@ pub fn channels_last(x: &Tensor) -> Tensor {
     x.permute([0, 2, 3, 1]).contiguous().permute([0, 3, 1, 2])
 }
 
-#[cfg(feature = "cuda")]
-fn is_bf16_on_gpu(x: &Tensor) -> bool {
-    x.device().is_cuda() && x.kind() == Kind::BFloat16 && x.numel() > 0
-}
-
 /// The calls of `csrc/fused.cpp`.
 #[cfg(feature = "cuda")]
-mod kernels {
+pub(crate) mod kernels {
     use std::ptr::null_mut;
     use std::sync::Once;
 
     use tch::{Kind, Tensor};
     use torch_sys::C_tensor;
 
-    use super::is_bf16_on_gpu;
     use crate::error::Result;
     use crate::ffi;
 
     /// Values in a 16-byte word; rows consist of whole ones.
-    const VECTOR: i64 = 8;
+    pub(crate) const VECTOR: i64 = 8;
     /// What a block of threads can hold.
     const MAX_CHANNELS: i64 = 2048;
     const MAX_GROUPS: i64 = 32;
@@ -135,6 +129,10 @@ mod kernels {
     #[repr(align(16))]
     struct Aligned<T: ?Sized>(T);
     static IMAGE: &Aligned<[u8]> = &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin")));
+
+    pub(crate) fn is_bf16_on_gpu(x: &Tensor) -> bool {
+        x.device().is_cuda() && x.kind() == Kind::BFloat16 && x.numel() > 0
+    }
 
     pub(super) fn group_norm_fits(x: &Tensor, groups: i64) -> bool {
         let channels = x.size().get(1).copied().unwrap_or(0);
@@ -231,7 +229,7 @@ mod kernels {
     }
 
     /// The tensor that `call` made. Panics where tch's own operations would: when the device fails or has no memory.
-    fn made(call: impl FnOnce(*mut *mut C_tensor) -> *mut std::ffi::c_char) -> Tensor {
+    pub(crate) fn made(call: impl FnOnce(*mut *mut C_tensor) -> *mut std::ffi::c_char) -> Tensor {
         static LOADED: Once = Once::new();
         // SAFETY: the image is static.
         LOADED.call_once(|| unsafe { ffi::m6_set_kernels(IMAGE.0.as_ptr()) });
@@ -244,18 +242,18 @@ mod kernels {
 
 /// Need a GPU; run with `cargo test --features cuda`.
 #[cfg(all(test, feature = "cuda"))]
-mod tests {
+pub(crate) mod tests {
     use tch::Device;
 
     use super::*;
 
-    const CUDA: Device = Device::Cuda(0);
+    pub(crate) const CUDA: Device = Device::Cuda(0);
     /// bf16 keeps eight bits.
     const BF16_ERROR: f64 = 6e-3;
     /// An error of a logit is one of the probability, and logits are a few times larger than one.
     const LOGITS_ERROR: f64 = 2e-2;
 
-    fn draw(shape: &[i64]) -> Tensor {
+    pub(crate) fn draw(shape: &[i64]) -> Tensor {
         Tensor::randn(shape, (Kind::Float, CUDA)).to_kind(Kind::BFloat16)
     }
 
@@ -267,7 +265,11 @@ mod tests {
     }
 
     /// Results and gradients in bf16 against float64; relative errors.
-    fn check(inputs: &[Tensor], run: impl Fn(&[Tensor]) -> Tensor, reference: impl Fn(&[Tensor]) -> Tensor) {
+    pub(crate) fn check(
+        inputs: &[Tensor],
+        run: impl Fn(&[Tensor]) -> Tensor,
+        reference: impl Fn(&[Tensor]) -> Tensor,
+    ) {
         check_within(BF16_ERROR, inputs, run, reference);
     }
 

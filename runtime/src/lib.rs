@@ -1,5 +1,5 @@
 //! What libtorch can do and `tch` does not bind: a parameter registry with strict weights, fused AdamW and Muon,
-//! averaged weights, attention by sequence lengths, fused norms and gates, backward passes in parts, random state,
+//! averaged weights, attention by sequence lengths, fused norms and gates, rows sorted by expert, backward passes in parts, random state,
 //! determinism and memory figures, and the few layers that every model here is built from. The only crate with `unsafe`
 //! and C++.
 
@@ -15,6 +15,7 @@ mod muon;
 pub mod nn;
 pub mod optim;
 mod params;
+mod permute;
 mod shards;
 #[cfg(test)]
 mod traps;
@@ -22,5 +23,6 @@ mod weights;
 
 pub use error::{Result, RuntimeError, first_line};
 pub use params::{Group, Init, Param, Params, first_problems, named_seed};
+pub use permute::Permutation;
 pub use shards::TensorShards;
 pub use weights::{TensorFile, read_tensors, write_tensors};

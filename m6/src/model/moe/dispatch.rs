@@ -1,20 +1,17 @@
 //! The order in which experts take their rows: a sort and sums on the device.
 
+use m6_runtime::Permutation;
 use tch::{Kind, Tensor};
 
 /// Routed rows by expert; those of one expert are first choices before second ones, each in the order of their tokens.
 #[derive(Debug)]
 pub struct Dispatch {
-    /// `[r]` places of the rows among the choices `[a, n]`.
-    order_r: Tensor,
-    /// `[r]` the token of each row.
-    pub tokens_r: Tensor,
+    /// Between tokens and rows.
+    pub permutation: Permutation,
     /// `[r]` the expert of each row.
     experts_r: Tensor,
     /// `[e]` where the rows of each expert end.
     pub ends_e: Tensor,
-    /// `n`.
-    tokens: i64,
 }
 
 impl Dispatch {
@@ -24,24 +21,18 @@ impl Dispatch {
         let order_r = choices_r.argsort_stable(true, 0, false);
         let experts_r = choices_r.index_select(0, &order_r);
         let ends_e = bounds(&experts_r, count, "right");
-        let tokens = experts_na.size()[0];
-        Self { tokens_r: order_r.remainder(tokens), order_r, experts_r, ends_e, tokens }
-    }
-
-    /// `[n, a]` of anything, in the order of the rows.
-    pub fn rows(&self, x_na: &Tensor) -> Tensor {
-        x_na.tr().flatten(0, 1).index_select(0, &self.order_r)
+        Self { permutation: Permutation::new(order_r, experts_na.size()[0]), experts_r, ends_e }
     }
 
     /// `[n, a]` 1 for the rows that are taken and 0 for the others, where each of `count` experts takes the first
     /// `capacity` of its rows. Only the first `real` tokens are queued, the rest is padding.
     pub fn taken(&self, count: i64, capacity: i64, real: i64) -> Tensor {
-        let is_real_r = self.tokens_r.lt(real).to_kind(Kind::Int64);
+        let is_real_r = self.permutation.tokens().lt(real).to_kind(Kind::Int64);
         let before_r = is_real_r.cumsum(0, Kind::Int64) - &is_real_r;
         let starts_r = bounds(&self.experts_r, count, "left").index_select(0, &self.experts_r);
         let queue_r = &before_r - before_r.index_select(0, &starts_r);
         let taken_r = queue_r.lt(capacity).to_kind(Kind::Float) * is_real_r;
-        taken_r.zeros_like().index_copy(0, &self.order_r, &taken_r).view([-1, self.tokens]).tr()
+        self.permutation.choices(&taken_r)
     }
 }
 

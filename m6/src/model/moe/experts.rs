@@ -4,6 +4,7 @@ use m6_runtime::{Group, Init, Params};
 use tch::Tensor;
 
 use super::config::{MAX_GROUPS, MoeConfig};
+use super::dispatch::Dispatch;
 use super::router::Routing;
 use crate::model::INIT_STD;
 use crate::model::config::{FeedForwardKind, ModelConfig};
@@ -35,12 +36,11 @@ impl Experts {
     /// `[n, d] -> [n, d]`: the weighted sum of what its experts make of each token. Rows that were dropped go through
     /// their expert like the others, with weight 0: how many there are is known to the device alone.
     pub fn forward(&self, x_nd: &Tensor, routing: &Routing) -> Tensor {
-        let (kind, dispatch) = (x_nd.kind(), &routing.dispatch);
-        let x_rd = x_nd.index_select(0, &dispatch.tokens_r);
-        let hidden_rf = self.kind.activate(&self.product(&x_rd, &self.up_efd, &dispatch.ends_e));
-        let weights_r = dispatch.rows(&routing.weights_na).unsqueeze(-1).to_kind(kind);
-        let y_rd = self.product(&hidden_rf, &self.down_edf, &dispatch.ends_e) * weights_r;
-        x_nd.zeros_like().index_add(0, &dispatch.tokens_r, &y_rd)
+        let Dispatch { permutation, ends_e, .. } = &routing.dispatch;
+        let x_rd = permutation.permute(x_nd);
+        let hidden_rf = self.kind.activate(&self.product(&x_rd, &self.up_efd, ends_e));
+        let y_rd = self.product(&hidden_rf, &self.down_edf, ends_e);
+        permutation.unpermute(&y_rd, &routing.weights_na)
     }
 
     /// Rows `[r, i]`, each by the matrix `[o, i]` of its expert, whose rows end at `ends_e`.
