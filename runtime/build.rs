@@ -16,7 +16,7 @@ fn main() {
     link_libtorch();
     let lib = libtorch_lib();
     let include = Path::new(&lib).join("../include");
-    for file in ["shim.cpp", "fused.cpp", "guarded.h", "kernels.cu"] {
+    for file in ["shim.cpp", "fused.cpp", "adamw.h", "guarded.h", "kernels.cu"] {
         println!("cargo:rerun-if-changed=csrc/{file}");
     }
     let mut build = cc::Build::new();

@@ -12,6 +12,7 @@
 #include <string>
 #include <unordered_map>
 
+#include "adamw.h"
 #include "guarded.h"
 
 namespace {
@@ -404,6 +405,38 @@ class Unpermute : public torch::autograd::Function<Unpermute> {
   }
 };
 
+void adamw(
+    size_t count, Tensor* const* params, Tensor* const* grads, Tensor* const* firsts, Tensor* const* seconds,
+    Tensor* const* steps, const AdamWRates& rates, const Tensor& norm, const Tensor& factor) {
+  const c10::DeviceGuard guard(norm.device());
+  std::vector<Tensor> counters, kept;
+  AdamWBatch batch;
+  size_t filled = 0;
+  for (size_t i = 0; i < count; ++i) counters.push_back(*steps[i]);
+  at::_foreach_add_(counters, std::vector<Tensor>(count, norm.isfinite().to(at::kFloat)));
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t size = params[i]->numel();
+    const auto of = [&](const Tensor& tensor) {
+      TORCH_CHECK(tensor.scalar_type() == at::kFloat && tensor.is_contiguous(), "AdamW needs dense float32");
+      TORCH_CHECK(tensor.numel() == size, "AdamW needs parameters, gradients and moments of one size");
+      return static_cast<float*>(mutable_bytes(tensor));
+    };
+    kept.push_back(grads[i]->contiguous());
+    batch.params[filled] = of(*params[i]);
+    batch.grads[filled] = of(kept.back());
+    batch.firsts[filled] = of(*firsts[i]);
+    batch.seconds[filled] = of(*seconds[i]);
+    batch.steps[filled] = static_cast<const float*>(bytes(*steps[i]));
+    batch.sizes[filled] = size;
+    batch.ends[filled] = static_cast<int>((filled == 0 ? 0 : batch.ends[filled - 1]) + ceil_div(size, AdamWBatch::CHUNK));
+    ++filled;
+    if (filled == AdamWBatch::MOST || i + 1 == count) {
+      launch("m6_adamw", {batch.ends[filled - 1], 1}, BLOCK, 0, batch, rates, bytes(norm), bytes(factor));
+      filled = 0;
+    }
+  }
+}
+
 // Cross-entropy of `hidden weight^T`, whose logits are there for some rows at a time only. Their gradients are made where
 // they lie, in the forward pass, so that no product is computed twice; the backward pass scales what they came to.
 class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> {
@@ -502,6 +535,18 @@ char* m6_permute(const Tensor* x, const Tensor* tokens, const Tensor* places, Te
 char* m6_unpermute(
     const Tensor* rows, const Tensor* weights, const Tensor* order, const Tensor* places, Tensor** out) {
   return guarded([&] { *out = new Tensor(Unpermute::apply(*rows, *weights, *order, *places)); });
+}
+
+char* m6_adamw(
+    size_t count, Tensor* const* params, Tensor* const* grads, Tensor* const* firsts, Tensor* const* seconds,
+    Tensor* const* steps, double lr, double beta1, double beta2, double weight_decay, double eps, const Tensor* norm,
+    const Tensor* factor) {
+  return guarded([&] {
+    const at::NoGradGuard no_grad;
+    const auto narrow = [](double value) { return static_cast<float>(value); };
+    const AdamWRates rates{narrow(lr), narrow(beta1), narrow(beta2), narrow(weight_decay), narrow(eps)};
+    adamw(count, params, grads, firsts, seconds, steps, rates, *norm, *factor);
+  });
 }
 
 char* m6_linear_cross_entropy(

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "adamw.h"
+
 namespace {
 
 constexpr int VECTOR = 8;
@@ -566,4 +568,57 @@ extern "C" __global__ void m6_cross_entropy(
     }
     store(own + at, value);
   }
+}
+
+// ---- AdamW (Loshchilov and Hutter 2019) of float32 parameters, whose gradients are scaled by `factor` first. ----
+
+namespace {
+
+struct AdamWStep {
+  AdamWRates rates;
+  float factor, lr, root_correction;
+
+  __device__ void update(float& param, float grad, float& first, float& second) const {
+    grad *= factor;
+    param -= rates.lr * rates.weight_decay * param;
+    first += (1.0f - rates.beta1) * (grad - first);
+    second = rates.beta2 * second + (1.0f - rates.beta2) * grad * grad;
+    param -= lr * first / (sqrtf(second) / root_correction + rates.eps);
+  }
+
+  __device__ void update(float4& param, const float4& grad, float4& first, float4& second) const {
+    update(param.x, grad.x, first.x, second.x);
+    update(param.y, grad.y, first.y, second.y);
+    update(param.z, grad.z, first.z, second.z);
+    update(param.w, grad.w, first.w, second.w);
+  }
+};
+
+}  // namespace
+
+// Nothing changes where the norm of all gradients, `norm`, is no finite number.
+extern "C" __global__ void m6_adamw(AdamWBatch batch, AdamWRates rates, const float* norm, const float* factor) {
+  if (!isfinite(*norm)) return;
+  int index = 0;
+  while (static_cast<int>(blockIdx.x) >= batch.ends[index]) ++index;
+  const int first_block = index == 0 ? 0 : batch.ends[index - 1];
+  const int64_t begin = (blockIdx.x - first_block) * AdamWBatch::CHUNK;
+  const int64_t end = min(begin + AdamWBatch::CHUNK, batch.sizes[index]);
+  float* const params = batch.params[index];
+  const float* const grads = batch.grads[index];
+  float *const firsts = batch.firsts[index], *const seconds = batch.seconds[index];
+  const float steps = *batch.steps[index];
+  const float correction = 1.0f - powf(rates.beta1, steps);
+  const AdamWStep step{rates, *factor, rates.lr / correction, sqrtf(1.0f - powf(rates.beta2, steps))};
+  constexpr int QUAD = 4;
+  const int64_t quads = begin + (end - begin) / QUAD * QUAD;
+  for (int64_t i = begin + threadIdx.x * QUAD; i < quads; i += blockDim.x * QUAD) {
+    float4 param = *reinterpret_cast<const float4*>(params + i), first = *reinterpret_cast<const float4*>(firsts + i);
+    float4 second = *reinterpret_cast<const float4*>(seconds + i);
+    step.update(param, *reinterpret_cast<const float4*>(grads + i), first, second);
+    *reinterpret_cast<float4*>(params + i) = param;
+    *reinterpret_cast<float4*>(firsts + i) = first;
+    *reinterpret_cast<float4*>(seconds + i) = second;
+  }
+  for (int64_t i = quads + threadIdx.x; i < end; i += blockDim.x) step.update(params[i], grads[i], firsts[i], seconds[i]);
 }

@@ -122,6 +122,21 @@ unsafe extern "C" {
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub(crate) fn m6_swiglu(gate_up: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
+    pub(crate) fn m6_adamw(
+        count: usize,
+        params: *const *const C_tensor,
+        grads: *const *const C_tensor,
+        firsts: *const *const C_tensor,
+        seconds: *const *const C_tensor,
+        steps: *const *const C_tensor,
+        lr: f64,
+        beta1: f64,
+        beta2: f64,
+        weight_decay: f64,
+        eps: f64,
+        norm: *const C_tensor,
+        factor: *const C_tensor,
+    ) -> *mut c_char;
     pub(crate) fn m6_permute(
         x: *const C_tensor,
         tokens: *const C_tensor,

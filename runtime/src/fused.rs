@@ -228,11 +228,16 @@ pub(crate) mod kernels {
         (total, ffi::take(losses))
     }
 
-    /// The tensor that `call` made. Panics where tch's own operations would: when the device fails or has no memory.
-    pub(crate) fn made(call: impl FnOnce(*mut *mut C_tensor) -> *mut std::ffi::c_char) -> Tensor {
+    /// Makes the kernels known, before the first of them is launched.
+    pub(crate) fn load() {
         static LOADED: Once = Once::new();
         // SAFETY: the image is static.
         LOADED.call_once(|| unsafe { ffi::m6_set_kernels(IMAGE.0.as_ptr()) });
+    }
+
+    /// The tensor that `call` made. Panics where tch's own operations would: when the device fails or has no memory.
+    pub(crate) fn made(call: impl FnOnce(*mut *mut C_tensor) -> *mut std::ffi::c_char) -> Tensor {
+        load();
         let mut out = null_mut();
         let result: Result<()> = ffi::check(call(&mut out));
         result.unwrap_or_else(|error| panic!("{error}"));

@@ -5,6 +5,7 @@
 
 #![allow(unsafe_code)]
 
+mod adamw;
 pub mod attention;
 pub mod device;
 mod error;

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use tch::{Kind, Tensor};
 
+use crate::adamw;
 use crate::error::{Result, RuntimeError};
 use crate::ffi;
 use crate::muon;
@@ -111,14 +112,24 @@ impl Optimizer {
         ffi::check(unsafe { ffi::m6_clear_grads(params.len(), params.as_ptr()) })
     }
 
-    /// Scales the gradients so that their global L2 norm is at most `max_norm`; returns the norm before, a
-    /// scalar on the device.
+    /// One update by the gradients, scaled so that their global L2 norm is at most `max_norm`; returns the norm before,
+    /// a scalar on the device. Where it is not finite the parameters stay as they are; that is decided on the device, so
+    /// a step never waits for the host. Parameters without a gradient are left alone. Gradients may or may not be scaled
+    /// themselves.
     ///
     /// # Errors
     /// When no parameter has a gradient or libtorch refuses.
-    pub fn clip_grad_norm(&self, max_norm: f64) -> Result<Tensor> {
+    pub fn step(&mut self, lr: f64, max_norm: f64) -> Result<Tensor> {
         /// Keeps the ratio finite for a zero norm, as in `torch.nn.utils.clip_grad_norm_`.
         const NORM_EPS: f64 = 1e-6;
+        let norm = self.grad_norm()?;
+        let factor = ((&norm + NORM_EPS).reciprocal() * max_norm).clamp_max(1.0);
+        self.step_adamw(lr, &norm, &factor)?;
+        self.step_muon(lr, &norm, &factor)?;
+        Ok(norm)
+    }
+
+    fn grad_norm(&self) -> Result<Tensor> {
         let grads: Vec<Tensor> = self.with_grad().map(|(_, grad)| grad).collect();
         if grads.is_empty() {
             return Err(RuntimeError::Torch("no parameter has a gradient".into()));
@@ -127,26 +138,17 @@ impl Optimizer {
         let list = ffi::pointers(&grads);
         // SAFETY: `list` points to live tensors; `out` receives a new one on success.
         ffi::check(unsafe { ffi::m6_foreach_l2_norm(list.len(), list.as_ptr(), &mut out) })?;
-        let norm = ffi::take(out);
-        let factor = ((&norm + NORM_EPS).reciprocal() * max_norm).clamp_max(1.0);
-        // SAFETY: as above; the factor is a scalar tensor on the gradients' device.
-        ffi::check(unsafe { ffi::m6_foreach_scale(list.len(), list.as_ptr(), factor.as_ptr()) })?;
-        Ok(norm)
+        Ok(ffi::take(out))
     }
 
-    /// One update. Where `grad_norm` is not finite the parameters stay as they are; that is decided on the
-    /// device, so a step never waits for the host. Parameters without a gradient are left alone.
-    ///
-    /// # Errors
-    /// When libtorch refuses.
-    pub fn step(&mut self, lr: f64, grad_norm: &Tensor) -> Result<()> {
-        let is_bad = grad_norm.isfinite().logical_not();
-        self.step_adamw(lr, &is_bad.to_kind(Kind::Float))?;
+    fn step_muon(&mut self, lr: f64, norm: &Tensor, factor: &Tensor) -> Result<()> {
         let Some(momentum) = self.config.muon_momentum else { return Ok(()) };
+        let is_bad = norm.isfinite().logical_not();
         let rates = muon::Rates { lr, momentum, weight_decay: self.config.weight_decay };
         let mut by_shape: BTreeMap<Vec<i64>, Vec<muon::Matrix>> = BTreeMap::new();
         for (slot, grad) in self.with_grad().filter(|(slot, _)| matches!(slot.rule, Rule::Muon)) {
             let (param, momentum) = (slot.param.shallow_clone(), slot.first.shallow_clone());
+            let grad = grad * factor;
             by_shape.entry(grad.size()).or_default().push(muon::Matrix { param, grad, momentum });
         }
         for matrices in by_shape.values_mut() {
@@ -155,39 +157,17 @@ impl Optimizer {
         Ok(())
     }
 
-    fn step_adamw(&self, lr: f64, found_inf: &Tensor) -> Result<()> {
+    fn step_adamw(&self, lr: f64, norm: &Tensor, factor: &Tensor) -> Result<()> {
         for is_decayed in [true, false] {
-            let (mut params, mut grads, mut first) = (Vec::new(), Vec::new(), Vec::new());
-            let (mut second, mut steps) = (Vec::new(), Vec::new());
+            let mut batch = adamw::Batch::default();
             for (slot, grad) in self.with_grad().filter(|(s, _)| (s.group != Group::NoDecay) == is_decayed) {
-                let Rule::AdamW { second: second_moment, step } = &slot.rule else { continue };
-                params.push(slot.param.as_ptr());
-                grads.push(grad);
-                first.push(slot.first.as_ptr());
-                second.push(second_moment.as_ptr());
-                steps.push(step.as_ptr());
+                if let Rule::AdamW { second, step } = &slot.rule {
+                    batch.push(&slot.param, grad, &slot.first, second, step);
+                }
             }
-            if params.is_empty() {
-                continue;
-            }
-            let grads = ffi::pointers(&grads);
-            // SAFETY: five lists of equal length of live tensors that only this optimizer and its layers share.
-            ffi::check(unsafe {
-                ffi::m6_fused_adamw(
-                    params.len(),
-                    params.as_ptr(),
-                    grads.as_ptr(),
-                    first.as_ptr(),
-                    second.as_ptr(),
-                    steps.as_ptr(),
-                    lr,
-                    self.config.beta1,
-                    self.config.beta2,
-                    if is_decayed { self.config.weight_decay } else { 0.0 },
-                    self.config.eps,
-                    found_inf.as_ptr(),
-                )
-            })?;
+            let weight_decay = if is_decayed { self.config.weight_decay } else { 0.0 };
+            let rates = adamw::Rates { lr, config: OptimizerConfig { weight_decay, ..self.config } };
+            batch.step(&rates, norm, factor)?;
         }
         Ok(())
     }
@@ -334,8 +314,7 @@ mod tests {
                 let second = &moments[i].1 / (1.0 - config.beta2.powi(step));
                 expected[i] = &expected[i] * (1.0 - lr * decay) - first / (second.sqrt() + config.eps) * lr;
             }
-            let norm = optimizer.clip_grad_norm(f64::INFINITY).unwrap();
-            optimizer.step(lr, &norm).unwrap();
+            let _ = optimizer.step(lr, f64::INFINITY).unwrap();
         }
         for (actual, expected) in [&w, &b].into_iter().zip(&expected) {
             let gap = (actual.detach().to_kind(Kind::Double) - expected).abs().max().double_value(&[]);
@@ -343,16 +322,18 @@ mod tests {
         }
     }
 
+    /// One step's first moment is a share of the scaled gradient.
     #[test]
     fn clipping_bounds_the_norm_and_reports_the_one_before() {
         let (params, w, b) = model();
-        let optimizer = Optimizer::new(&params, OptimizerConfig::default());
+        let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
         loss(&w, &b).backward();
         let before = (w.grad().square().sum(Kind::Float) + b.grad().square().sum(Kind::Float)).sqrt();
-        let norm = optimizer.clip_grad_norm(0.5).unwrap();
+        let norm = optimizer.step(0.1, 0.5).unwrap();
         assert!((norm - &before).abs().double_value(&[]) < 1e-4);
-        let after = (w.grad().square().sum(Kind::Float) + b.grad().square().sum(Kind::Float)).sqrt();
-        assert!((after.double_value(&[]) - 0.5).abs() < 1e-4);
+        let moments = optimizer.slots.iter().map(|slot| slot.first.square().sum(Kind::Float));
+        let after = moments.sum::<Tensor>().sqrt().double_value(&[]) / (1.0 - optimizer.config.beta1);
+        assert!((after - 0.5).abs() < 1e-4, "{after}");
     }
 
     #[test]
@@ -361,11 +342,10 @@ mod tests {
         let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
         loss(&w, &b).backward();
         optimizer.zero_grad().unwrap();
-        assert!(optimizer.clip_grad_norm(1.0).is_err());
+        assert!(optimizer.step(0.1, 1.0).is_err());
         w.square().sum(Kind::Float).backward();
         let kept = b.copy();
-        let norm = optimizer.clip_grad_norm(1.0).unwrap();
-        optimizer.step(0.1, &norm).unwrap();
+        let _ = optimizer.step(0.1, 1.0).unwrap();
         assert_eq!(kept, b);
     }
 
@@ -375,8 +355,7 @@ mod tests {
         let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
         (loss(&w, &b) * f64::INFINITY).backward();
         let kept = w.copy();
-        let norm = optimizer.clip_grad_norm(1.0).unwrap();
-        optimizer.step(0.1, &norm).unwrap();
+        let _ = optimizer.step(0.1, 1.0).unwrap();
         assert_eq!(kept, w);
         let steps = optimizer.state().into_iter().find(|(n, _)| n == "w.step").unwrap().1;
         assert_eq!(steps.double_value(&[]), 0.0);
@@ -400,8 +379,7 @@ mod tests {
                 }
                 optimizer.zero_grad().unwrap();
                 loss(&w, &b).backward();
-                let norm = optimizer.clip_grad_norm(1.0).unwrap();
-                optimizer.step(0.05, &norm).unwrap();
+                let _ = optimizer.step(0.05, 1.0).unwrap();
                 ema.update(step).unwrap();
             }
             ema.swap();
@@ -429,8 +407,7 @@ mod tests {
                 }
                 optimizer.zero_grad().unwrap();
                 loss(&hidden, &bias).backward();
-                let norm = optimizer.clip_grad_norm(1.0).unwrap();
-                optimizer.step(0.05, &norm).unwrap();
+                let _ = optimizer.step(0.05, 1.0).unwrap();
             }
             let names: Vec<String> = optimizer.state().into_iter().map(|(name, _)| name).collect();
             assert_eq!(names, ["bias.first", "bias.second", "bias.step", "hidden.first", "unused.first"]);

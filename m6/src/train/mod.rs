@@ -182,9 +182,8 @@ impl Trainer {
                 let losses = accumulate(transformer, &batch, plan.accumulation, self.config.recompute)?;
                 self.window.add(&losses, &batch);
             }
-            let grad_norm = self.optimizer.clip_grad_norm(plan.clip)?;
             let lr = schedule.at(self.step);
-            self.optimizer.step(lr, &grad_norm)?;
+            let grad_norm = self.optimizer.step(lr, plan.clip)?;
             self.window.add_update(&grad_norm);
             self.ema.update(self.step)?;
             self.step += 1;

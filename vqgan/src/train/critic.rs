@@ -109,8 +109,7 @@ impl Critic {
 
     /// One update from the gradients so far.
     pub(super) fn step(&mut self, clip: f64) -> Result<()> {
-        let norm = self.optimizer.clip_grad_norm(clip)?;
-        self.optimizer.step(self.config.lr, &norm)?;
+        let _ = self.optimizer.step(self.config.lr, clip)?;
         Ok(self.optimizer.zero_grad()?)
     }
 

@@ -136,8 +136,7 @@ fn train(
             images += batch.len() as u64;
         }
         let lr = schedule.at(step);
-        let grad_norm = state.optimizer.clip_grad_norm(clip)?;
-        state.optimizer.step(lr, &grad_norm)?;
+        let grad_norm = state.optimizer.step(lr, clip)?;
         state.optimizer.zero_grad()?;
         if let Some(critic) = critic {
             critic.step(clip)?;

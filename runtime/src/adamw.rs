@@ -1,0 +1,146 @@
+//! AdamW of many parameters at once: a kernel of our own on a GPU, libtorch's elsewhere.
+
+use tch::{Kind, Tensor};
+use torch_sys::C_tensor;
+
+use crate::error::Result;
+use crate::ffi;
+use crate::optim::OptimizerConfig;
+
+/// What one call updates: lists of equal length of live tensors that only an optimizer and its layers share.
+#[derive(Debug, Default)]
+pub(crate) struct Batch {
+    params: Vec<*const C_tensor>,
+    grads: Vec<Tensor>,
+    firsts: Vec<*const C_tensor>,
+    seconds: Vec<*const C_tensor>,
+    steps: Vec<*const C_tensor>,
+}
+
+/// How far a step goes.
+#[derive(Debug)]
+pub(crate) struct Rates {
+    pub(crate) lr: f64,
+    pub(crate) config: OptimizerConfig,
+}
+
+impl Batch {
+    /// A parameter with its gradient, its moments and the count of its steps; all but the gradient outlive the batch.
+    pub(crate) fn push(
+        &mut self,
+        param: &Tensor,
+        grad: Tensor,
+        first: &Tensor,
+        second: &Tensor,
+        step: &Tensor,
+    ) {
+        self.params.push(param.as_ptr());
+        self.grads.push(grad);
+        self.firsts.push(first.as_ptr());
+        self.seconds.push(second.as_ptr());
+        self.steps.push(step.as_ptr());
+    }
+
+    /// One update by the gradients times the scalar `factor`, unless `norm`, theirs, is not finite. The kernel scales what
+    /// it reads, which saves a pass; elsewhere the gradients are scaled where they are.
+    pub(crate) fn step(&self, rates: &Rates, norm: &Tensor, factor: &Tensor) -> Result<()> {
+        if self.params.is_empty() {
+            return Ok(());
+        }
+        #[cfg(feature = "cuda")]
+        if norm.device().is_cuda() {
+            return self.step_scaled(rates, norm, factor);
+        }
+        let grads = ffi::pointers(&self.grads);
+        let is_bad = norm.isfinite().logical_not().to_kind(Kind::Float);
+        let Rates { lr, config } = rates;
+        // SAFETY: the list is of live tensors; the factor is a scalar on their device.
+        ffi::check(unsafe { ffi::m6_foreach_scale(grads.len(), grads.as_ptr(), factor.as_ptr()) })?;
+        // SAFETY: the lists are what they say.
+        ffi::check(unsafe {
+            ffi::m6_fused_adamw(
+                grads.len(),
+                self.params.as_ptr(),
+                grads.as_ptr(),
+                self.firsts.as_ptr(),
+                self.seconds.as_ptr(),
+                self.steps.as_ptr(),
+                *lr,
+                config.beta1,
+                config.beta2,
+                config.weight_decay,
+                config.eps,
+                is_bad.as_ptr(),
+            )
+        })
+    }
+
+    #[cfg(feature = "cuda")]
+    fn step_scaled(&self, rates: &Rates, norm: &Tensor, factor: &Tensor) -> Result<()> {
+        let grads = ffi::pointers(&self.grads);
+        let Rates { lr, config } = rates;
+        crate::fused::kernels::load();
+        // SAFETY: the lists are what they say; norm and factor are float32 scalars on the same device.
+        ffi::check(unsafe {
+            ffi::m6_adamw(
+                grads.len(),
+                self.params.as_ptr(),
+                grads.as_ptr(),
+                self.firsts.as_ptr(),
+                self.seconds.as_ptr(),
+                self.steps.as_ptr(),
+                *lr,
+                config.beta1,
+                config.beta2,
+                config.weight_decay,
+                config.eps,
+                norm.as_ptr(),
+                factor.as_ptr(),
+            )
+        })
+    }
+}
+
+/// Need a GPU; run with `cargo test --features cuda`.
+#[cfg(all(test, feature = "cuda"))]
+mod tests {
+    use tch::Device;
+
+    use super::*;
+    use crate::optim::Optimizer;
+    use crate::params::{Group, Init, Params};
+
+    #[test]
+    fn kernels_step_as_the_host_does() {
+        let config = OptimizerConfig { weight_decay: 0.1, ..OptimizerConfig::default() };
+        // More parameters than a launch takes, some of several blocks and none of whole words.
+        let shapes: Vec<i64> = (0..70).map(|i| if i % 16 == 0 { 20_001 + i } else { 1 + i }).collect();
+        let run = |device: Device| {
+            let params = Params::new(device, 3);
+            let add = |i: usize| {
+                let group = if i % 2 == 0 { Group::Decay } else { Group::NoDecay };
+                params.add(&format!("p{i}"), &[shapes[i]], Init::Normal(1.0), group)
+            };
+            let tensors: Vec<Tensor> = (0..shapes.len()).map(add).collect();
+            let mut optimizer = Optimizer::new(&params, config);
+            let mut norms = Vec::new();
+            for step in 0..5 {
+                optimizer.zero_grad().unwrap();
+                let scale = if step == 3 { f64::INFINITY } else { 1.0 };
+                let each = tensors.iter().map(|t| (t * t * t).sum(Kind::Float));
+                (each.sum::<Tensor>() * scale).backward();
+                norms.push(optimizer.step(0.01, 2.0).unwrap().double_value(&[]));
+            }
+            let state = optimizer.state().into_iter().map(|(_, tensor)| tensor);
+            (norms, tensors.into_iter().chain(state).map(|t| t.to_device(Device::Cpu)).collect::<Vec<_>>())
+        };
+        let ((host_norms, host), (norms, device)) = (run(Device::Cpu), run(Device::Cuda(0)));
+        for (host, here) in host_norms.iter().zip(norms).filter(|(host, _)| host.is_finite()) {
+            assert!((host / here - 1.0).abs() < 1e-5, "{host} {here}");
+        }
+        for (index, (host, here)) in host.iter().zip(&device).enumerate() {
+            let gap = ((host - here).norm() / (host.norm() + 1e-6)).double_value(&[]);
+            assert!(gap < 1e-5, "{index}: {gap}");
+        }
+    }
+}
