@@ -119,7 +119,7 @@ fn step(model: &Transformer, optimizer: &mut Optimizer, rows: i64, texts: i64, l
             model.forward(&tokens, None, &layout, texts * length, Mode::Train).expect("a forward pass");
         let (mean, _) = linear_cross_entropy(&hidden.x_nd, &model.text_head(), &labels);
         hidden.routers.map_or(mean.shallow_clone(), |routers| mean + routers.loss).backward();
-        optimizer.step(LEARNING_RATE, 1.0).expect("an update");
+        let _ = optimizer.step(LEARNING_RATE, 1.0).expect("an update");
     }
 }
 

@@ -445,8 +445,8 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
   static variable_list forward(
       AutogradContext* context, const Tensor& given, const Tensor& weight, const Tensor& labels, const Tensor& row_weights,
       bool with_gradient) {
-    // Bytes of logits at once: many rows for the matrix products, little beside what a stack keeps.
-    constexpr int64_t CHUNK_BYTES = int64_t{1} << 29;
+    // Bytes of logits at once: little beside what a stack keeps, and few parts, each of which rewrites the weights' gradient.
+    constexpr int64_t CHUNK_BYTES = int64_t{1} << 30;
     constexpr int64_t CHUNK_ALIGN = 128;
     constexpr int64_t THREADS = 512;
     const c10::DeviceGuard guard(given.device());
@@ -456,13 +456,14 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     const int64_t rows = hidden.size(0), v = table.size(0);
     const int64_t stride = ceil_div(v, VECTOR) * VECTOR;
     const int64_t most = std::max(CHUNK_BYTES / (stride * hidden.element_size()) / CHUNK_ALIGN, int64_t{1}) * CHUNK_ALIGN;
+    const int64_t chunk = ceil_div(ceil_div(rows, ceil_div(rows, most)), CHUNK_ALIGN) * CHUNK_ALIGN;
     const auto floats = hidden.options().dtype(at::kFloat);
     const Tensor losses = at::empty({rows}, floats);
     const Tensor dhidden = with_gradient ? at::empty_like(hidden) : Tensor();
     Tensor dweight;
-    const Tensor buffer = at::empty({std::min(rows, most), stride}, hidden.options());
-    for (int64_t begin = 0; begin < rows; begin += most) {
-      const int64_t count = std::min(most, rows - begin);
+    const Tensor buffer = at::empty({std::min(rows, chunk), stride}, hidden.options());
+    for (int64_t begin = 0; begin < rows; begin += chunk) {
+      const int64_t count = std::min(chunk, rows - begin);
       const Tensor h = hidden.narrow(0, begin, count);
       Tensor logits = buffer.narrow(0, 0, count).narrow(1, 0, v);
       at::mm_out(logits, h, table.t());
