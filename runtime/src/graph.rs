@@ -1,5 +1,5 @@
-//! Backward passes in parts: a graph that is cut is run backward from its end, each part with the gradients that the part
-//! behind it gave.
+//! Backward passes in parts: a graph that is cut is run backward from its end, each part with the gradients that the
+//! part behind it gave.
 
 use tch::Tensor;
 

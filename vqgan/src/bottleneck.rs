@@ -64,8 +64,8 @@ fn valued(carrier: &Tensor, value: &Tensor) -> Tensor {
     carrier + (value - carrier).detach()
 }
 
-/// `rows_nd` through the rotation, in the plane of the two, and the scaling that take each to its row of `codes_nd`. Both
-/// are constants to the gradient.
+/// `rows_nd` through the rotation, in the plane of the two, and the scaling that take each to its row of `codes_nd`.
+/// Both are constants to the gradient.
 fn rotated(rows_nd: &Tensor, codes_nd: &Tensor) -> Tensor {
     let (from_nd, to_nd) = (normalize(&rows_nd.detach()), normalize(&codes_nd.detach()));
     let between_nd = normalize(&(&from_nd + &to_nd));
@@ -112,9 +112,9 @@ pub(crate) fn divergence_from_uniform(logits_nk: &Tensor) -> Tensor {
     codes.ln() - entropy(&logits_nk.log_softmax(-1, Kind::Float)).mean(Kind::Float)
 }
 
-/// Entropy, in nats, of the codes at a position, mean over positions, less that of the mean over positions: low where each
-/// position is sure of its code and all codes are in use (MAGVIT-v2, Yu et al. 2023; LlamaGen). Probabilities are the
-/// softmax of `affinity_nk / temperature`.
+/// Entropy, in nats, of the codes at a position, mean over positions, less that of the mean over positions: low where
+/// each position is sure of its code and all codes are in use (MAGVIT-v2, Yu et al. 2023; LlamaGen). Probabilities are
+/// the softmax of `affinity_nk / temperature`.
 pub(crate) fn entropy_loss(affinity_nk: &Tensor, temperature: f64) -> Tensor {
     let positions = affinity_nk.size()[0] as f64;
     let log_nk = (affinity_nk / temperature).log_softmax(-1, Kind::Float);
@@ -161,8 +161,8 @@ mod tests {
         assert!(!quantizer.codebook().grad().defined());
     }
 
-    /// With the row e and the code q the gradient is, by the formula of the paper, `(|q| / |e|) R^T` times that of what the
-    /// decoder is given, where `R = I - 2 r r^T + 2 q e^T` of unit vectors and r halves the angle between the two.
+    /// With the row e and the code q the gradient is, by the formula of the paper, `(|q| / |e|) R^T` times that of what
+    /// the decoder is given, where `R = I - 2 r r^T + 2 q e^T` of unit vectors and r halves the angle between the two.
     #[test]
     fn the_rotation_carries_the_gradient_as_it_carries_the_row() {
         let (params, quantizer, raw) = setup(QuantizerKind::Nearest);
@@ -262,8 +262,8 @@ mod tests {
         assert!((divergence_from_uniform(&logits).double_value(&[]) - expected).abs() < 1e-6);
     }
 
-    /// Two codes a squared distance of 2 apart and two rows on them: at a temperature of 2, `p = 1 / (1 + 1 / e)` for the own
-    /// one, and both codes are used alike.
+    /// Two codes a squared distance of 2 apart and two rows on them: at a temperature of 2, `p = 1 / (1 + 1 / e)` for
+    /// the own one, and both codes are used alike.
     #[test]
     fn the_entropy_loss_of_two_codes_is_that_of_its_formula() {
         let codes = Tensor::eye(2, FLOAT);

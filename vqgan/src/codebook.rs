@@ -12,15 +12,15 @@ use crate::loss::LossWeights;
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct CodebookConfig {
-    /// Steps of plain autoencoding before there are codes. Those of `normalized` and `nearest` are then made from encoder
-    /// outputs.
+    /// Steps of plain autoencoding before there are codes. Those of `normalized` and `nearest` are then made from
+    /// encoder outputs.
     pub warmup: u64,
     /// Decay a step of a code's running usage.
     pub decay: f64,
     /// A code is dead below this usage; 1 is an equal share of the batch's positions.
     pub threshold: f64,
-    /// Fraction of the run after which dead codes are left alone, so that the decoder can settle; 0 for quantisers whose
-    /// codes cannot be put elsewhere one by one (`simvq` and `gumbel`).
+    /// Fraction of the run after which dead codes are left alone, so that the decoder can settle; 0 for quantisers
+    /// whose codes cannot be put elsewhere one by one (`simvq` and `gumbel`).
     pub until: f64,
     /// How the codebook is made from encoder outputs.
     #[serde(default)]
@@ -209,6 +209,10 @@ mod tests {
         assert_eq!(config(json!({})), expected);
         let loss = json!({ "l1": 1.0, "gradient": 0.0, "ssim": 0.0, "codebook": 0.0, "commitment": 0.0 });
         assert_eq!(serde_json::from_value::<LossWeights>(loss).unwrap(), LOSS);
+        // Without a word codes would not learn at all.
+        let silent = json!({ "l1": 1.0, "gradient": 0.0, "ssim": 0.0, "commitment": 0.0 });
+        let message = serde_json::from_value::<LossWeights>(silent).unwrap_err().to_string();
+        assert!(message.starts_with("missing field `codebook`"), "{message}");
     }
 
     #[test]

@@ -91,12 +91,13 @@ pub struct EvalRequest<'a> {
     pub limit: Option<usize>,
     /// Where to write originals above reconstructions as a PNG.
     pub grid: Option<&'a Path>,
-    /// Weights of the Inception network that FID is measured with, in pytorch-fid's layout; without them, sets are compared
-    /// by [`crate::fidelity::FidelitySpace::RandomNetwork`].
+    /// Weights of the Inception network that FID is measured with, in pytorch-fid's layout; without them, sets are
+    /// compared by [`crate::fidelity::FidelitySpace::RandomNetwork`].
     pub inception: Option<&'a Path>,
 }
 
-/// Scores the tokenizer in folder `dir` on the pictures of `shards`, each resized and cropped to the model's resolution.
+/// Scores the tokenizer in folder `dir` on the pictures of `shards`, each resized and cropped to the model's
+/// resolution.
 ///
 /// # Errors
 /// When the model, a shard, a picture or Inception's weights cannot be read, or the grid cannot be written.

@@ -32,18 +32,16 @@ pub struct LossWeights {
     /// Structural loss: 1 - SSIM.
     pub ssim: f64,
     /// Distance of the codes to the encoder's rows; 0 where codes do not learn by it (`codebook.ema`, `gumbel`).
-    #[serde(default)]
     pub codebook: f64,
     /// Distance of the encoder's rows to their codes; 0 for the quantiser `gumbel`.
-    #[serde(default)]
     pub commitment: f64,
     /// Entropy of the choice of codes.
     #[serde(default)]
     pub entropy: Option<EntropyLoss>,
 }
 
-/// Entropy of the codes at a position less that of their mean over a batch, so that positions are sure of their codes and
-/// all codes are in use (MAGVIT-v2, Yu et al. 2023; LlamaGen).
+/// Entropy of the codes at a position less that of their mean over a batch, so that positions are sure of their codes
+/// and all codes are in use (MAGVIT-v2, Yu et al. 2023; LlamaGen).
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EntropyLoss {

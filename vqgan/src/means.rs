@@ -12,8 +12,8 @@ use crate::revive::{counts, sums};
 /// What is added to every count before the division, 1 being an equal share (Laplace smoothing).
 const SMOOTHING: f64 = 1e-5;
 
-/// Running count and sum of the encoder's rows that each code was given. Both are relative to an equal share of an update's
-/// positions, so that they do not depend on the size of a batch.
+/// Running count and sum of the encoder's rows that each code was given. Both are relative to an equal share of an
+/// update's positions, so that they do not depend on the size of a batch.
 #[derive(Debug)]
 pub(crate) struct RunningMeans {
     decay: f64,

@@ -99,8 +99,8 @@ impl Quantizer {
         }
     }
 
-    /// How well each code suits each row, float32 `[n, k]`: its logit, or the negative squared distance but for the square
-    /// of the row, which is the same for all codes.
+    /// How well each code suits each row, float32 `[n, k]`: its logit, or the negative squared distance but for the
+    /// square of the row, which is the same for all codes.
     pub(crate) fn affinity(&self, rows_nd: &Tensor) -> Tensor {
         if let Codes::Scored { weight, bias, .. } = &self.codes {
             return rows_nd.linear(&weight.flatten(1, -1), Some(bias));

@@ -80,8 +80,8 @@ pub(crate) fn initialise(
     }
 }
 
-/// A round of k-means (Lloyd 1982): each code goes to the mean of the rows that choose it, and one that none chooses to a
-/// badly served row.
+/// A round of k-means (Lloyd 1982): each code goes to the mean of the rows that choose it, and one that none chooses to
+/// a badly served row.
 fn move_to_means(quantizer: QuantizerKind, rows_nd: &Tensor, tables: &mut [Tensor]) {
     let size = tables[0].size()[0];
     let (codes_n, _) = quantizer.nearest(rows_nd, &tables[0]);

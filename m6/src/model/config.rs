@@ -113,10 +113,10 @@ pub struct WindowConfig {
     /// The first block that is limited; the ones before it see everything.
     pub from: i64,
     /// The first block after `from` that is not, nor those after it; none where absent.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(default)]
     pub until: Option<i64>,
     /// Of the blocks between them every n-th is limited, beginning with the first.
-    #[serde(default = "one", skip_serializing_if = "is_one")]
+    #[serde(default = "one")]
     pub every: i64,
 }
 
@@ -137,10 +137,6 @@ fn yes() -> bool {
 
 fn one() -> i64 {
     1
-}
-
-fn is_one(value: &i64) -> bool {
-    *value == 1
 }
 
 impl ModelConfig {

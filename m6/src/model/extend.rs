@@ -93,8 +93,8 @@ pub(super) fn fill(language: &Params, target: &Params, vocab: Vocab) {
     }
 }
 
-/// Fills a table of fresh rows with the old ones first, and gives the others their mean and spread, value by value: a new
-/// id is then as likely as an old one, and not likelier than all of them.
+/// Fills a table of fresh rows with the old ones first, and gives the others their mean and spread, value by value: a
+/// new id is then as likely as an old one, and not likelier than all of them.
 fn extend(table: &Tensor, old: &Tensor) {
     let (count, rows) = (old.size()[0], table.size()[0]);
     table.narrow(0, 0, count).copy_(old);

@@ -1,5 +1,5 @@
-//! A stack whose blocks keep nothing but their input: each is computed again in the backward pass, which takes one forward
-//! pass more and far less memory (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
+//! A stack whose blocks keep nothing but their input: each is computed again in the backward pass, which takes one
+//! forward pass more and far less memory (Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost").
 //!
 //! Blocks run without a graph, which is cut before the first and after the last one. The gradients are those of
 //! [`Transformer::forward`], on the CPU to the last bit.
@@ -66,8 +66,8 @@ impl<'a> Recompute<'a> {
         Ok((pass, Hidden { x_nd, routers }))
     }
 
-    /// [`Transformer::text_head`] for what is made of the result: where the input table is shared, both of its gradients
-    /// are to arrive together.
+    /// [`Transformer::text_head`] for what is made of the result: where the input table is shared, both of its
+    /// gradients are to arrive together.
     pub fn text_head(&self) -> &Tensor {
         &self.text_head.leaf
     }

@@ -1,7 +1,7 @@
 //! Experts out of a dense model, as Qwen2-57B-A14B came from Qwen2-7B (Yang et al. 2024, "Qwen2 technical report",
 //! section 2.2): for `n` experts of `h_E` neurons, the dense feed-forward's `h_FFN` neurons are copied
-//! `ceil(n h_E / h_FFN)` times, shuffled within each copy, and cut into experts one after the other; half of each expert's
-//! parameters start anew. The report does not say which: here it is whole neurons, as in Nakamura et al. 2025
+//! `ceil(n h_E / h_FFN)` times, shuffled within each copy, and cut into experts one after the other; half of each
+//! expert's parameters start anew. The report does not say which: here it is whole neurons, as in Nakamura et al. 2025
 //! ("Drop-Upcycling"), so that the others compute what they did.
 
 use std::collections::BTreeMap;
@@ -112,8 +112,8 @@ impl Upcycling {
     }
 }
 
-/// For each of `experts` experts of `hidden` neurons those of its neurons that come from one of the `dense` ones, and which:
-/// all but the share `fresh`.
+/// For each of `experts` experts of `hidden` neurons those of its neurons that come from one of the `dense` ones, and
+/// which: all but the share `fresh`.
 fn deal([dense, experts, hidden]: [usize; 3], fresh: f64, rng: &mut impl Rng) -> Vec<[Vec<i64>; 2]> {
     let mut shuffled = |count: usize| {
         let mut all: Vec<i64> = (0..count as i64).collect();

@@ -18,8 +18,8 @@ pub enum DiscriminatorNorm {
     /// Group norms: a picture's verdict does not depend on its neighbours in the batch.
     #[default]
     Group,
-    /// Batch norms, as in the original (Isola et al. 2017). A picture's verdict depends on the others of its batch, more
-    /// so the smaller that is; real pictures and reconstructions are batches of their own.
+    /// Batch norms, as in the original (Isola et al. 2017). A picture's verdict depends on the others of its batch,
+    /// more so the smaller that is; real pictures and reconstructions are batches of their own.
     Batch,
     /// No norm, and kernels divided by their largest singular value (Miyato et al. 2018).
     Spectral,

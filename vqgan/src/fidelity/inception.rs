@@ -1,6 +1,6 @@
-//! InceptionV3 (Szegedy et al. 2015) as FID is measured with (Heusel et al. 2017): the TensorFlow network of 2015-12-05,
-//! under the names of its port to PyTorch (pytorch-fid), up to the third pooling. It differs from torchvision's network
-//! in what its inner pools do.
+//! InceptionV3 (Szegedy et al. 2015) as FID is measured with (Heusel et al. 2017): the TensorFlow network of
+//! 2015-12-05, under the names of its port to PyTorch (pytorch-fid), up to the third pooling. It differs from
+//! torchvision's network in what its inner pools do.
 
 use std::path::Path;
 

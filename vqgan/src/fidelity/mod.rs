@@ -21,12 +21,12 @@ const KERNEL_DEGREE: i64 = 3;
 /// A space of features. Figures of different spaces do not compare.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum FidelitySpace {
-    /// Mean activations of a convolutional network of four layers that was never trained: sensitive to colour, edges and
-    /// blur, and with no notion of content.
+    /// Mean activations of a convolutional network of four layers that was never trained: sensitive to colour, edges
+    /// and blur, and with no notion of content.
     #[serde(rename = "random-conv-480")]
     RandomNetwork,
-    /// InceptionV3 after its third pooling, with weights from a file. With those that pytorch-fid publishes, the Frechet
-    /// distance is FID and the kernel distance KID.
+    /// InceptionV3 after its third pooling, with weights from a file. With those that pytorch-fid publishes, the
+    /// Frechet distance is FID and the kernel distance KID.
     #[serde(rename = "inception-v3-pool3")]
     Inception,
 }
@@ -134,10 +134,10 @@ pub fn frechet_distance(x: &Tensor, y: &Tensor) -> Result<f64> {
     Ok(((mean_x - mean_y).square().sum(Kind::Double) + spread).double_value(&[]))
 }
 
-/// The unbiased squared maximum mean discrepancy between `x` and `y`, both `[n, d]` with at least two rows, under the kernel
-/// `(x y / d + 1)³` (Binkowski et al. 2018, who call it KID in Inception's space); over all rows and in float64. Row `i` of
-/// `y` is the reconstruction of row `i` of `x`: the two are not independent, and their kernel is left out. About 0 where
-/// the sets are alike, at times below.
+/// The unbiased squared maximum mean discrepancy between `x` and `y`, both `[n, d]` with at least two rows, under the
+/// kernel `(x y / d + 1)³` (Binkowski et al. 2018, who call it KID in Inception's space); over all rows and in float64.
+/// Row `i` of `y` is the reconstruction of row `i` of `x`: the two are not independent, and their kernel is left out.
+/// About 0 where the sets are alike, at times below.
 pub fn kernel_distance(x: &Tensor, y: &Tensor) -> f64 {
     let (x, y) = (x.to_kind(Kind::Double), y.to_kind(Kind::Double));
     let rows = x.size()[0] as f64;

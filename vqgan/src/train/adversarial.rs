@@ -9,6 +9,8 @@ use crate::discriminator::DiscriminatorNorm;
 
 /// Layers of stride 2 that pictures of ordinary sizes have room for.
 const MAX_LAYERS: i64 = 4;
+/// Side that they have to leave: each of the two convolutions after them takes one pixel of it.
+const MIN_SIDE: i64 = 3;
 
 /// The adversarial part of the loss.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -32,8 +34,8 @@ pub struct DiscriminatorConfig {
     pub ramp: u64,
     /// Weight of the adversarial loss.
     pub weight: f64,
-    /// Where given, the weight of the adversarial loss is adaptive (VQGAN, Esser et al. 2021): multiplied by the length of
-    /// the reconstruction loss's gradient at the decoder's last kernel over that of its own, and at most by this.
+    /// Where given, the weight of the adversarial loss is adaptive (VQGAN, Esser et al. 2021): multiplied by the length
+    /// of the reconstruction loss's gradient at the decoder's last kernel over that of its own, and at most by this.
     #[serde(default)]
     pub adaptive_max: Option<f64>,
     /// Weight of the distance of its activations.
@@ -61,7 +63,8 @@ fn r1_every() -> u64 {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum AdversarialLoss {
-    /// Real patches should score 1 or more, others -1 or less (Lim and Ye 2017); the model raises the scores of its own.
+    /// Real patches should score 1 or more, others -1 or less (Lim and Ye 2017); the model raises the scores of its
+    /// own.
     #[default]
     Hinge,
     /// Cross-entropy of the sigmoids of the scores; the model raises the scores of its own (taming-transformers).
@@ -91,11 +94,11 @@ impl DiscriminatorConfig {
         due.then_some(self.r1 / 2.0 * self.r1_every as f64)
     }
 
-    /// Checks what the types do not.
+    /// Checks what the types do not, for pictures of side `resolution`.
     ///
     /// # Errors
     /// The first key of the table whose value does not fit.
-    pub(super) fn validate(&self) -> Result<(), ConfigProblem> {
+    pub(super) fn validate(&self, resolution: i64) -> Result<(), ConfigProblem> {
         let problem = |key, message| Err(ConfigProblem { key, message });
         for (key, value, high) in [
             ("lr", self.lr, f64::MAX),
@@ -109,8 +112,10 @@ impl DiscriminatorConfig {
                 return problem(key, message);
             }
         }
-        if !(1..=MAX_LAYERS).contains(&self.layers) {
-            return problem("layers", format!("{}, expected 1 to {MAX_LAYERS}", self.layers));
+        let most = (1..=MAX_LAYERS).rev().find(|layers| resolution >> layers >= MIN_SIDE).unwrap_or(0);
+        if !(1..=most).contains(&self.layers) {
+            let message = format!("{}, expected 1 to {most} at {resolution} pixels", self.layers);
+            return problem("layers", message);
         }
         if self.r1_every == 0 {
             return problem("r1_every", "0, expected at least 1".into());
@@ -126,7 +131,11 @@ impl DiscriminatorConfig {
 
 #[cfg(test)]
 pub(super) mod tests {
+    use m6_runtime::Params;
+    use tch::{Device, Kind, Tensor};
+
     use super::*;
+    use crate::discriminator::Discriminator;
 
     /// One with every key that has no default.
     pub(in crate::train) fn plain() -> DiscriminatorConfig {
@@ -163,12 +172,15 @@ pub(super) mod tests {
     #[test]
     fn bad_values_are_named() {
         let message = |config: DiscriminatorConfig| {
-            let problem = config.validate().unwrap_err();
+            let problem = config.validate(128).unwrap_err();
             format!("{}: {}", problem.key, problem.message)
         };
-        plain().validate().unwrap();
+        plain().validate(128).unwrap();
         assert_eq!(message(DiscriminatorConfig { start: 2.0, ..plain() }), "start: 2, expected 0 to 1");
-        assert_eq!(message(DiscriminatorConfig { layers: 5, ..plain() }), "layers: 5, expected 1 to 4");
+        assert_eq!(
+            message(DiscriminatorConfig { layers: 5, ..plain() }),
+            "layers: 5, expected 1 to 4 at 128 pixels"
+        );
         assert_eq!(message(DiscriminatorConfig { lecam: -1.0, ..plain() }), "lecam: -1, expected 0 or more");
         assert_eq!(message(DiscriminatorConfig { r1: f64::NAN, ..plain() }), "r1: NaN, expected 0 or more");
         assert_eq!(
@@ -178,5 +190,18 @@ pub(super) mod tests {
         let adaptive = |max| message(DiscriminatorConfig { adaptive_max: Some(max), ..plain() });
         assert_eq!(adaptive(0.0), "adaptive_max: 0, expected more than 0");
         assert_eq!(adaptive(f64::NAN), "adaptive_max: NaN, expected more than 0");
+    }
+
+    #[test]
+    fn as_many_layers_are_taken_as_pictures_have_room_for() {
+        for (resolution, most) in [(16, 2), (24, 3), (32, 3), (48, 4)] {
+            let fits = |layers| DiscriminatorConfig { layers, ..plain() }.validate(resolution).is_ok();
+            assert!(fits(most) && !fits(most + 1), "{resolution}");
+            let discriminator =
+                Discriminator::new(&Params::new(Device::Cpu, 1), most, DiscriminatorNorm::Group);
+            let x = Tensor::zeros([1, 3, resolution, resolution], (Kind::Float, Device::Cpu));
+            let scores = discriminator.forward(&x).scores();
+            assert!(scores.isfinite().all().int64_value(&[]) == 1, "{resolution}");
+        }
     }
 }

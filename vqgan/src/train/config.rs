@@ -157,7 +157,8 @@ impl TrainConfig {
         if let Err(message) = self.optimizer.validate() {
             return problem("optimizer", message);
         }
-        if let Some(Err(bad)) = self.discriminator.map(|discriminator| discriminator.validate()) {
+        let side = self.model.resolution;
+        if let Some(Err(bad)) = self.discriminator.map(|discriminator| discriminator.validate(side)) {
             return problem(&format!("discriminator.{}", bad.key), bad.message);
         }
         let numbers = [
@@ -191,7 +192,6 @@ impl TrainConfig {
             );
             return problem("codebook.warmup", message);
         }
-        let side = self.model.resolution;
         for (key, transform) in
             [("data.transform", &self.data.transform), ("validation.transform", &self.validation.transform)]
         {
@@ -260,6 +260,10 @@ mod tests {
         assert_eq!(
             message(|c| c.loss.lpips = 1.0),
             "run.toml: key `loss.lpips`: 1, expected a table [lpips] with its weights"
+        );
+        assert_eq!(
+            message(|c| c.discriminator.as_mut().unwrap().layers = 4),
+            "run.toml: key `discriminator.layers`: 4, expected 1 to 3 at 32 pixels"
         );
         assert_eq!(
             message(|c| c.codebook.ema = Some(0.9)),

@@ -119,8 +119,8 @@ impl Critic {
 }
 
 /// The length of the gradient of `loss` at `last_kernel` over that of `adversarial`, at most `max` (VQGAN, Esser et al.
-/// 2021): a scalar on the device, without a gradient. Only what lies between the two and the kernel is gone through, and
-/// both can be gone through again.
+/// 2021): a scalar on the device, without a gradient. Only what lies between the two and the kernel is gone through,
+/// and both can be gone through again.
 fn balance(loss: &Tensor, adversarial: &Tensor, last_kernel: &Tensor, max: f64) -> Tensor {
     let length = |loss: &Tensor| Tensor::run_backward(&[loss], &[last_kernel], true, false)[0].norm();
     (length(loss) / (length(adversarial) + BALANCE_EPS)).clamp_max(max)

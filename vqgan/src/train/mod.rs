@@ -343,7 +343,8 @@ mod tests {
         Left { files, losses, report }
     }
 
-    /// A discriminator with all that can be added to it, every quantiser, every way for a codebook to start and to learn.
+    /// A discriminator with all that can be added to it, every quantiser, every way for a codebook to start and to
+    /// learn.
     const VARIANTS: [&[&str]; 6] = [
         &[],
         &[

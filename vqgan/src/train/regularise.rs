@@ -26,7 +26,8 @@ impl LeCam {
         excess(real - averages.get(1)) + excess(averages.get(0) - fake)
     }
 
-    /// The averages after these scores, of real pictures and of the others, `[2]`. The early ones are not drawn to zero.
+    /// The averages after these scores, of real pictures and of the others, `[2]`. The early ones are not drawn to
+    /// zero.
     fn observe(&self, real: &Tensor, fake: &Tensor) -> Tensor {
         let _guard = tch::no_grad_guard();
         let (real, fake) = (real.mean(Kind::Float), fake.mean(Kind::Float));

@@ -74,8 +74,8 @@ pub fn import(source: &Path, out: &Path, resolution: i64, dtype: Dtype) -> Resul
 /// diffusers.
 ///
 /// Codes chosen by angle become unit vectors for projects that choose by distance. That gives the same codes, since
-/// among vectors of one length the nearest is the one of the smallest angle. SimVQ's table and layer become the codes that
-/// they make.
+/// among vectors of one length the nearest is the one of the smallest angle. SimVQ's table and layer become the codes
+/// that they make.
 ///
 /// # Errors
 /// When the model cannot be read, the project has no such network, or the file cannot be written.

@@ -600,10 +600,15 @@ mod tests {
         assert_eq!(publish(&qwen, StoredKind::F32).unwrap_err(), in_qwen2("rotary.logn = 16"));
         qwen.family = Family::Qwen;
         assert_eq!(publish(&qwen, StoredKind::F32).unwrap()["seq_length"], json!(16));
-        let moe =
-            |shared: &str| with(&format!(r#""num_experts": 4, "num_experts_per_tok": 2{shared}"#)).unwrap();
+        let moe = |more: &str| with(&format!(r#""num_experts": 4, "num_experts_per_tok": 2{more}"#)).unwrap();
         let alone = publish(&moe(""), StoredKind::F32).unwrap_err();
         assert_eq!(alone, in_qwen2("moe.shared = null"));
-        publish(&moe(r#", "shared_expert_intermediate_size": 8"#), StoredKind::F32).unwrap();
+        let mut windowed =
+            moe(r#", "shared_expert_intermediate_size": 8, "use_sliding_window": true, "sliding_window": 8,
+                "max_window_layers": 2"#);
+        publish(&windowed, StoredKind::F32).unwrap();
+        // Of all blocks, where a published config has one of every other block.
+        windowed.model.window = Some(WindowConfig::new(8, 0));
+        assert_eq!(publish(&windowed, StoredKind::F32).unwrap_err(), in_qwen2("window.every = 1"));
     }
 }

@@ -179,8 +179,8 @@ impl LanguageModel {
     /// The same with all that a run needs to begin from it and learn pictures.
     ///
     /// # Errors
-    /// When this is not the model that `extension` is for, has no text tokenizer or one with more ids than the table has
-    /// rows, or the image tokenizer cannot be read.
+    /// When this is not the model that `extension` is for, has no text tokenizer or one with more ids than the table
+    /// has rows, or the image tokenizer cannot be read.
     pub fn extended(self, extension: &Extension) -> Result<Model> {
         extension.check(self.config())?;
         let fail = |problem: String| Error::file(&self.folder, problem);
