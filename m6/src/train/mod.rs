@@ -93,7 +93,6 @@ struct Trainer {
 impl Trainer {
     fn start(config: TrainConfig, run: RunDir) -> Result<Self> {
         let device = device(&config.device)?;
-        set_tf32(true)?;
         tch::manual_seed(config.seed as i64);
         let checkpoints = Checkpoints::new(run.checkpoints(), config.keep)?;
         let resumed = checkpoints.latest()?;
@@ -112,6 +111,8 @@ impl Trainer {
         let validation =
             config.validation.as_ref().map(|v| Validation::open(&config, v, &opening, &model)).transpose()?;
 
+        // Only now, since codes of the pictures were chosen in float32 as it is.
+        set_tf32(true)?;
         if let (Some(dir), None) = (&config.init, &resumed) {
             model.load_weights(dir)?;
         }
