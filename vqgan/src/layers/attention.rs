@@ -4,7 +4,10 @@ use m6_runtime::Params;
 use m6_runtime::nn::{Conv2d, GroupNorm};
 use tch::Tensor;
 
-use super::norm;
+use super::norms::norm;
+
+/// From so many positions on their scores do not fit in memory.
+const LONG: i64 = 1 << 14;
 
 /// One head over all positions, with 1x1 convolutions as projections.
 #[derive(Debug)]
@@ -32,7 +35,11 @@ impl AttnBlock {
     pub(super) fn forward(&self, x: &Tensor) -> Tensor {
         let normed = self.norm.forward(x);
         // [b, c, h, w] -> [b, 1 head, t, c]
-        let heads = |conv: &Conv2d| conv.forward(&normed).flatten(2, 3).transpose(1, 2).unsqueeze(1);
+        let heads = |conv: &Conv2d| {
+            let heads = conv.forward(&normed).flatten(2, 3).transpose(1, 2).unsqueeze(1);
+            // The CPU's kernel that keeps no scores takes rows of adjacent values only.
+            if heads.size()[2] > LONG { heads.contiguous() } else { heads }
+        };
         let attended = Tensor::scaled_dot_product_attention::<Tensor>(
             &heads(&self.q),
             &heads(&self.k),
