@@ -152,6 +152,8 @@ impl TiledLevel {
 
 #[cfg(test)]
 mod tests {
+    use tch::{Device, Kind};
+
     use super::*;
 
     #[test]
@@ -166,5 +168,22 @@ mod tests {
         assert_eq!(grown, Area { top: 6, left: 2, height: 4, width: 4 });
         assert_eq!(last.within(grown), Area { top: 2, left: 2, height: 2, width: 2 });
         assert_eq!(map.tiles(16).collect::<Vec<_>>(), [map]);
+    }
+
+    #[test]
+    fn no_tile_is_larger_than_its_side_and_margins_and_each_position_is_written() {
+        let level = TiledLevel { map: Area::whole(20, 30), side: 8, margin: 4, norms: 0 };
+        let written = Tensor::zeros([1, 1, 20, 30], (Kind::Float, Device::Cpu));
+        let mut runs = 0;
+        let read = |area: Area| {
+            assert!(area.height <= 16 && area.width <= 16, "{area:?}");
+            Ok(Tensor::ones([1, 1, area.height, area.width], (Kind::Float, Device::Cpu)))
+        };
+        let write = |tile: Tile, y: &Tensor| {
+            let _ = tile.own.of(&written).g_add_(&tile.inside.of(y));
+        };
+        level.compute(read, |x, _| Ok(x), write, || runs += 1).unwrap();
+        assert_eq!(written, written.ones_like());
+        assert_eq!((runs, level.runs()), (12, 12));
     }
 }

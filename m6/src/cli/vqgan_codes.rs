@@ -90,14 +90,9 @@ impl EncodeArgs {
         self.common.for_each(&jobs, "encode", "pictures", |index| {
             let (picture, grid) = encode(&model, &jobs[index].source, tiles("encode", is_single))?;
             if let Some(targets) = &seen {
-                let seen = model.decode_picture(&grid, tiles("decode", is_single))?.crop(
-                    0,
-                    0,
-                    picture.width,
-                    picture.height,
-                )?;
+                let padded = model.decode_picture(&grid, tiles("decode", is_single))?;
                 make_folder(&targets[index])?;
-                seen.save_png(&targets[index])?;
+                padded.crop(0, 0, picture.width, picture.height)?.save_png(&targets[index])?;
             }
             make_folder(&codes[index])?;
             write_atomic(&codes[index], &grid.to_npy()?)?;
