@@ -3,7 +3,7 @@
 //! Weights are float32; a layer casts them to the dtype of its input, so bf16 compute is a property of the
 //! activations and there is no autocast. Every layer states how it starts.
 
-use tch::Tensor;
+use tch::{Kind, Tensor};
 
 use crate::fused;
 use crate::params::{Group, Init, Params};
@@ -139,6 +139,47 @@ impl GroupNorm {
     pub fn forward_swish(&self, x: &Tensor) -> Tensor {
         fused::group_norm(x, self.groups, &self.weight, &self.bias, self.eps, true)
     }
+
+    /// What the groups of `x` add to the moments of a larger feature map.
+    pub fn moments(&self, x: &Tensor) -> Moments {
+        let grouped = x.to_kind(Kind::Float).reshape([x.size()[0], self.groups, -1]);
+        let count = grouped.size()[2] as f64;
+        let (variance, mean) = grouped.var_mean_dim([2].as_slice(), false, false);
+        Moments { count, mean: mean.to_kind(Kind::Double), squares: variance.to_kind(Kind::Double) * count }
+    }
+
+    /// [`GroupNorm::forward_swish`] of a part of a feature map whose moments are `moments`. No gradient flows to them.
+    pub fn forward_swish_by(&self, x: &Tensor, moments: &Moments) -> Tensor {
+        let deviation = (&moments.squares / moments.count + self.eps).sqrt();
+        let grouped = |values: &Tensor| values.to_kind(Kind::Double).view([1, self.groups, -1]);
+        let scale = grouped(&self.weight) / deviation.unsqueeze(-1);
+        let shift = grouped(&self.bias) - moments.mean.unsqueeze(-1) * &scale;
+        let channels = |values: Tensor| values.flatten(1, 2).unsqueeze(-1).unsqueeze(-1).to_kind(Kind::Float);
+        channels(shift).addcmul(&x.to_kind(Kind::Float), &channels(scale)).silu_().to_kind(x.kind())
+    }
+}
+
+/// Moments of each group of a [`GroupNorm`], gathered over parts of a feature map; float64 `[b, groups]`.
+#[derive(Debug)]
+pub struct Moments {
+    count: f64,
+    mean: Tensor,
+    /// Sums of the squared distances from the mean.
+    squares: Tensor,
+}
+
+impl Moments {
+    /// Those of two parts that do not overlap, without a difference of large sums (Chan et al. 1983).
+    #[must_use]
+    pub fn merged(&self, other: &Self) -> Self {
+        let count = self.count + other.count;
+        let apart = &other.mean - &self.mean;
+        Self {
+            count,
+            mean: &self.mean + &apart * (other.count / count),
+            squares: &self.squares + &other.squares + apart.square() * (self.count * other.count / count),
+        }
+    }
 }
 
 /// 2-D convolution; `weight` of shape `[out, in, k, k]`, bias included.
@@ -180,7 +221,7 @@ impl Conv2d {
 
 #[cfg(test)]
 mod tests {
-    use tch::{Device, Kind};
+    use tch::Device;
 
     use super::*;
 
@@ -203,6 +244,21 @@ mod tests {
         assert_eq!(y.kind(), Kind::BFloat16);
         y.sum(Kind::Float).backward();
         assert_eq!(linear.weight.grad().kind(), Kind::Float);
+    }
+
+    /// The mean is far from zero, where sums of squares would lose the variance.
+    #[test]
+    fn moments_of_parts_norm_as_those_of_the_whole() {
+        let params = Params::new(Device::Cpu, 1);
+        let norm = GroupNorm::new(&params, 4, 8, 1e-6);
+        for (name, parameter) in [("a", &norm.weight), ("b", &norm.bias)] {
+            parameter.detach().copy_(&params.add(name, &[8], Init::Normal(1.0), Group::Buffer));
+        }
+        let x = params.add("x", &[2, 8, 6, 10], Init::Normal(1.0), Group::Buffer) + 300.0;
+        let part = |start, length| norm.moments(&x.narrow(3, start, length));
+        let moments = part(0, 3).merged(&part(3, 1)).merged(&part(4, 6));
+        let expected = norm.forward_swish(&x);
+        assert!((norm.forward_swish_by(&x, &moments) - expected).abs().max().double_value(&[]) < 5e-4);
     }
 
     #[test]

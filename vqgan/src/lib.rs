@@ -33,6 +33,7 @@ mod pictures;
 mod quantize;
 mod revive;
 mod stream;
+mod tiles;
 pub mod train;
 pub mod weights;
 

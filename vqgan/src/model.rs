@@ -1,5 +1,7 @@
 //! The image tokenizer: pictures to codes and back, and its folder on disk.
 
+mod large;
+
 use std::fs;
 use std::path::Path;
 
@@ -15,6 +17,7 @@ use crate::config::{COLOURS, VqganConfig};
 use crate::error::{Result, VqganError};
 use crate::layers::{Decoder, Encoder};
 use crate::quantize::Quantizer;
+pub(crate) use large::Tiling;
 
 pub(crate) const CONFIG_FILE: &str = "config.json";
 const WEIGHT_FILE: &str = "model.safetensors";
@@ -213,8 +216,12 @@ impl Vqgan {
     pub fn encode(&self, x: &Tensor) -> Result<Tensor> {
         let latent = self.encode_latent(x)?;
         let _guard = tch::no_grad_guard();
-        let rows = self.quantizer.rows(&latent.permute([0, 2, 3, 1])).reshape([-1, self.config.code_dim]);
-        Ok(self.quantizer.choose(&rows).view([latent.size()[0], -1]))
+        Ok(self.quantizer.choose(&self.rows(&latent)).view([latent.size()[0], -1]))
+    }
+
+    /// A latent as rows `[n, code_dim]` that are compared with codes.
+    fn rows(&self, latent: &Tensor) -> Tensor {
+        self.quantizer.rows(&latent.permute([0, 2, 3, 1])).reshape([-1, self.config.code_dim])
     }
 
     /// What the quantiser sees, `[b, code_dim, h / f, w / f]`, float32, before any normalisation: a feature space for
@@ -243,6 +250,13 @@ impl Vqgan {
     /// # Errors
     /// When there are more or fewer codes than the grid has places, or one is not in the codebook.
     pub fn decode_codes(&self, codes: &Tensor, grid_h: i64, grid_w: i64) -> Result<Tensor> {
+        let _guard = tch::no_grad_guard();
+        let grid = self.checked_grid(codes, grid_h, grid_w)?;
+        Ok(self.decode_grid(&grid).clamp(-1.0, 1.0))
+    }
+
+    /// Codes `[b, grid_h * grid_w]` as rows `[b, grid_h, grid_w, code_dim]`.
+    fn checked_grid(&self, codes: &Tensor, grid_h: i64, grid_w: i64) -> Result<Tensor> {
         match codes.size()[..] {
             [b, places] if b > 0 && places > 0 && grid_h > 0 && places == grid_h * grid_w => {}
             ref other => {
@@ -257,10 +271,8 @@ impl Vqgan {
         if low < 0 || high > last {
             return Err(VqganError::Codes(format!("{low} to {high}, expected 0 to {last}")));
         }
-        let _guard = tch::no_grad_guard();
         let rows = self.quantizer.lookup(&codes.to_device(self.device()));
-        let grid = rows.view([-1, grid_h, grid_w, self.config.code_dim]);
-        Ok(self.decode_grid(&grid).clamp(-1.0, 1.0))
+        Ok(rows.view([-1, grid_h, grid_w, self.config.code_dim]))
     }
 
     fn latent(&self, x: &Tensor) -> Tensor {
@@ -270,8 +282,12 @@ impl Vqgan {
 
     /// Rows `[b, h, w, code_dim]` to pictures.
     fn decode_grid(&self, grid: &Tensor) -> Tensor {
-        let z = channels_last(&grid.permute([0, 3, 1, 2]).to_kind(self.compute));
-        self.decoder.forward(&self.post_quant_conv.forward(&z)).to_kind(Kind::Float)
+        self.decoder.forward(&self.decoder_input(grid)).to_kind(Kind::Float)
+    }
+
+    /// Rows `[b, h, w, code_dim]` to `[b, z_channels, h, w]`.
+    fn decoder_input(&self, grid: &Tensor) -> Tensor {
+        self.post_quant_conv.forward(&channels_last(&grid.permute([0, 3, 1, 2]).to_kind(self.compute)))
     }
 }
 

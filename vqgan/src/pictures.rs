@@ -49,7 +49,12 @@ pub fn to_bytes(x: &Tensor) -> Tensor {
 /// Values from -1 to 1, `[b, 3, h, w]`, as pictures; one copy to the host.
 #[must_use]
 pub fn to_pictures(x: &Tensor) -> Vec<Rgb8> {
-    let rows = to_bytes(x).permute([0, 2, 3, 1]).contiguous().to_device(Device::Cpu);
+    bytes_to_pictures(&to_bytes(x))
+}
+
+/// Bytes `[b, 3, h, w]` as pictures.
+pub(crate) fn bytes_to_pictures(bytes: &Tensor) -> Vec<Rgb8> {
+    let rows = bytes.permute([0, 2, 3, 1]).contiguous().to_device(Device::Cpu);
     let (_, height, width, _) = match rows.size()[..] {
         [b, h, w, c] => (b, h, w, c),
         _ => unreachable!("pictures have four axes"),

@@ -18,7 +18,8 @@ use super::output;
     after_help = "Example:\n  m6 vqgan encode models/emoji/vqgan pictures -o codes --reconstructions seen\n\n\
     pictures/a/cat.jpg becomes codes/a/cat.npy: [rows, columns] of int64, for numpy.load. Pictures keep their size. One \
     whose sides are no multiples of the pixels of a code is continued to the right and below by its mirror image; its \
-    reconstruction is cut back to its size."
+    reconstruction is cut back to its size. What is too large for one pass is computed in tiles, without seams: the codes \
+    are those of the whole."
 )]
 pub struct EncodeArgs {
     /// Folder of the tokenizer
@@ -39,7 +40,8 @@ pub struct EncodeArgs {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  m6 vqgan decode models/emoji/vqgan codes -o pictures\n\n\
     codes/a/cat.npy becomes pictures/a/cat.png. Integers of any width are read, as [rows, columns]. Codes do not tell the \
-    size of their picture: where it was no multiple of the pixels of a code, the decoded one is larger by the mirrored rest.")]
+    size of their picture: where it was no multiple of the pixels of a code, the decoded one is larger by the mirrored rest.\n\
+    What is too large for one pass is computed in tiles, without seams: the picture is that of the whole.")]
 pub struct DecodeArgs {
     /// Folder of the tokenizer
     dir: PathBuf,
@@ -84,12 +86,13 @@ impl EncodeArgs {
         let seen = self.reconstructions.as_ref();
         let seen = seen.map(|dir| targets(&jobs, dir, "png", self.common.overwrite)).transpose()?;
         let model = Vqgan::load(&self.dir, device(&self.common.device)?)?;
+        let is_single = jobs.len() == 1;
         self.common.for_each(&jobs, "encode", "pictures", |index| {
-            let (picture, grid) = encode(&model, &jobs[index].source)?;
+            let (picture, grid) = encode(&model, &jobs[index].source, tiles("encode", is_single))?;
             if let Some(targets) = &seen {
-                let seen = model.decode_picture(&grid)?.crop(0, 0, picture.width, picture.height)?;
+                let padded = model.decode_picture(&grid, tiles("decode", is_single))?;
                 make_folder(&targets[index])?;
-                seen.save_png(&targets[index])?;
+                padded.crop(0, 0, picture.width, picture.height)?.save_png(&targets[index])?;
             }
             make_folder(&codes[index])?;
             write_atomic(&codes[index], &grid.to_npy()?)?;
@@ -99,10 +102,10 @@ impl EncodeArgs {
 }
 
 /// Reads a picture; an error names its file.
-fn encode(model: &Vqgan, path: &Path) -> Result<(Rgb8, CodeGrid)> {
+fn encode(model: &Vqgan, path: &Path, advance: impl FnMut(u64)) -> Result<(Rgb8, CodeGrid)> {
     let bytes = fs::read(path).map_err(|error| output::file_error(path, error))?;
     let picture = Rgb8::decode(&bytes).map_err(|error| output::file_error(path, error))?;
-    let grid = model.encode_picture(&picture).map_err(|error| output::file_error(path, error))?;
+    let grid = model.encode_picture(&picture, advance).map_err(|error| output::file_error(path, error))?;
     Ok((picture, grid))
 }
 
@@ -111,8 +114,9 @@ impl DecodeArgs {
         let jobs = jobs(&self.codes, |folder| files_in(folder, &["npy"]))?;
         let pictures = targets(&jobs, &self.out, "png", self.common.overwrite)?;
         let model = Vqgan::load(&self.dir, device(&self.common.device)?)?;
+        let is_single = jobs.len() == 1;
         self.common.for_each(&jobs, "decode", "code files", |index| {
-            let (picture, grid) = decode(&model, &jobs[index].source)?;
+            let (picture, grid) = decode(&model, &jobs[index].source, tiles("decode", is_single))?;
             make_folder(&pictures[index])?;
             picture.save_png(&pictures[index])?;
             self.common.print(&pictures[index], &jobs[index].source, &picture, &grid, &pictures[index])
@@ -121,11 +125,21 @@ impl DecodeArgs {
 }
 
 /// Reads a code file; an error names it.
-fn decode(model: &Vqgan, path: &Path) -> Result<(Rgb8, CodeGrid)> {
+fn decode(model: &Vqgan, path: &Path, advance: impl FnMut(u64)) -> Result<(Rgb8, CodeGrid)> {
     let bytes = fs::read(path).map_err(|error| output::file_error(path, error))?;
     let grid = CodeGrid::from_npy(&bytes).map_err(|error| output::file_error(path, error))?;
-    let picture = model.decode_picture(&grid).map_err(|error| output::file_error(path, error))?;
+    let picture = model.decode_picture(&grid, advance).map_err(|error| output::file_error(path, error))?;
     Ok((picture, grid))
+}
+
+/// Shows how many tiles of a large picture are done, if it is the only one: of several the pictures are counted.
+fn tiles(verb: &str, is_shown: bool) -> impl FnMut(u64) {
+    let mut task = None;
+    move |all| {
+        if is_shown {
+            task.get_or_insert_with(|| Task::new(verb, all, "tiles")).advance(1);
+        }
+    }
 }
 
 impl CommonArgs {

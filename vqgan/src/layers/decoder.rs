@@ -4,8 +4,9 @@ use m6_runtime::Params;
 use m6_runtime::nn::{Conv2d, GroupNorm};
 use tch::Tensor;
 
+use super::norms::norm;
 use super::resample::Upsample;
-use super::{Middle, Stage, norm};
+use super::{Middle, Norms, Own, Stage};
 use crate::config::{COLOURS, VqganConfig};
 
 /// The decoder; `up` is in the order of use, innermost level first, while names count from the outermost.
@@ -50,16 +51,34 @@ impl Decoder {
 
     /// `[b, z_channels, h, w] -> [b, 3, h f, w f]` for the downsampling factor `f`.
     pub(crate) fn forward(&self, z: &Tensor) -> Tensor {
+        self.forward_to(0, z)
+    }
+
+    /// [`Decoder::forward`] up to level `end`, 0 being the outermost.
+    pub(crate) fn forward_to(&self, end: usize, z: &Tensor) -> Tensor {
         let mut x = self.mid.forward(&self.conv_in.forward(z));
-        for level in &self.up {
-            for stage in &level.stages {
-                x = stage.forward(&x);
-            }
-            if let Some(upsample) = &level.upsample {
-                x = upsample.forward(&x);
-            }
+        for level in (end..self.up.len()).rev() {
+            let Ok(outer) = self.level(level, x, &mut Own);
+            x = outer;
         }
-        self.conv_out.forward(&self.norm_out.forward_swish(&x))
+        x
+    }
+
+    /// Level `level` alone, with what lies between it and the one inside of it and, at the outermost, the picture.
+    pub(crate) fn level<N: Norms>(&self, level: usize, x: Tensor, norms: &mut N) -> Result<Tensor, N::Stop> {
+        let place = self.up.len() - 1 - level;
+        let upsample = self.up[..place].last().and_then(|inner| inner.upsample.as_ref());
+        let mut x = match upsample {
+            Some(upsample) => upsample.forward(&x),
+            None => x,
+        };
+        for stage in &self.up[place].stages {
+            x = stage.forward(&x, norms)?;
+        }
+        if level > 0 {
+            return Ok(x);
+        }
+        Ok(self.conv_out.forward(&norms.swish(&self.norm_out, &x)?))
     }
 
     /// The kernel of the last convolution, at which losses are balanced.

@@ -4,8 +4,9 @@ use m6_runtime::Params;
 use m6_runtime::nn::{Conv2d, GroupNorm};
 use tch::Tensor;
 
+use super::norms::norm;
 use super::resample::Downsample;
-use super::{Middle, Stage, norm};
+use super::{Middle, Norms, Own, Stage};
 use crate::config::{COLOURS, VqganConfig};
 
 /// The encoder; level 0 is the outermost.
@@ -50,15 +51,28 @@ impl Encoder {
 
     /// `[b, 3, h, w] -> [b, z_channels, h / f, w / f]` for the downsampling factor `f`.
     pub(crate) fn forward(&self, x: &Tensor) -> Tensor {
-        let mut x = self.conv_in.forward(x);
-        for level in &self.down {
-            for stage in &level.stages {
-                x = stage.forward(&x);
-            }
-            if let Some(downsample) = &level.downsample {
-                x = downsample.forward(&x);
-            }
+        self.forward_from(0, x.shallow_clone())
+    }
+
+    /// [`Encoder::forward`] from level `start` on; `x` is what the levels outside of it made.
+    pub(crate) fn forward_from(&self, start: usize, mut x: Tensor) -> Tensor {
+        for level in start..self.down.len() {
+            let Ok(inner) = self.level(level, x, &mut Own);
+            x = inner;
         }
         self.conv_out.forward(&self.norm_out.forward_swish(&self.mid.forward(&x)))
+    }
+
+    /// Level `level` alone, with what lies between it and the next or, at the outermost, the picture.
+    pub(crate) fn level<N: Norms>(&self, level: usize, x: Tensor, norms: &mut N) -> Result<Tensor, N::Stop> {
+        let mut x = if level == 0 { self.conv_in.forward(&x) } else { x };
+        let DownLevel { stages, downsample } = &self.down[level];
+        for stage in stages {
+            x = stage.forward(&x, norms)?;
+        }
+        Ok(match downsample {
+            Some(downsample) => downsample.forward(&x),
+            None => x,
+        })
     }
 }

@@ -6,25 +6,20 @@
 mod attention;
 mod decoder;
 mod encoder;
+mod norms;
 mod resample;
 mod resnet;
 
 use m6_runtime::Params;
-use m6_runtime::nn::GroupNorm;
 use tch::Tensor;
 
 pub(crate) use decoder::Decoder;
 pub(crate) use encoder::Encoder;
+pub(crate) use norms::{Norms, Own};
 
-use crate::config::{NORM_GROUPS, VqganConfig};
+use crate::config::VqganConfig;
 use attention::AttnBlock;
 use resnet::ResnetBlock;
-
-const NORM_EPS: f64 = 1e-6;
-
-fn norm(params: &Params, channels: i64) -> GroupNorm {
-    GroupNorm::new(params, NORM_GROUPS, channels, NORM_EPS)
-}
 
 /// A residual block, followed by attention on levels that have it.
 #[derive(Debug)]
@@ -42,8 +37,8 @@ impl Stage {
         }
     }
 
-    fn forward(&self, x: &Tensor) -> Tensor {
-        attend(self.attention.as_ref(), self.block.forward(x))
+    fn forward<N: Norms>(&self, x: &Tensor, norms: &mut N) -> Result<Tensor, N::Stop> {
+        Ok(attend(self.attention.as_ref(), self.block.forward(x, norms)?))
     }
 }
 
@@ -74,7 +69,9 @@ impl Middle {
     }
 
     fn forward(&self, x: &Tensor) -> Tensor {
-        self.block_2.forward(&attend(self.attn_1.as_ref(), self.block_1.forward(x)))
+        let Ok(x) = self.block_1.forward(x, &mut Own);
+        let Ok(x) = self.block_2.forward(&attend(self.attn_1.as_ref(), x), &mut Own);
+        x
     }
 }
 

@@ -4,7 +4,7 @@ use m6_runtime::Params;
 use m6_runtime::nn::{Conv2d, GroupNorm};
 use tch::Tensor;
 
-use super::norm;
+use super::norms::{Norms, norm};
 
 /// Norm, swish, convolution, twice; a 1x1 convolution carries the input across where the width changes.
 #[derive(Debug)]
@@ -29,12 +29,12 @@ impl ResnetBlock {
     }
 
     /// `[b, input, h, w] -> [b, output, h, w]`.
-    pub(super) fn forward(&self, x: &Tensor) -> Tensor {
-        let h = self.conv1.forward(&self.norm1.forward_swish(x));
-        let h = self.conv2.forward(&self.norm2.forward_swish(&h));
-        match &self.nin_shortcut {
+    pub(super) fn forward<N: Norms>(&self, x: &Tensor, norms: &mut N) -> Result<Tensor, N::Stop> {
+        let h = self.conv1.forward(&norms.swish(&self.norm1, x)?);
+        let h = self.conv2.forward(&norms.swish(&self.norm2, &h)?);
+        Ok(match &self.nin_shortcut {
             Some(shortcut) => shortcut.forward(x) + h,
             None => x + h,
-        }
+        })
     }
 }
