@@ -93,7 +93,7 @@ impl Vqgan {
         let (rows, columns) = (grid.rows as i64, grid.columns as i64);
         let factor = self.config().downsample();
         let picture =
-            Tensor::empty([1, COLOURS, rows * factor, columns * factor], (Kind::Uint8, Device::Cpu));
+            Tensor::f_empty([1, COLOURS, rows * factor, columns * factor], (Kind::Uint8, Device::Cpu))?;
         let write = |area: Area, pixels: &Tensor| area.of(&picture).copy_(&to_bytes(pixels));
         self.decode_large(&grid.tensor(), (rows, columns), Tiling::DEFAULT, &mut advance, write)?;
         Ok(bytes_to_pictures(&picture).remove(0))
