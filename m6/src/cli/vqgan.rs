@@ -74,7 +74,9 @@ impl TrainArgs {
     the codes, and nominal by the size of the codebook.\n\n\
     Originals and reconstructions are also compared as sets, by the Frechet distance and the unbiased kernel distance \
     that FID and KID are in Inception's features. With --inception they are those: it takes the weights that pytorch-fid \
-    publishes, pt_inception-2015-12-05, as a safetensors file or a torch file of torch 1.6 and later. Without, the \
+    publishes, pt_inception-2015-12-05, as a safetensors file or a torch file of torch 1.6 and later. The kernel distance \
+    is over all pictures, without the pairs of an original and its own reconstruction; the usual KID is the mean of \
+    subsets with them. Without, the \
     features are of a network that was never trained and whose name stands with the figures, which compare with others \
     of that name and number of pictures, and not with FID and KID."
 )]
