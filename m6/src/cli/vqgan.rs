@@ -72,13 +72,12 @@ impl TrainArgs {
     after_help = "Example:\n  m6 vqgan eval models/emoji/vqgan datasets/emoji/val-base-*.tar --grid grid.png\n\n\
     MS-SSIM has five scales, and pictures of less than 176 pixels a side have none. Bits a pixel are by the entropy of \
     the codes, and nominal by the size of the codebook.\n\n\
-    Originals and reconstructions are also compared as sets, by the Frechet distance and the unbiased kernel distance \
-    that FID and KID are in Inception's features. With --inception they are those: it takes the weights that pytorch-fid \
-    publishes, pt_inception-2015-12-05, as a safetensors file or a torch file of torch 1.6 and later. The kernel distance \
-    is over all pictures, without the pairs of an original and its own reconstruction; the usual KID is the mean of \
-    subsets with them. Without, the \
-    features are of a network that was never trained and whose name stands with the figures, which compare with others \
-    of that name and number of pictures, and not with FID and KID."
+    Originals and reconstructions are also compared as sets, by the Frechet distance and the unbiased kernel distance. With \
+    --inception the features are those of FID and KID: it takes the weights that pytorch-fid publishes, \
+    pt_inception-2015-12-05, as a safetensors file or a torch file of torch 1.6 and later. The kernel distance is over all \
+    pictures, without the pairs of an original and its own reconstruction; the usual KID is the mean of subsets with them. \
+    Without --inception the features are of a network that was never trained and whose name stands with the figures, which \
+    compare with others of that name and number of pictures, and not with FID and KID."
 )]
 pub struct EvalArgs {
     /// Folder of the tokenizer
@@ -92,7 +91,7 @@ pub struct EvalArgs {
     /// Write originals above reconstructions as a PNG
     #[arg(long, value_name = "FILE")]
     grid: Option<PathBuf>,
-    /// Weights of FID's Inception network, for FID and KID
+    /// Weights of FID's Inception network, whose features are then compared
     #[arg(long, value_name = "FILE")]
     inception: Option<PathBuf>,
     /// Where to compute: `cpu`, `cuda:N`, or `auto`
