@@ -28,10 +28,6 @@ std::vector<at::Tensor> gather(at::Tensor* const* tensors, size_t count) {
   return list;
 }
 
-std::optional<at::Tensor> optional_tensor(const at::Tensor* tensor) {
-  return tensor == nullptr ? std::nullopt : std::make_optional(*tensor);
-}
-
 at::Device device_of(int cuda_index) {
   return cuda_index < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda_index));
 }
@@ -65,20 +61,20 @@ char* m6_init_uniform(at::Tensor* tensor, double bound, uint64_t seed) {
 }
 
 char* m6_fused_adamw(
-    size_t count, at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* first, at::Tensor* const* second,
-    at::Tensor* const* steps, double lr, double beta1, double beta2, double weight_decay, double eps,
-    const at::Tensor* found_inf) {
+    size_t count, at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* firsts, at::Tensor* const* seconds,
+    at::Tensor* const* steps, double lr, double beta1, double beta2, double weight_decay, double eps, const at::Tensor* norm,
+    const at::Tensor* factor) {
   return guarded([&] {
     c10::NoGradGuard no_grad;
-    auto state_steps = gather(steps, count);
-    auto skip = optional_tensor(found_inf);
+    const auto scaled = gather(grads, count);
+    at::_foreach_mul_(scaled, *factor);
+    const auto state_steps = gather(steps, count);
+    const at::Tensor is_bad = norm->isfinite().logical_not().to(at::kFloat);
     at::_foreach_add_(state_steps, 1);
     at::_fused_adamw_(
-        gather(params, count), gather(grads, count), gather(first, count), gather(second, count), {}, state_steps, lr, beta1,
-        beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, skip);
-    if (skip.has_value()) {
-      at::_foreach_sub_(state_steps, std::vector<at::Tensor>(count, *skip));
-    }
+        gather(params, count), scaled, gather(firsts, count), gather(seconds, count), {}, state_steps, lr, beta1, beta2,
+        weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, is_bad);
+    at::_foreach_sub_(state_steps, std::vector<at::Tensor>(count, is_bad));
   });
 }
 
@@ -97,13 +93,6 @@ char* m6_foreach_l2_norm(size_t count, at::Tensor* const* tensors, at::Tensor** 
     c10::NoGradGuard no_grad;
     auto norms = at::_foreach_norm(gather(tensors, count), 2);
     *out = new at::Tensor(at::stack(norms).norm());
-  });
-}
-
-char* m6_foreach_scale(size_t count, at::Tensor* const* tensors, const at::Tensor* factor) {
-  return guarded([&] {
-    c10::NoGradGuard no_grad;
-    at::_foreach_mul_(gather(tensors, count), *factor);
   });
 }
 

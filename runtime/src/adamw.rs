@@ -1,6 +1,6 @@
 //! AdamW of many parameters at once: a kernel of our own on a GPU, libtorch's elsewhere.
 
-use tch::{Kind, Tensor};
+use tch::Tensor;
 use torch_sys::C_tensor;
 
 use crate::error::Result;
@@ -48,41 +48,19 @@ impl Batch {
             return Ok(());
         }
         #[cfg(feature = "cuda")]
-        if norm.device().is_cuda() {
-            return self.step_scaled(rates, norm, factor);
-        }
-        let grads = ffi::pointers(&self.grads);
-        let is_bad = norm.isfinite().logical_not().to_kind(Kind::Float);
-        let Rates { lr, config } = rates;
-        // SAFETY: the list is of live tensors; the factor is a scalar on their device.
-        ffi::check(unsafe { ffi::m6_foreach_scale(grads.len(), grads.as_ptr(), factor.as_ptr()) })?;
-        // SAFETY: the lists are what they say.
-        ffi::check(unsafe {
-            ffi::m6_fused_adamw(
-                grads.len(),
-                self.params.as_ptr(),
-                grads.as_ptr(),
-                self.firsts.as_ptr(),
-                self.seconds.as_ptr(),
-                self.steps.as_ptr(),
-                *lr,
-                config.beta1,
-                config.beta2,
-                config.weight_decay,
-                config.eps,
-                is_bad.as_ptr(),
-            )
-        })
-    }
-
-    #[cfg(feature = "cuda")]
-    fn step_scaled(&self, rates: &Rates, norm: &Tensor, factor: &Tensor) -> Result<()> {
+        let update = if norm.device().is_cuda() {
+            crate::fused::kernels::load();
+            ffi::m6_adamw
+        } else {
+            ffi::m6_fused_adamw
+        };
+        #[cfg(not(feature = "cuda"))]
+        let update = ffi::m6_fused_adamw;
         let grads = ffi::pointers(&self.grads);
         let Rates { lr, config } = rates;
-        crate::fused::kernels::load();
         // SAFETY: the lists are what they say; norm and factor are float32 scalars on the same device.
         ffi::check(unsafe {
-            ffi::m6_adamw(
+            update(
                 grads.len(),
                 self.params.as_ptr(),
                 grads.as_ptr(),
@@ -104,7 +82,7 @@ impl Batch {
 /// Need a GPU; run with `cargo test --features cuda`.
 #[cfg(all(test, feature = "cuda"))]
 mod tests {
-    use tch::Device;
+    use tch::{Device, Kind};
 
     use super::*;
     use crate::optim::Optimizer;

@@ -16,15 +16,16 @@ unsafe extern "C" {
         count: usize,
         params: *const *const C_tensor,
         grads: *const *const C_tensor,
-        first: *const *const C_tensor,
-        second: *const *const C_tensor,
+        firsts: *const *const C_tensor,
+        seconds: *const *const C_tensor,
         steps: *const *const C_tensor,
         lr: f64,
         beta1: f64,
         beta2: f64,
         weight_decay: f64,
         eps: f64,
-        found_inf: *const C_tensor,
+        norm: *const C_tensor,
+        factor: *const C_tensor,
     ) -> *mut c_char;
     pub(crate) fn m6_backward(
         count: usize,
@@ -36,11 +37,6 @@ unsafe extern "C" {
         count: usize,
         tensors: *const *const C_tensor,
         out: *mut *mut C_tensor,
-    ) -> *mut c_char;
-    pub(crate) fn m6_foreach_scale(
-        count: usize,
-        tensors: *const *const C_tensor,
-        factor: *const C_tensor,
     ) -> *mut c_char;
     pub(crate) fn m6_foreach_lerp(
         count: usize,
