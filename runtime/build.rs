@@ -16,7 +16,16 @@ fn main() {
     link_libtorch();
     let lib = libtorch_lib();
     let include = Path::new(&lib).join("../include");
-    for file in ["shim.cpp", "fused.cpp", "adamw.h", "guarded.h", "kernels.cu"] {
+    for file in [
+        "shim.cpp",
+        "fused.cpp",
+        "copies.cpp",
+        "copies.h",
+        "cuda_graph.cpp",
+        "adamw.h",
+        "guarded.h",
+        "kernels.cu",
+    ] {
         println!("cargo:rerun-if-changed=csrc/{file}");
     }
     let mut build = cc::Build::new();
@@ -29,7 +38,11 @@ fn main() {
         .file("csrc/shim.cpp");
     if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
         let toolkit = toolkit(Path::new(&lib));
-        build.include(toolkit.join("include")).file("csrc/fused.cpp");
+        build.include(toolkit.join("include")).files([
+            "csrc/fused.cpp",
+            "csrc/copies.cpp",
+            "csrc/cuda_graph.cpp",
+        ]);
         compile_kernels(&toolkit);
     }
     build.compile("m6_runtime_shim");

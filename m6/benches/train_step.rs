@@ -3,19 +3,20 @@
 //!
 //!     cargo bench -p m6 --features cuda --bench train_step -- qwen2-0.5b 8 2048
 //!
-//! Shape, texts and tokens a text; beside it, on the same GPU, what Hugging Face's implementation makes of the same shape.
-//! Prints one line of JSON.
+//! Shape, texts, tokens a text, and how often they are gone through before an update (once). On a GPU steps are launched kernel by kernel, and then as a CUDA graph. Beside it, on
+//! the same GPU, what Hugging Face's implementation makes of the same shape. Prints one line of JSON.
 
 use std::time::Instant;
 
 use m6::model::{
-    Balance, Bias, Mode, ModelConfig, MoeConfig, RotaryConfig, RoutingKind, Sequence, Transformer, Vocab,
+    Balance, Bias, FeedForwardKind, Mode, ModelConfig, MoeConfig, RotaryConfig, RoutingKind, Sequence,
+    Transformer, Vocab,
 };
-use m6_runtime::Params;
 use m6_runtime::attention::{Layout, Span};
-use m6_runtime::device::{device, memory};
+use m6_runtime::device::{device, memory, set_tf32};
 use m6_runtime::fused::linear_cross_entropy;
 use m6_runtime::optim::{Optimizer, OptimizerConfig};
+use m6_runtime::{CudaGraph, Params, RuntimeError};
 use tch::{Device, Kind, Tensor};
 
 const WARM_UP: usize = 4;
@@ -30,6 +31,12 @@ fn shape(name: &str) -> Option<(ModelConfig, i64)> {
         bias: Bias::Qkv,
         rotary: Some(RotaryConfig { base: 1e6, scaling: None, logn: None }),
         ..ModelConfig::new(width, layers, heads, hidden, 4096)
+    };
+    let m6 = |hidden| ModelConfig {
+        qk_norm: false,
+        bias: Bias::None,
+        feed_forward: FeedForwardKind::Gelu,
+        ..ModelConfig::new(1024, 5, 16, hidden, 4096)
     };
     Some(match name {
         "tiny" => (qwen2(64, 2, 4, 2, 128), 512),
@@ -53,6 +60,29 @@ fn shape(name: &str) -> Option<(ModelConfig, i64)> {
             let model = ModelConfig { tied: false, moe: Some(moe), ..qwen2(1024, 12, 16, 16, 2816) };
             (model, 32_000)
         }
+        // What the experts compute for a token, in one feed-forward.
+        "qwen2-moe-60-dense" => {
+            (ModelConfig { tied: false, ..qwen2(1024, 12, 16, 16, 4 * 704 + 2816) }, 32_000)
+        }
+        // M6-T's base (Yang et al. 2021) with two prototypes.
+        "m6-t-base" => {
+            let moe = MoeConfig {
+                experts: 32,
+                active: 2,
+                routing: RoutingKind::Prototypes,
+                capacity: Some(1.25),
+                every: 1,
+                dense_layers: Vec::new(),
+                hidden: None,
+                shared: None,
+                renormalize: false,
+                balance_loss: 0.0,
+                balance: Balance::Layer,
+                z_loss: 0.0,
+            };
+            (ModelConfig { moe: Some(moe), ..m6(4096) }, 21_128)
+        }
+        "m6-t-base-dense" => (m6(2 * 4096), 21_128),
         "llamagen-gpt-l" => {
             let model = ModelConfig { bias: Bias::None, tied: false, ..qwen2(1024, 24, 16, 16, 2816) };
             (model, 16_384)
@@ -67,23 +97,28 @@ fn main() {
     let name = args.first().map_or("tiny", String::as_str);
     let number =
         |place: usize, default| args.get(place).map_or(default, |text| text.parse().expect("a number"));
-    let (texts, length): (i64, i64) = (number(1, 2), number(2, 64));
-    let Some((config, rows)) = shape(name) else {
-        panic!("{name}: tiny, qwen2-0.5b, qwen2-1.5b, qwen2-moe-60, llamagen-gpt-l")
-    };
+    let (texts, length, passes): (i64, i64, i64) = (number(1, 2), number(2, 64), number(3, 1));
+    let Some((config, rows)) = shape(name) else { panic!("{name}: expected one of those in `shape`") };
     config.validate().expect("a shape that can be computed");
     let device = device("auto").expect("a device");
+    // As in training.
+    set_tf32(true).expect("a setting");
     let params = Params::new(device, 1);
     let model = Transformer::new(&params, &config, Vocab::language(rows), 0);
     let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
-    let mut step = step(&model, &mut optimizer, rows, texts, length);
-    (0..WARM_UP).for_each(|_| step());
-    synchronize(device);
-    let start = Instant::now();
-    (0..STEPS).for_each(|_| step());
-    synchronize(device);
-    let seconds = start.elapsed().as_secs_f64() / STEPS as f64;
-    let (tokens, parameters) = (texts * length, params.count());
+    optimizer.set_lr(LEARNING_RATE);
+    let mut step = step(&model, &mut optimizer, rows, (texts, length), passes);
+    let by_kernel = seconds(device, &mut step);
+    let graph = device.is_cuda().then(|| {
+        let work = || {
+            step();
+            Ok::<_, RuntimeError>(())
+        };
+        CudaGraph::record(device, work).expect("a graph of the step").0
+    });
+    let as_graph = graph.map(|graph| seconds(device, || graph.replay().expect("a step")));
+    let seconds = as_graph.unwrap_or(by_kernel);
+    let (tokens, parameters) = (passes * texts * length, params.count());
     // 6 for each parameter and token, and causal attention, as the peer counts them.
     let attention = 6 * config.layers * config.width * length;
     let flops = (6 * parameters as i64 + attention) as f64 * tokens as f64;
@@ -92,14 +127,31 @@ fn main() {
         "parameters": parameters,
         "tokens_per_s": tokens as f64 / seconds,
         "ms_per_step": seconds * 1e3,
+        "ms_per_step_by_kernel": by_kernel * 1e3,
         "tflops_per_s": flops / seconds / 1e12,
         "memory_peak_bytes": memory(device).expect("figures of the device's memory").peak,
     });
     println!("{report}");
 }
 
-/// One update on the same `texts` texts of `length` random tokens.
-fn step(model: &Transformer, optimizer: &mut Optimizer, rows: i64, texts: i64, length: i64) -> impl FnMut() {
+/// Mean time of a step.
+fn seconds(device: Device, mut step: impl FnMut()) -> f64 {
+    (0..WARM_UP).for_each(|_| step());
+    synchronize(device);
+    let start = Instant::now();
+    (0..STEPS).for_each(|_| step());
+    synchronize(device);
+    start.elapsed().as_secs_f64() / STEPS as f64
+}
+
+/// One update, on the same `texts` texts of `length` random tokens in each of its passes.
+fn step(
+    model: &Transformer,
+    optimizer: &mut Optimizer,
+    rows: i64,
+    (texts, length): (i64, i64),
+    passes: i64,
+) -> impl FnMut() {
     let device = model.text_head().device();
     let ids = Vec::<i64>::try_from(Tensor::randint(rows, [texts * length], (Kind::Int64, Device::Cpu)));
     let ids = ids.expect("whole numbers");
@@ -115,11 +167,14 @@ fn step(model: &Transformer, optimizer: &mut Optimizer, rows: i64, texts: i64, l
     let labels = tokens.ids.roll([-1], [0]);
     move || {
         optimizer.zero_grad().expect("gradients");
-        let hidden =
-            model.forward(&tokens, None, &layout, texts * length, Mode::Train).expect("a forward pass");
-        let (mean, _) = linear_cross_entropy(&hidden.x_nd, &model.text_head(), &labels);
-        hidden.routers.map_or(mean.shallow_clone(), |routers| mean + routers.loss).backward();
-        let _ = optimizer.step(LEARNING_RATE, 1.0).expect("an update");
+        for _ in 0..passes {
+            let hidden =
+                model.forward(&tokens, None, &layout, texts * length, Mode::Train).expect("a forward pass");
+            let (mean, _) = linear_cross_entropy(&hidden.x_nd, &model.text_head(), &labels);
+            let loss = hidden.routers.map_or(mean.shallow_clone(), |routers| mean + routers.loss);
+            (loss / passes as f64).backward();
+        }
+        let _ = optimizer.step(1.0).expect("an update");
     }
 }
 

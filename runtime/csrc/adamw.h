@@ -11,6 +11,8 @@ struct AdamWBatch {
   static constexpr int64_t CHUNK = 8192;
 
   float* params[MOST];
+  // Copies of the parameters in bf16, null where there are none.
+  void* copies[MOST];
   const float* grads[MOST];
   float* firsts[MOST];
   float* seconds[MOST];
@@ -21,5 +23,5 @@ struct AdamWBatch {
 };
 
 struct AdamWRates {
-  float lr, beta1, beta2, weight_decay, eps;
+  float beta1, beta2, weight_decay, eps;
 };

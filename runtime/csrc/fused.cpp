@@ -13,6 +13,7 @@
 #include <unordered_map>
 
 #include "adamw.h"
+#include "copies.h"
 #include "guarded.h"
 
 namespace {
@@ -159,26 +160,21 @@ class GroupNorm : public torch::autograd::Function<GroupNorm> {
   }
 };
 
-// How the RMS norm kernels lie over rows: `lanes` lanes of a warp for each, with up to `vectors` words.
+// How the RMS norm kernels lie over rows: `lanes` threads for each, some lanes of a warp or whole warps.
 struct Rows {
-  int64_t n, k, lanes, vectors, inner, outer_stride, threads;
+  int64_t n, k, lanes, inner, outer_stride, threads;
 
   explicit Rows(const Tensor& x) : k(x.size(-1)) {
     n = x.numel() / k;
     lanes = 1;
     while (lanes < WARP && lanes * VECTOR < k) lanes *= 2;
-    vectors = 1;
-    while (vectors * lanes * VECTOR < k) vectors *= 2;
+    if (lanes == WARP) lanes = ceil_div(k, VECTOR * WARP) * WARP;
     inner = x.dim() == 3 ? x.size(1) : 1;
     outer_stride = x.dim() == 3 ? x.stride(0) : k;
-    // Wide rows take many registers, and a row of shared memory each.
-    constexpr int64_t WIDE = 1024;
-    threads = k > WIDE ? BLOCK / 2 : BLOCK;
+    threads = lanes * std::max<int64_t>(1, BLOCK / lanes);
   }
 
   int64_t rows_of_block() const { return threads / lanes; }
-
-  std::string name(const char* base) const { return base + std::to_string(vectors); }
 };
 
 // Heads `[n, h, k]` that lie close together in rows of something wider, and anything contiguous, are read in place.
@@ -198,7 +194,7 @@ Normed rms_norm(const Tensor& given, const Tensor& residual, const Tensor& weigh
   const Tensor y = at::empty(x.sizes(), x.options());
   const Tensor sum = residual.defined() ? at::empty(x.sizes(), x.options()) : x;
   launch(
-      rows.name("m6_rms_norm_"), {ceil_div(rows.n, rows.rows_of_block()), 1}, rows.threads, 0, bytes(x),
+      "m6_rms_norm", {ceil_div(rows.n, rows.rows_of_block()), 1}, rows.threads, 0, bytes(x),
       residual.defined() ? bytes(residual) : nullptr, bytes(weight), residual.defined() ? mutable_bytes(sum) : nullptr,
       mutable_bytes(y), rows.n, static_cast<int>(rows.k), static_cast<int>(rows.lanes), static_cast<int>(rows.inner),
       rows.outer_stride, static_cast<float>(eps));
@@ -230,7 +226,7 @@ NormGrads rms_norm_grad(const Tensor& given, const Tensor& dsum, const Tensor& x
   const int64_t blocks = std::min(ceil_div(rows.n, rows.rows_of_block()), GRAD_BLOCKS);
   const Tensor dweights = at::empty({blocks, rows.k}, weight.options());
   launch(
-      rows.name("m6_rms_norm_grad_"), {blocks, 1}, rows.threads,
+      "m6_rms_norm_grad", {blocks, 1}, rows.threads,
       rows.rows_of_block() * rows.k * static_cast<int64_t>(sizeof(float)), bytes(dy),
       past.defined() ? bytes(past) : nullptr, bytes(x), bytes(weight), mutable_bytes(dx), mutable_bytes(dweights), rows.n,
       static_cast<int>(rows.k), static_cast<int>(rows.lanes), static_cast<int>(rows.inner), rows.outer_stride,
@@ -286,10 +282,10 @@ class LinearProduct : public torch::autograd::Function<LinearProduct> {
  public:
   static Tensor forward(
       AutogradContext* context, const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-    const Tensor w = weight.to(x.scalar_type());
+    const Tensor w = in_bf16(weight);
     context->save_for_backward({x, w});
     context->saved_data["has_bias"] = bias.has_value();
-    return bias.has_value() ? at::linear(x, w, bias->to(x.scalar_type())) : at::linear(x, w);
+    return bias.has_value() ? at::linear(x, w, in_bf16(*bias)) : at::linear(x, w);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
@@ -304,27 +300,59 @@ class LinearProduct : public torch::autograd::Function<LinearProduct> {
   }
 };
 
+Tensor rotated(const Tensor& x, const Tensor& cosines, const Tensor& sines, float turn) {
+  const c10::DeviceGuard guard(x.device());
+  const Tensor y = at::empty(x.sizes(), x.options());
+  const int64_t words = x.numel() / 2 / VECTOR;
+  launch(
+      "m6_rotate", {ceil_div(words, BLOCK), 1}, BLOCK, 0, bytes(x), bytes(cosines), bytes(sines), mutable_bytes(y), words,
+      static_cast<int>(x.size(1)), static_cast<int>(x.size(2)), x.stride(0), turn);
+  return y;
+}
+
+// A float32 weight in bf16.
+class Converted : public torch::autograd::Function<Converted> {
+ public:
+  static Tensor forward(AutogradContext*, const Tensor& weight) { return in_bf16(weight); }
+
+  static variable_list backward(AutogradContext*, const variable_list& grads) { return {grads[0].to(at::kFloat)}; }
+};
+
 class Rotate : public torch::autograd::Function<Rotate> {
  public:
   static Tensor forward(AutogradContext* context, const Tensor& given, const Tensor& cosines, const Tensor& sines) {
     context->save_for_backward({cosines, sines});
-    return turned(in_place_rows(given), cosines, sines, 1.0f);
+    return rotated(in_place_rows(given), cosines, sines, 1.0f);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
-    return {turned(grads[0].contiguous(), saved[0], saved[1], -1.0f), Tensor(), Tensor()};
+    return {rotated(grads[0].contiguous(), saved[0], saved[1], -1.0f), Tensor(), Tensor()};
+  }
+};
+
+// Queries `[n, h, k]`, keys and values `[n, g, k]` of `[n, h + 2 g, k]`, the first two turned.
+class SplitRotate : public torch::autograd::Function<SplitRotate> {
+ public:
+  static variable_list forward(
+      AutogradContext* context, const Tensor& given, const Tensor& cosines, const Tensor& sines, int64_t h, int64_t g) {
+    const Tensor x = given.contiguous();
+    const auto part = [&](int64_t begin, int64_t heads) { return x.narrow(1, begin, heads); };
+    context->save_for_backward({cosines, sines});
+    return {rotated(part(0, h), cosines, sines, 1.0f), rotated(part(h, g), cosines, sines, 1.0f), apart(part(h + g, g))};
   }
 
- private:
-  static Tensor turned(const Tensor& x, const Tensor& cosines, const Tensor& sines, float turn) {
-    const c10::DeviceGuard guard(x.device());
-    const Tensor y = at::empty(x.sizes(), x.options());
-    const int64_t words = x.numel() / 2 / VECTOR;
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const c10::DeviceGuard guard(saved[0].device());
+    const Tensor dq = grads[0].contiguous(), dk = grads[1].contiguous(), dv = grads[2].contiguous();
+    const int64_t h = dq.size(1), g = dk.size(1), k = dq.size(2);
+    const Tensor dx = at::empty({dq.size(0), h + 2 * g, k}, dq.options());
+    const int64_t words = dx.numel() / 2 / VECTOR;
     launch(
-        "m6_rotate", {ceil_div(words, BLOCK), 1}, BLOCK, 0, bytes(x), bytes(cosines), bytes(sines), mutable_bytes(y), words,
-        static_cast<int>(x.size(1)), static_cast<int>(x.size(2)), x.stride(0), turn);
-    return y;
+        "m6_join_rotated", {ceil_div(words, BLOCK), 1}, BLOCK, 0, bytes(dq), bytes(dk), bytes(dv), bytes(saved[0]),
+        bytes(saved[1]), mutable_bytes(dx), words, static_cast<int>(h), static_cast<int>(g), static_cast<int>(k));
+    return {dx, Tensor(), Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -405,9 +433,38 @@ class Unpermute : public torch::autograd::Function<Unpermute> {
   }
 };
 
+class GatedSum : public torch::autograd::Function<GatedSum> {
+ public:
+  static Tensor forward(AutogradContext* context, const Tensor& given, const Tensor& given_gates, const Tensor& other) {
+    const c10::DeviceGuard guard(given.device());
+    const Tensor x = given.contiguous(), gates = given_gates.contiguous(), y = other.contiguous();
+    const Tensor sum = at::empty_like(x);
+    launch(
+        "m6_gated_sum", grid(gates), BLOCK, 0, bytes(x), bytes(gates), bytes(y), mutable_bytes(sum), gates.numel(),
+        static_cast<int>(x.size(1)));
+    context->save_for_backward({x, gates});
+    return sum;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grads) {
+    const auto saved = context->get_saved_variables();
+    const Tensor &x = saved[0], &gates = saved[1];
+    const c10::DeviceGuard guard(x.device());
+    const Tensor dsum = grads[0].contiguous();
+    const Tensor dx = at::empty_like(x), dgates = at::empty_like(gates);
+    launch(
+        "m6_gated_sum_grad", grid(gates), BLOCK, 0, bytes(dsum), bytes(x), bytes(gates), mutable_bytes(dx),
+        mutable_bytes(dgates), gates.numel(), static_cast<int>(x.size(1)));
+    return {dx, dgates, grads[0]};
+  }
+
+ private:
+  static Grid grid(const Tensor& gates) { return {ceil_div(gates.numel(), BLOCK / WARP), 1}; }
+};
+
 void adamw(
     size_t count, Tensor* const* params, Tensor* const* grads, Tensor* const* firsts, Tensor* const* seconds,
-    Tensor* const* steps, const AdamWRates& rates, const Tensor& norm, const Tensor& factor) {
+    Tensor* const* steps, const AdamWRates& rates, const Tensor& lr, const Tensor& norm, const Tensor& factor) {
   const c10::DeviceGuard guard(norm.device());
   std::vector<Tensor> counters, kept;
   AdamWBatch batch;
@@ -423,6 +480,7 @@ void adamw(
     };
     kept.push_back(grads[i]->contiguous());
     batch.params[filled] = of(*params[i]);
+    batch.copies[filled] = bf16_copy(*params[i]);
     batch.grads[filled] = of(kept.back());
     batch.firsts[filled] = of(*firsts[i]);
     batch.seconds[filled] = of(*seconds[i]);
@@ -431,7 +489,7 @@ void adamw(
     batch.ends[filled] = static_cast<int>((filled == 0 ? 0 : batch.ends[filled - 1]) + ceil_div(size, AdamWBatch::CHUNK));
     ++filled;
     if (filled == AdamWBatch::MOST || i + 1 == count) {
-      launch("m6_adamw", {batch.ends[filled - 1], 1}, BLOCK, 0, batch, rates, bytes(norm), bytes(factor));
+      launch("m6_adamw", {batch.ends[filled - 1], 1}, BLOCK, 0, batch, rates, bytes(lr), bytes(norm), bytes(factor));
       filled = 0;
     }
   }
@@ -451,7 +509,7 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
     constexpr int64_t THREADS = 512;
     const c10::DeviceGuard guard(given.device());
     const Tensor hidden = given.contiguous();
-    const Tensor table = weight.to(hidden.scalar_type()).contiguous();
+    const Tensor table = in_bf16(weight).contiguous();
     const Tensor weights = dense(row_weights), targets = labels.contiguous();
     const int64_t rows = hidden.size(0), v = table.size(0);
     const int64_t stride = ceil_div(v, VECTOR) * VECTOR;
@@ -521,8 +579,23 @@ char* m6_linear(const Tensor* x, const Tensor* weight, const Tensor* bias, Tenso
   });
 }
 
+char* m6_in_bf16(const Tensor* weight, Tensor** out) {
+  return guarded([&] { *out = new Tensor(Converted::apply(*weight)); });
+}
+
 char* m6_rotate(const Tensor* x, const Tensor* cosines, const Tensor* sines, Tensor** out) {
   return guarded([&] { *out = new Tensor(Rotate::apply(*x, *cosines, *sines)); });
+}
+
+char* m6_split_rotate(
+    const Tensor* x, const Tensor* cosines, const Tensor* sines, int64_t heads, int64_t kv_heads, Tensor** q, Tensor** k,
+    Tensor** v) {
+  return guarded([&] {
+    const auto parts = SplitRotate::apply(*x, *cosines, *sines, heads, kv_heads);
+    *q = new Tensor(parts[0]);
+    *k = new Tensor(parts[1]);
+    *v = new Tensor(parts[2]);
+  });
 }
 
 char* m6_swiglu(const Tensor* gate_up, Tensor** out) {
@@ -538,15 +611,19 @@ char* m6_unpermute(
   return guarded([&] { *out = new Tensor(Unpermute::apply(*rows, *weights, *order, *places)); });
 }
 
+char* m6_gated_sum(const Tensor* x, const Tensor* gates, const Tensor* y, Tensor** out) {
+  return guarded([&] { *out = new Tensor(GatedSum::apply(*x, *gates, *y)); });
+}
+
 char* m6_adamw(
     size_t count, Tensor* const* params, Tensor* const* grads, Tensor* const* firsts, Tensor* const* seconds,
-    Tensor* const* steps, double lr, double beta1, double beta2, double weight_decay, double eps, const Tensor* norm,
-    const Tensor* factor) {
+    Tensor* const* steps, const Tensor* lr, double beta1, double beta2, double weight_decay, double eps,
+    const Tensor* norm, const Tensor* factor) {
   return guarded([&] {
     const at::NoGradGuard no_grad;
     const auto narrow = [](double value) { return static_cast<float>(value); };
-    const AdamWRates rates{narrow(lr), narrow(beta1), narrow(beta2), narrow(weight_decay), narrow(eps)};
-    adamw(count, params, grads, firsts, seconds, steps, rates, *norm, *factor);
+    const AdamWRates rates{narrow(beta1), narrow(beta2), narrow(weight_decay), narrow(eps)};
+    adamw(count, params, grads, firsts, seconds, steps, rates, *lr, *norm, *factor);
   });
 }
 

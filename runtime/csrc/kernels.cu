@@ -41,6 +41,15 @@ __device__ void store(bf16* target, const Vector& vector) {
   *reinterpret_cast<Packed*>(target) = packed;
 }
 
+// Half a word.
+__device__ void store(bf16* target, const float4& values) {
+  struct alignas(8) Half {
+    __nv_bfloat162 low, high;
+  };
+  const Half half{__floats2bfloat162_rn(values.x, values.y), __floats2bfloat162_rn(values.z, values.w)};
+  *reinterpret_cast<Half*>(target) = half;
+}
+
 __device__ float rounded(float value) { return __bfloat162float(__float2bfloat16(value)); }
 
 __device__ float sigmoid(float z) { return 1.0f / (1.0f + __expf(-z)); }
@@ -268,128 +277,111 @@ extern "C" __global__ void m6_group_norm_grad_apply(
 // ---- Root-mean-square norm over rows of width k. ----
 //
 // Row n of the input begins at `n / inner * outer_stride + n % inner * k`: heads of queries and keys are normed where
-// they lie in the product they came from. A row belongs to `lanes` lanes of a warp, VECTORS words to each. Where there is
-// a `residual`, what is normed is the sum of it and the input, which is kept in `sum`; both are dense.
+// they lie in the product they came from. A row belongs to `lanes` threads, a word to each: some lanes of a warp, or whole
+// warps. Where there is a `residual`, what is normed is the sum of it and the input, which is kept in `sum`; both are dense.
 
-template <int VECTORS>
-__device__ void rms_norm(
+namespace {
+
+constexpr int MOST_WARPS = 32;
+
+// The sums of two values over the threads of a row. `shares` has a place for each warp, and is not to be used again before
+// all threads have come to another call.
+__device__ float2 sums_of_row(float2 values, int lanes, float2* shares) {
+  const int own = min(lanes, WARP);
+  values = {sum_of_lanes(values.x, own), sum_of_lanes(values.y, own)};
+  if (lanes <= WARP) return values;
+  const int warp = threadIdx.x / WARP, warps = lanes / WARP;
+  if (threadIdx.x % WARP == 0) shares[warp] = values;
+  __syncthreads();
+  float2 sums = {0.0f, 0.0f};
+  for (int i = 0; i < warps; ++i) {
+    const float2 share = shares[warp / warps * warps + i];
+    sums = {sums.x + share.x, sums.y + share.y};
+  }
+  return sums;
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(MOST_WARPS * WARP) m6_rms_norm(
     const bf16* x, const bf16* residual, const float* weight, bf16* sum, bf16* y, int64_t n, int k, int lanes, int inner,
     int64_t outer_stride, float eps) {
-  const int lane = threadIdx.x % lanes;
-  const int rows = blockDim.x / lanes;
-  // Whole warps stay together for the sums, so the loop runs over blocks of rows.
-  for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows; first < n; first += static_cast<int64_t>(gridDim.x) * rows) {
-    const int64_t row = first + threadIdx.x / lanes;
-    const int64_t from = row / inner * outer_stride + row % inner * k;
-    Vector value[VECTORS];
-    float squares = 0;
+  __shared__ float2 shares[MOST_WARPS];
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
+  const int at = threadIdx.x % lanes * VECTOR;
+  const bool inside = row < n && at < k;
+  Vector value = {};
+  if (inside) {
+    value = load(x + row / inner * outer_stride + row % inner * k + at);
+    if (residual != nullptr) {
+      const Vector other = load(residual + row * k + at);
 #pragma unroll
-    for (int j = 0; j < VECTORS; ++j) {
-      const int at = (j * lanes + lane) * VECTOR;
-      const bool inside = row < n && at < k;
-      value[j] = inside ? load(x + from + at) : Vector{};
-      if (residual != nullptr && inside) {
-        const Vector other = load(residual + row * k + at);
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) value[j].at[i] = rounded(value[j].at[i] + other.at[i]);
-        store(sum + row * k + at, value[j]);
-      }
-#pragma unroll
-      for (int i = 0; i < VECTOR; ++i) squares += value[j].at[i] * value[j].at[i];
-    }
-    const float rstd = rsqrtf(sum_of_lanes(squares, lanes) / k + eps);
-#pragma unroll
-    for (int j = 0; j < VECTORS; ++j) {
-      const int at = (j * lanes + lane) * VECTOR;
-      if (row >= n || at >= k) continue;
-#pragma unroll
-      for (int i = 0; i < VECTOR; ++i) value[j].at[i] *= rstd * weight[at + i];
-      store(y + row * k + at, value[j]);
+      for (int i = 0; i < VECTOR; ++i) value.at[i] = rounded(value.at[i] + other.at[i]);
+      store(sum + row * k + at, value);
     }
   }
+  float squares = 0;
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) squares += value.at[i] * value.at[i];
+  const float rstd = rsqrtf(sums_of_row({squares, 0.0f}, lanes, shares).x / k + eps);
+  if (!inside) return;
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) value.at[i] *= rstd * weight[at + i];
+  store(y + row * k + at, value);
 }
 
 // dx, to which the gradient `dsum` of the sum is added where there is one, and each block's share of dweight in
 // `dweights[block, k]`.
-template <int VECTORS>
-__device__ void rms_norm_grad(
+extern "C" __global__ void __launch_bounds__(MOST_WARPS * WARP) m6_rms_norm_grad(
     const bf16* dy, const bf16* dsum, const bf16* x, const float* weight, bf16* dx, float* dweights, int64_t n, int k,
     int lanes, int inner, int64_t outer_stride, float eps) {
+  // Calls in turn take one and the other.
+  __shared__ float2 shares[2][MOST_WARPS];
   extern __shared__ float row_sums[];
-  const int lane = threadIdx.x % lanes;
-  const int rows = blockDim.x / lanes;
-  Vector weights[VECTORS], sums[VECTORS];
+  const int rows = blockDim.x / lanes, own_row = threadIdx.x / lanes;
+  const int at = threadIdx.x % lanes * VECTOR;
+  Vector weights = {}, totals = {};
 #pragma unroll
-  for (int j = 0; j < VECTORS; ++j) {
-    const int at = (j * lanes + lane) * VECTOR;
-    sums[j] = Vector{};
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) weights[j].at[i] = at < k ? weight[at + i] : 0.0f;
-  }
+  for (int i = 0; i < VECTOR; ++i) weights.at[i] = at < k ? weight[at + i] : 0.0f;
+  int turn = 0;
+  // Whole blocks stay together for the sums, so the loop runs over blocks of rows.
   for (int64_t first = static_cast<int64_t>(blockIdx.x) * rows; first < n; first += static_cast<int64_t>(gridDim.x) * rows) {
-    const int64_t row = first + threadIdx.x / lanes;
-    const int64_t from = row / inner * outer_stride + row % inner * k;
-    Vector value[VECTORS], grad[VECTORS];
+    const int64_t row = first + own_row;
+    const bool inside = row < n && at < k;
+    Vector value = {}, grad = {}, past = {};
+    if (inside) {
+      value = load(x + row / inner * outer_stride + row % inner * k + at);
+      grad = load(dy + row * k + at);
+      if (dsum != nullptr) past = load(dsum + row * k + at);
+    }
     float squares = 0, product = 0;
 #pragma unroll
-    for (int j = 0; j < VECTORS; ++j) {
-      const int at = (j * lanes + lane) * VECTOR;
-      const bool inside = row < n && at < k;
-      value[j] = inside ? load(x + from + at) : Vector{};
-      grad[j] = inside ? load(dy + row * k + at) : Vector{};
-#pragma unroll
-      for (int i = 0; i < VECTOR; ++i) {
-        squares += value[j].at[i] * value[j].at[i];
-        product += grad[j].at[i] * weights[j].at[i] * value[j].at[i];
-      }
+    for (int i = 0; i < VECTOR; ++i) {
+      squares += value.at[i] * value.at[i];
+      product += grad.at[i] * weights.at[i] * value.at[i];
     }
-    const float rstd = rsqrtf(sum_of_lanes(squares, lanes) / k + eps);
-    const float tilt = sum_of_lanes(product, lanes) / k * rstd * rstd;
+    const float2 sums = sums_of_row({squares, product}, lanes, shares[turn]);
+    turn = 1 - turn;
+    const float rstd = rsqrtf(sums.x / k + eps);
+    const float tilt = sums.y / k * rstd * rstd;
 #pragma unroll
-    for (int j = 0; j < VECTORS; ++j) {
-      const int at = (j * lanes + lane) * VECTOR;
-      Vector out;
-#pragma unroll
-      for (int i = 0; i < VECTOR; ++i) {
-        sums[j].at[i] += grad[j].at[i] * value[j].at[i] * rstd;
-        out.at[i] = rstd * (grad[j].at[i] * weights[j].at[i] - value[j].at[i] * tilt);
-      }
-      if (row >= n || at >= k) continue;
-      if (dsum != nullptr) {
-        const Vector other = load(dsum + row * k + at);
-#pragma unroll
-        for (int i = 0; i < VECTOR; ++i) out.at[i] += other.at[i];
-      }
-      store(dx + row * k + at, out);
+    for (int i = 0; i < VECTOR; ++i) {
+      totals.at[i] += grad.at[i] * value.at[i] * rstd;
+      past.at[i] += rstd * (grad.at[i] * weights.at[i] - value.at[i] * tilt);
     }
+    if (inside) store(dx + row * k + at, past);
   }
-  float* own = row_sums + static_cast<int64_t>(threadIdx.x / lanes) * k;
+  if (at < k) {
 #pragma unroll
-  for (int j = 0; j < VECTORS; ++j) {
-    const int at = (j * lanes + lane) * VECTOR;
-    if (at >= k) continue;
-#pragma unroll
-    for (int i = 0; i < VECTOR; ++i) own[at + i] = sums[j].at[i];
+    for (int i = 0; i < VECTOR; ++i) row_sums[own_row * k + at + i] = totals.at[i];
   }
   __syncthreads();
-  for (int at = threadIdx.x; at < k; at += blockDim.x) {
+  for (int column = threadIdx.x; column < k; column += blockDim.x) {
     float sum = 0;
-    for (int row = 0; row < rows; ++row) sum += row_sums[row * k + at];
-    dweights[static_cast<int64_t>(blockIdx.x) * k + at] = sum;
+    for (int row = 0; row < rows; ++row) sum += row_sums[row * k + column];
+    dweights[static_cast<int64_t>(blockIdx.x) * k + column] = sum;
   }
 }
-
-#define M6_RMS_NORM(VECTORS)                                                                                             \
-  extern "C" __global__ void m6_rms_norm_##VECTORS(                                                                      \
-      const bf16* x, const bf16* residual, const float* weight, bf16* sum, bf16* y, int64_t n, int k, int lanes, int inner,\
-      int64_t outer_stride, float eps) {                                                                                 \
-    rms_norm<VECTORS>(x, residual, weight, sum, y, n, k, lanes, inner, outer_stride, eps);                               \
-  }                                                                                                                      \
-  extern "C" __global__ void m6_rms_norm_grad_##VECTORS(                                                                 \
-      const bf16* dy, const bf16* dsum, const bf16* x, const float* weight, bf16* dx, float* dweights, int64_t n, int k, \
-      int lanes, int inner, int64_t outer_stride, float eps) {                                                           \
-    rms_norm_grad<VECTORS>(dy, dsum, x, weight, dx, dweights, n, k, lanes, inner, outer_stride, eps);                    \
-  }
 
 // The sum of the rows of `[n, k]`, `[k]`. A block for each warp of columns, whose warps share out the rows.
 extern "C" __global__ void m6_sum_rows(const float* rows, float* sums, int n, int k) {
@@ -404,11 +396,6 @@ extern "C" __global__ void m6_sum_rows(const float* rows, float* sums, int n, in
   const int own = blockIdx.x * WARP + warp;
   if (lane == 0 && own < k) sums[own] = total;
 }
-
-M6_RMS_NORM(1)
-M6_RMS_NORM(2)
-M6_RMS_NORM(4)
-M6_RMS_NORM(8)
 
 // ---- SwiGLU: rows `[n, 2 f]` to `[n, f]`; the first half gates the second. A thread for each word of the result. ----
 
@@ -483,10 +470,62 @@ extern "C" __global__ void m6_unpermute_grad(
   if (threadIdx.x % WARP == 0) dweights[at] = product;
 }
 
-// ---- Rotary positions: heads `[n, h, k]`, each value of the first half turned with its partner in the second. ----
+// ---- Rows `[n, k]` through a gate of their own, and what is added to them: `x sigmoid(gate) + y`. A warp for each row. ----
+
+extern "C" __global__ void m6_gated_sum(
+    const bf16* x, const bf16* gates, const bf16* y, bf16* sum, int64_t n, int k) {
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / WARP;
+  if (row >= n) return;
+  const float gate = sigmoid(__bfloat162float(gates[row]));
+  for (int64_t at = row * k + threadIdx.x % WARP * VECTOR; at < (row + 1) * k; at += WARP * VECTOR) {
+    Vector value = load(x + at);
+    const Vector other = load(y + at);
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) value.at[i] = value.at[i] * gate + other.at[i];
+    store(sum + at, value);
+  }
+}
+
+// The gradients of `x` and of the gates; that of `y` is `dsum`.
+extern "C" __global__ void m6_gated_sum_grad(
+    const bf16* dsum, const bf16* x, const bf16* gates, bf16* dx, bf16* dgates, int64_t n, int k) {
+  const int64_t row = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) / WARP;
+  if (row >= n) return;
+  const float gate = sigmoid(__bfloat162float(gates[row]));
+  float product = 0;
+  for (int64_t at = row * k + threadIdx.x % WARP * VECTOR; at < (row + 1) * k; at += WARP * VECTOR) {
+    Vector grad = load(dsum + at);
+    const Vector value = load(x + at);
+#pragma unroll
+    for (int i = 0; i < VECTOR; ++i) {
+      product += grad.at[i] * value.at[i];
+      grad.at[i] *= gate;
+    }
+    store(dx + at, grad);
+  }
+  product = sum_of_lanes(product, WARP);
+  if (threadIdx.x % WARP == 0) dgates[row] = __float2bfloat16(product * gate * (1.0f - gate));
+}
+
+// ---- Rotary positions: each value of the first half of a head turned with its partner in the second. ----
 //
 // A thread for each word of a first half. `turn` is 1, or -1 for the gradient, which turns back.
 
+namespace {
+
+__device__ void rotate(Vector& first, Vector& second, const float* cosines, const float* sines, float turn) {
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) {
+    const float c = cosines[i], s = turn * sines[i];
+    const float a = first.at[i], b = second.at[i];
+    first.at[i] = a * c - b * s;
+    second.at[i] = b * c + a * s;
+  }
+}
+
+}  // namespace
+
+// Heads `[n, h, k]`, the tokens of `x` `outer_stride` apart.
 extern "C" __global__ void m6_rotate(
     const bf16* x, const float* cosines, const float* sines, bf16* y, int64_t words, int h, int k, int64_t outer_stride,
     float turn) {
@@ -497,15 +536,28 @@ extern "C" __global__ void m6_rotate(
   const int at = static_cast<int>(word % words_of_half) * VECTOR;
   const int64_t from = token * outer_stride + head % h * k + at;
   Vector first = load(x + from), second = load(x + from + half);
-#pragma unroll
-  for (int i = 0; i < VECTOR; ++i) {
-    const float c = cosines[token * k + at + i], s = turn * sines[token * k + at + i];
-    const float a = first.at[i], b = second.at[i];
-    first.at[i] = a * c - b * s;
-    second.at[i] = b * c + a * s;
-  }
+  rotate(first, second, cosines + token * k + at, sines + token * k + at, turn);
   store(y + head * k + at, first);
   store(y + head * k + at + half, second);
+}
+
+// The gradient of queries `[n, h, k]`, keys and values `[n, g, k]`, of which the first two were turned, side by side:
+// `[n, h + 2 g, k]`.
+extern "C" __global__ void m6_join_rotated(
+    const bf16* dq, const bf16* dk, const bf16* dv, const float* cosines, const float* sines, bf16* dx, int64_t words, int h,
+    int g, int k) {
+  const int64_t word = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (word >= words) return;
+  const int half = k / 2, words_of_half = half / VECTOR, heads = h + 2 * g;
+  const int64_t row = word / words_of_half, token = row / heads;
+  const int head = static_cast<int>(row % heads), at = static_cast<int>(word % words_of_half) * VECTOR;
+  const bf16* from = head < h       ? dq + (token * h + head) * k
+                     : head < h + g ? dk + (token * g + head - h) * k
+                                    : dv + (token * g + head - h - g) * k;
+  Vector first = load(from + at), second = load(from + at + half);
+  if (head < h + g) rotate(first, second, cosines + token * k + at, sines + token * k + at, -1.0f);
+  store(dx + row * k + at, first);
+  store(dx + row * k + at + half, second);
 }
 
 // ---- Cross-entropy of rows of logits `[n, v]`, `stride` apart, and its gradient in their place. A block for each row. ----
@@ -570,20 +622,22 @@ extern "C" __global__ void m6_cross_entropy(
   }
 }
 
-// ---- AdamW (Loshchilov and Hutter 2019) of float32 parameters, whose gradients are scaled by `factor` first. ----
+// ---- AdamW (Loshchilov and Hutter 2019) of float32 parameters, whose gradients are scaled by `factor` first. Where a
+// parameter has a copy in bf16, that follows. ----
 
 namespace {
 
 struct AdamWStep {
   AdamWRates rates;
-  float factor, lr, root_correction;
+  // `corrected_lr` takes the bias of the first moment into account, `root_correction` that of the second.
+  float factor, lr, corrected_lr, root_correction;
 
   __device__ void update(float& param, float grad, float& first, float& second) const {
     grad *= factor;
-    param -= rates.lr * rates.weight_decay * param;
+    param -= lr * rates.weight_decay * param;
     first += (1.0f - rates.beta1) * (grad - first);
     second = rates.beta2 * second + (1.0f - rates.beta2) * grad * grad;
-    param -= lr * first / (sqrtf(second) / root_correction + rates.eps);
+    param -= corrected_lr * first / (sqrtf(second) / root_correction + rates.eps);
   }
 
   __device__ void update(float4& param, const float4& grad, float4& first, float4& second) const {
@@ -597,7 +651,8 @@ struct AdamWStep {
 }  // namespace
 
 // Nothing changes where the norm of all gradients, `norm`, is no finite number.
-extern "C" __global__ void m6_adamw(AdamWBatch batch, AdamWRates rates, const float* norm, const float* factor) {
+extern "C" __global__ void m6_adamw(
+    AdamWBatch batch, AdamWRates rates, const double* rate, const float* norm, const float* factor) {
   if (!isfinite(*norm)) return;
   int index = 0;
   while (static_cast<int>(blockIdx.x) >= batch.ends[index]) ++index;
@@ -605,11 +660,13 @@ extern "C" __global__ void m6_adamw(AdamWBatch batch, AdamWRates rates, const fl
   const int64_t begin = (blockIdx.x - first_block) * AdamWBatch::CHUNK;
   const int64_t end = min(begin + AdamWBatch::CHUNK, batch.sizes[index]);
   float* const params = batch.params[index];
+  bf16* const copies = static_cast<bf16*>(batch.copies[index]);
   const float* const grads = batch.grads[index];
   float *const firsts = batch.firsts[index], *const seconds = batch.seconds[index];
   const float steps = *batch.steps[index];
   const float correction = 1.0f - powf(rates.beta1, steps);
-  const AdamWStep step{rates, *factor, rates.lr / correction, sqrtf(1.0f - powf(rates.beta2, steps))};
+  const float lr = static_cast<float>(*rate);
+  const AdamWStep step{rates, *factor, lr, lr / correction, sqrtf(1.0f - powf(rates.beta2, steps))};
   constexpr int QUAD = 4;
   const int64_t quads = begin + (end - begin) / QUAD * QUAD;
   for (int64_t i = begin + threadIdx.x * QUAD; i < quads; i += blockDim.x * QUAD) {
@@ -617,8 +674,12 @@ extern "C" __global__ void m6_adamw(AdamWBatch batch, AdamWRates rates, const fl
     float4 second = *reinterpret_cast<const float4*>(seconds + i);
     step.update(param, *reinterpret_cast<const float4*>(grads + i), first, second);
     *reinterpret_cast<float4*>(params + i) = param;
+    if (copies != nullptr) store(copies + i, param);
     *reinterpret_cast<float4*>(firsts + i) = first;
     *reinterpret_cast<float4*>(seconds + i) = second;
   }
-  for (int64_t i = quads + threadIdx.x; i < end; i += blockDim.x) step.update(params[i], grads[i], firsts[i], seconds[i]);
+  for (int64_t i = quads + threadIdx.x; i < end; i += blockDim.x) {
+    step.update(params[i], grads[i], firsts[i], seconds[i]);
+    if (copies != nullptr) copies[i] = __float2bfloat16(params[i]);
+  }
 }

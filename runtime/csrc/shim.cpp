@@ -62,8 +62,8 @@ char* m6_init_uniform(at::Tensor* tensor, double bound, uint64_t seed) {
 
 char* m6_fused_adamw(
     size_t count, at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* firsts, at::Tensor* const* seconds,
-    at::Tensor* const* steps, double lr, double beta1, double beta2, double weight_decay, double eps, const at::Tensor* norm,
-    const at::Tensor* factor) {
+    at::Tensor* const* steps, const at::Tensor* lr, double beta1, double beta2, double weight_decay, double eps,
+    const at::Tensor* norm, const at::Tensor* factor) {
   return guarded([&] {
     c10::NoGradGuard no_grad;
     const auto scaled = gather(grads, count);
@@ -72,8 +72,8 @@ char* m6_fused_adamw(
     const at::Tensor is_bad = norm->isfinite().logical_not().to(at::kFloat);
     at::_foreach_add_(state_steps, 1);
     at::_fused_adamw_(
-        gather(params, count), scaled, gather(firsts, count), gather(seconds, count), {}, state_steps, lr, beta1, beta2,
-        weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, is_bad);
+        gather(params, count), scaled, gather(firsts, count), gather(seconds, count), {}, state_steps,
+        lr->item<double>(), beta1, beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, is_bad);
     at::_foreach_sub_(state_steps, std::vector<at::Tensor>(count, is_bad));
   });
 }

@@ -19,8 +19,9 @@ pub(crate) struct Batch {
 
 /// How far a step goes.
 #[derive(Debug)]
-pub(crate) struct Rates {
-    pub(crate) lr: f64,
+pub(crate) struct Rates<'a> {
+    /// A float64 scalar on the device of the parameters.
+    pub(crate) lr: &'a Tensor,
     pub(crate) config: OptimizerConfig,
 }
 
@@ -43,7 +44,7 @@ impl Batch {
 
     /// One update by the gradients times the scalar `factor`, unless `norm`, theirs, is not finite. The kernel scales what
     /// it reads, which saves a pass; elsewhere the gradients are scaled where they are.
-    pub(crate) fn step(&self, rates: &Rates, norm: &Tensor, factor: &Tensor) -> Result<()> {
+    pub(crate) fn step(&self, rates: &Rates<'_>, norm: &Tensor, factor: &Tensor) -> Result<()> {
         if self.params.is_empty() {
             return Ok(());
         }
@@ -67,7 +68,7 @@ impl Batch {
                 self.firsts.as_ptr(),
                 self.seconds.as_ptr(),
                 self.steps.as_ptr(),
-                *lr,
+                lr.as_ptr(),
                 config.beta1,
                 config.beta2,
                 config.weight_decay,
@@ -101,13 +102,14 @@ mod tests {
             };
             let tensors: Vec<Tensor> = (0..shapes.len()).map(add).collect();
             let mut optimizer = Optimizer::new(&params, config);
+            optimizer.set_lr(0.01);
             let mut norms = Vec::new();
             for step in 0..5 {
                 optimizer.zero_grad().unwrap();
                 let scale = if step == 3 { f64::INFINITY } else { 1.0 };
                 let each = tensors.iter().map(|t| (t * t * t).sum(Kind::Float));
                 (each.sum::<Tensor>() * scale).backward();
-                norms.push(optimizer.step(0.01, 2.0).unwrap().double_value(&[]));
+                norms.push(optimizer.step(2.0).unwrap().double_value(&[]));
             }
             let state = optimizer.state().into_iter().map(|(_, tensor)| tensor);
             (norms, tensors.into_iter().chain(state).map(|t| t.to_device(Device::Cpu)).collect::<Vec<_>>())

@@ -31,8 +31,11 @@ impl Span {
     }
 }
 
-/// Below it cuDNN's attention is not faster than flash.
-const SHORTEST_DENSE: i64 = 1024;
+/// Below it cuDNN's attention is not faster than flash: with a key head for each query head, and with fewer.
+const SHORTEST_DENSE: i64 = 256;
+const SHORTEST_DENSE_GROUPED: i64 = 1024;
+/// cuDNN takes a tenth of a second for a plan at each length that it did not meet before, so it gets round ones alone.
+const DENSE_STEP: i64 = 64;
 
 /// Where the examples of a packed row begin and end, ready for a device.
 #[derive(Debug)]
@@ -49,7 +52,7 @@ struct FlashLayout {
     prefix_rows: Tensor,
     prefix_cumulative: Tensor,
     prefix_longest: i64,
-    /// The length of the examples where all have the same and causal is right for all.
+    /// The length of the examples where all have the same, a round one, and causal is right for all.
     common: Option<i64>,
 }
 
@@ -98,9 +101,7 @@ impl FlashLayout {
             prefix_cumulative: cumulative(&prefixes)?,
             prefix_longest: prefixes.iter().copied().max().unwrap_or(0),
             common: lengths.first().copied().filter(|first| {
-                prefixes.is_empty()
-                    && *first >= SHORTEST_DENSE
-                    && lengths.iter().all(|length| length == first)
+                prefixes.is_empty() && first % DENSE_STEP == 0 && lengths.iter().all(|length| length == first)
             }),
         })
     }
@@ -111,8 +112,8 @@ impl FlashLayout {
 /// before it only so many tokens, itself included.
 ///
 /// On a GPU and in bf16 this is one causal variable-length flash call over everything, then the prefix rows
-/// once more without the causal rule, put in place; or, where all examples have one length and causal is right for all, one
-/// call of cuDNN's, which is faster. Elsewhere it is a masked call for each example.
+/// once more without the causal rule, put in place; or, where all examples have one round length and causal is right for
+/// all, one call of cuDNN's, which is faster. Elsewhere it is a masked call for each example.
 ///
 /// # Errors
 /// When libtorch refuses a flash call.
@@ -136,7 +137,9 @@ fn flash_attention(
     layout: &FlashLayout,
     window: Option<i64>,
 ) -> Result<Tensor> {
-    if let Some(length) = layout.common.filter(|_| window.is_none() && is_dense(q)) {
+    let shortest = if q.size()[1] == k.size()[1] { SHORTEST_DENSE } else { SHORTEST_DENSE_GROUPED };
+    let is_fast = |length: &i64| *length >= shortest && window.is_none() && is_dense(q);
+    if let Some(length) = layout.common.filter(is_fast) {
         return causal_attention(q, k, v, length);
     }
     let all = varlen_flash(q, k, v, &layout.cumulative, layout.longest, true, window)?;
@@ -338,7 +341,7 @@ mod tests {
                 assert!(gap < BF16_ERROR, "{key_heads} {window:?} {}: {gap}", spans.len());
             }
         };
-        let common = [Span { prefix: 1, target: 1031 }, Span { prefix: 0, target: 1032 }];
+        let common = [Span { prefix: 1, target: 1023 }, Span { prefix: 0, target: 1024 }];
         for (key_heads, window) in [(6, None), (2, None), (2, Some(24))] {
             compare(key_heads, window, &spans);
             compare(key_heads, window, &common);

@@ -19,7 +19,7 @@ unsafe extern "C" {
         firsts: *const *const C_tensor,
         seconds: *const *const C_tensor,
         steps: *const *const C_tensor,
-        lr: f64,
+        lr: *const C_tensor,
         beta1: f64,
         beta2: f64,
         weight_decay: f64,
@@ -111,13 +111,34 @@ unsafe extern "C" {
         bias: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
+    pub(crate) fn m6_in_bf16(weight: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
     pub(crate) fn m6_rotate(
         x: *const C_tensor,
         cosines: *const C_tensor,
         sines: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
+    pub(crate) fn m6_split_rotate(
+        x: *const C_tensor,
+        cosines: *const C_tensor,
+        sines: *const C_tensor,
+        heads: i64,
+        kv_heads: i64,
+        q: *mut *mut C_tensor,
+        k: *mut *mut C_tensor,
+        v: *mut *mut C_tensor,
+    ) -> *mut c_char;
     pub(crate) fn m6_swiglu(gate_up: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
+    pub(crate) fn m6_gated_sum(
+        x: *const C_tensor,
+        gates: *const C_tensor,
+        y: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_graph_begin(device: i64, out: *mut *mut std::ffi::c_void) -> *mut c_char;
+    pub(crate) fn m6_graph_end(recording: *mut std::ffi::c_void) -> *mut c_char;
+    pub(crate) fn m6_graph_replay(recording: *mut std::ffi::c_void) -> *mut c_char;
+    pub(crate) fn m6_graph_drop(recording: *mut std::ffi::c_void);
     pub(crate) fn m6_adamw(
         count: usize,
         params: *const *const C_tensor,
@@ -125,7 +146,7 @@ unsafe extern "C" {
         firsts: *const *const C_tensor,
         seconds: *const *const C_tensor,
         steps: *const *const C_tensor,
-        lr: f64,
+        lr: *const C_tensor,
         beta1: f64,
         beta2: f64,
         weight_decay: f64,

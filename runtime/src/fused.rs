@@ -49,6 +49,16 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
     x.linear(&weight.to_kind(kind), bias.map(|bias| bias.to_kind(kind)).as_ref())
 }
 
+/// A float32 `weight` in the dtype `kind` of activations, for products that [`linear`] does not cover. On a GPU the bf16
+/// copy of a parameter is kept from call to call and renewed by the optimizer.
+pub fn converted(weight: &Tensor, kind: Kind) -> Tensor {
+    #[cfg(feature = "cuda")]
+    if weight.device().is_cuda() && (weight.kind(), kind) == (Kind::Float, Kind::BFloat16) {
+        return kernels::in_bf16(weight);
+    }
+    weight.to_kind(kind)
+}
+
 /// Rotary positions (Su et al. 2021) of heads `x` `[n, h, k]`: a value of the first half and its partner in the second
 /// are turned by the angle of their token, whose `cosines` and `sines` are `[n, 1, k]` float32, both halves alike. Same
 /// shape and dtype as `x`, computed in float32.
@@ -63,6 +73,31 @@ pub fn rotate(x: &Tensor, cosines: &Tensor, sines: &Tensor) -> Tensor {
     (float * cosines + partners * sines).to_kind(x.kind())
 }
 
+/// Queries `[n, h, k]`, keys and values `[n, g, k]` of a product `[n, h + 2 g, k]` that has them side by side, the first
+/// two turned as by [`rotate`].
+pub fn split_rotate(
+    qkv: &Tensor,
+    heads: i64,
+    kv_heads: i64,
+    cosines: &Tensor,
+    sines: &Tensor,
+) -> (Tensor, Tensor, Tensor) {
+    #[cfg(feature = "cuda")]
+    if kernels::rotate_fits(qkv) {
+        return kernels::split_rotate(qkv, heads, kv_heads, cosines, sines);
+    }
+    let (q, k, v) = split_heads(qkv, heads, kv_heads);
+    (rotate(&q, cosines, sines), rotate(&k, cosines, sines), v)
+}
+
+/// The same without turning.
+pub fn split_heads(qkv: &Tensor, heads: i64, kv_heads: i64) -> (Tensor, Tensor, Tensor) {
+    // One node of the graph: three narrows would each fill the gradient of all of `qkv` with zeros.
+    let parts = qkv.split_with_sizes([heads, kv_heads, kv_heads], 1);
+    let [q, k, v] = &parts[..] else { unreachable!("three along axis 1") };
+    (q.shallow_clone(), k.shallow_clone(), v.shallow_clone())
+}
+
 /// SwiGLU (Shazeer 2020) of `[.., 2 f]`: the first half, through swish, gates the second. Returns `[.., f]`.
 pub fn swiglu(gate_up: &Tensor) -> Tensor {
     #[cfg(feature = "cuda")]
@@ -71,6 +106,15 @@ pub fn swiglu(gate_up: &Tensor) -> Tensor {
     }
     let halves = gate_up.chunk(2, -1);
     halves[0].silu() * &halves[1]
+}
+
+/// `sigmoid(gates) x + y`: rows `x` `[n, d]`, each through its gate of `gates` `[n, 1]`, and rows `y` `[n, d]`.
+pub fn gated_sum(x: &Tensor, gates: &Tensor, y: &Tensor) -> Tensor {
+    #[cfg(feature = "cuda")]
+    if kernels::gated_sum_fits(x) && gates.kind() == x.kind() && y.kind() == x.kind() {
+        return kernels::gated_sum(x, gates, y);
+    }
+    gates.sigmoid() * x + y
 }
 
 /// Mean cross-entropy, a scalar, and that of each row, `[m]` float32 without a gradient, of the logits
@@ -123,7 +167,7 @@ pub(crate) mod kernels {
     /// What a block of threads can hold.
     const MAX_CHANNELS: i64 = 2048;
     const MAX_GROUPS: i64 = 32;
-    const MAX_ROW: i64 = 2048;
+    const MAX_ROW: i64 = 8192;
 
     /// The driver reads the image as words.
     #[repr(align(16))]
@@ -155,6 +199,10 @@ pub(crate) mod kernels {
     pub(super) fn swiglu_fits(gate_up: &Tensor) -> bool {
         let width = gate_up.size().last().copied().unwrap_or(0);
         is_bf16_on_gpu(gate_up) && width % (2 * VECTOR) == 0
+    }
+
+    pub(super) fn gated_sum_fits(x: &Tensor) -> bool {
+        x.dim() == 2 && x.size()[1] % VECTOR == 0 && is_bf16_on_gpu(x)
     }
 
     pub(super) fn group_norm(
@@ -191,15 +239,50 @@ pub(crate) mod kernels {
         made(|out| unsafe { ffi::m6_linear(x.as_ptr(), weight.as_ptr(), bias, out) })
     }
 
+    pub(super) fn in_bf16(weight: &Tensor) -> Tensor {
+        // SAFETY: as above.
+        made(|out| unsafe { ffi::m6_in_bf16(weight.as_ptr(), out) })
+    }
+
     pub(super) fn rotate(x: &Tensor, cosines: &Tensor, sines: &Tensor) -> Tensor {
         let (cosines, sines) = (cosines.contiguous(), sines.contiguous());
         // SAFETY: as above.
         made(|out| unsafe { ffi::m6_rotate(x.as_ptr(), cosines.as_ptr(), sines.as_ptr(), out) })
     }
 
+    pub(super) fn split_rotate(
+        qkv: &Tensor,
+        heads: i64,
+        kv_heads: i64,
+        cosines: &Tensor,
+        sines: &Tensor,
+    ) -> (Tensor, Tensor, Tensor) {
+        let (cosines, sines) = (cosines.contiguous(), sines.contiguous());
+        let (mut k, mut v) = (null_mut(), null_mut());
+        // SAFETY: as above; all three results are new.
+        let q = made(|q| unsafe {
+            ffi::m6_split_rotate(
+                qkv.as_ptr(),
+                cosines.as_ptr(),
+                sines.as_ptr(),
+                heads,
+                kv_heads,
+                q,
+                &mut k,
+                &mut v,
+            )
+        });
+        (q, ffi::take(k), ffi::take(v))
+    }
+
     pub(super) fn swiglu(gate_up: &Tensor) -> Tensor {
         // SAFETY: as above.
         made(|out| unsafe { ffi::m6_swiglu(gate_up.as_ptr(), out) })
+    }
+
+    pub(super) fn gated_sum(x: &Tensor, gates: &Tensor, y: &Tensor) -> Tensor {
+        // SAFETY: as above.
+        made(|out| unsafe { ffi::m6_gated_sum(x.as_ptr(), gates.as_ptr(), y.as_ptr(), out) })
     }
 
     pub(super) fn linear_cross_entropy_fits(hidden: &Tensor) -> bool {
@@ -251,6 +334,8 @@ pub(crate) mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::optim::{Optimizer, OptimizerConfig};
+    use crate::params::{Group, Init, Params};
 
     pub(crate) const CUDA: Device = Device::Cuda(0);
     /// bf16 keeps eight bits.
@@ -350,7 +435,10 @@ pub(crate) mod tests {
             [5, 2, 24],
             [300, 1, 896],
             [70, 1, 1536],
+            [2000, 1, 384],
             [9, 1, 2048],
+            [1600, 1, 3584],
+            [5, 1, 8192],
         ] {
             let k = shape[2];
             let weight = Tensor::randn([k], (Kind::Float, CUDA)) + 1.0;
@@ -414,6 +502,52 @@ pub(crate) mod tests {
     }
 
     #[test]
+    fn gated_sum_and_its_gradients_match_float64() {
+        tch::manual_seed(10);
+        for shape in [[1, 8], [33, 264], [1000, 1024]] {
+            check(
+                &[draw(&shape), draw(&[shape[0], 1]), draw(&shape)],
+                |t| gated_sum(&t[0], &t[1], &t[2]),
+                |t| t[1].sigmoid() * &t[0] + &t[2],
+            );
+        }
+    }
+
+    #[test]
+    fn a_parameters_copy_is_kept_and_follows_it_whoever_writes() {
+        let parameter = |seed| {
+            let params = Params::new(CUDA, seed);
+            let weight = params.add("w", &[40, 99], Init::Normal(1.0), Group::Decay);
+            (params, weight)
+        };
+        let copy = |weight: &Tensor| {
+            let copy = converted(weight, Kind::BFloat16);
+            assert_eq!(copy, weight.to_kind(Kind::BFloat16));
+            copy.data_ptr()
+        };
+        let (params, mut weight) = parameter(1);
+        let first = copy(&weight);
+        let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
+        optimizer.set_lr(0.1);
+        for max_norm in [1.0, 0.5, f64::INFINITY] {
+            optimizer.zero_grad().unwrap();
+            let x = draw(&[7, 99]);
+            (linear(&x, &weight, None) + linear(&x, &weight.narrow(0, 0, 40), None))
+                .sum(Kind::Float)
+                .backward();
+            let _ = optimizer.step(max_norm).unwrap();
+            assert_eq!(copy(&weight), first);
+            copy(&weight.narrow(0, 7, 20));
+        }
+        tch::no_grad(|| weight.copy_(&parameter(2).1));
+        copy(&weight);
+        drop((params, weight, optimizer));
+        for seed in 3..6 {
+            copy(&parameter(seed).1);
+        }
+    }
+
+    #[test]
     fn rms_norm_reads_heads_where_they_lie() {
         tch::manual_seed(3);
         let qkv = draw(&[50, 3, 4, 64]);
@@ -436,11 +570,35 @@ pub(crate) mod tests {
             check(
                 &[all],
                 |t| rotate(&t[0].narrow(1, 1, heads), &cosines, &sines),
+                |t| exact_rotation(&t[0].narrow(1, 1, heads), &cosines, &sines),
+            );
+        }
+    }
+
+    fn exact_rotation(x: &Tensor, cosines: &Tensor, sines: &Tensor) -> Tensor {
+        let halves = x.chunk(2, -1);
+        let partners = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1);
+        x * cosines + partners * sines
+    }
+
+    #[test]
+    fn turned_parts_and_their_joined_gradient_match_float64() {
+        tch::manual_seed(9);
+        for (heads, kv_heads, width) in [(1, 1, 16), (14, 2, 64), (3, 3, 128)] {
+            let angles = Tensor::randn([50, 1, width / 2], (Kind::Float, CUDA)) * 3.0;
+            let angles = Tensor::cat(&[&angles, &angles], -1);
+            let (cosines, sines) = (angles.cos(), angles.sin());
+            let all = draw(&[50, heads + 2 * kv_heads, width]);
+            check(
+                &[all],
                 |t| {
-                    let x = t[0].narrow(1, 1, heads);
-                    let halves = x.chunk(2, -1);
-                    let partners = Tensor::cat(&[-&halves[1], halves[0].shallow_clone()], -1);
-                    x * &cosines + partners * &sines
+                    let (q, k, v) = split_rotate(&t[0], heads, kv_heads, &cosines, &sines);
+                    Tensor::cat(&[q, v, k], 1)
+                },
+                |t| {
+                    let (q, k, v) = split_heads(&t[0], heads, kv_heads);
+                    let turned = |x: &Tensor| exact_rotation(x, &cosines, &sines);
+                    Tensor::cat(&[turned(&q), v, turned(&k)], 1)
                 },
             );
         }

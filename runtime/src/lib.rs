@@ -7,6 +7,7 @@
 
 mod adamw;
 pub mod attention;
+mod cuda_graph;
 pub mod device;
 mod error;
 mod ffi;
@@ -22,6 +23,7 @@ mod shards;
 mod traps;
 mod weights;
 
+pub use cuda_graph::CudaGraph;
 pub use error::{Result, RuntimeError, first_line};
 pub use params::{Group, Init, Param, Params, first_problems, named_seed};
 pub use permute::Permutation;

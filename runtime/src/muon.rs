@@ -15,8 +15,9 @@ const NEWTON_SCHULZ: (f64, f64, f64) = (3.4445, -4.7750, 2.0315);
 const NORM_EPS: f64 = 1e-7;
 
 /// What an update goes by.
-pub(crate) struct Rates {
-    pub(crate) lr: f64,
+pub(crate) struct Rates<'a> {
+    /// A float64 scalar on the device of the matrices.
+    pub(crate) lr: &'a Tensor,
     pub(crate) momentum: f64,
     pub(crate) weight_decay: f64,
 }
@@ -32,7 +33,7 @@ pub(crate) struct Matrix {
 ///
 /// # Errors
 /// When libtorch refuses.
-pub(crate) fn step(matrices: &mut [Matrix], rates: &Rates, is_bad: &Tensor) -> Result<()> {
+pub(crate) fn step(matrices: &mut [Matrix], rates: &Rates<'_>, is_bad: &Tensor) -> Result<()> {
     let _guard = tch::no_grad_guard();
     let stacked =
         |pick: fn(&Matrix) -> &Tensor| Tensor::stack(&matrices.iter().map(pick).collect::<Vec<_>>(), 0);
@@ -91,7 +92,11 @@ mod tests {
         Matrix { param: param.copy(), grad: grad.copy(), momentum: momentum.copy() }
     }
 
-    const RATES: Rates = Rates { lr: 0.1, momentum: 0.9, weight_decay: 0.5 };
+    fn update(matrices: &mut [Matrix], is_bad: bool) {
+        let lr = Tensor::from(0.1);
+        let rates = Rates { lr: &lr, momentum: 0.9, weight_decay: 0.5 };
+        step(matrices, &rates, &Tensor::from(is_bad)).unwrap();
+    }
 
     #[test]
     fn directions_are_nearly_orthogonal_and_keep_the_singular_vectors() {
@@ -116,7 +121,7 @@ mod tests {
         for shape in [vec![4, 10], vec![3, 10, 4]] {
             let mut matrices: Vec<Matrix> = (0..3).map(|_| matrix(&shape)).collect();
             let before: Vec<Matrix> = matrices.iter().map(copy).collect();
-            step(&mut matrices, &RATES, &Tensor::from(false)).unwrap();
+            update(&mut matrices, false);
             for (after, before) in matrices.iter().zip(&before) {
                 let momentum = &before.momentum * 0.9 + &before.grad * 0.1;
                 assert!((&after.momentum - &momentum).abs().max().double_value(&[]) < 1e-6);
@@ -136,7 +141,7 @@ mod tests {
         let mut matrices = [matrix(&[4, 6])];
         let before = copy(&matrices[0]);
         let _ = matrices[0].grad.get(0).fill_(f64::NAN);
-        step(&mut matrices, &RATES, &Tensor::from(true)).unwrap();
+        update(&mut matrices, true);
         assert_eq!(matrices[0].param, before.param);
         assert_eq!(matrices[0].momentum, before.momentum);
     }

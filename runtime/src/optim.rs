@@ -79,10 +79,12 @@ enum Rule {
 pub struct Optimizer {
     config: OptimizerConfig,
     slots: Vec<Slot>,
+    /// The learning rate, a float64 scalar on the device, where a recorded step reads it anew.
+    lr: Tensor,
 }
 
 impl Optimizer {
-    /// An optimizer of everything trained under `params`, with zero moments.
+    /// An optimizer of everything trained under `params`, with zero moments and a learning rate of zero.
     pub fn new(params: &Params, config: OptimizerConfig) -> Self {
         let slots = params.trainable().into_iter().map(|(name, p)| Slot {
             name,
@@ -98,7 +100,12 @@ impl Optimizer {
             },
             param: p.tensor,
         });
-        Self { config, slots: slots.collect() }
+        Self { config, slots: slots.collect(), lr: Tensor::zeros([], (Kind::Double, params.device())) }
+    }
+
+    /// Sets the learning rate of the steps to come.
+    pub fn set_lr(&mut self, lr: f64) {
+        let _ = self.lr.fill_(lr);
     }
 
     /// Forgets all gradients: they are undefined until the next backward pass, which then writes them without
@@ -119,13 +126,13 @@ impl Optimizer {
     ///
     /// # Errors
     /// When no parameter has a gradient or libtorch refuses.
-    pub fn step(&mut self, lr: f64, max_norm: f64) -> Result<Tensor> {
+    pub fn step(&mut self, max_norm: f64) -> Result<Tensor> {
         /// Keeps the ratio finite for a zero norm, as in `torch.nn.utils.clip_grad_norm_`.
         const NORM_EPS: f64 = 1e-6;
         let norm = self.grad_norm()?;
         let factor = ((&norm + NORM_EPS).reciprocal() * max_norm).clamp_max(1.0);
-        self.step_adamw(lr, &norm, &factor)?;
-        self.step_muon(lr, &norm, &factor)?;
+        self.step_adamw(&norm, &factor)?;
+        self.step_muon(&norm, &factor)?;
         Ok(norm)
     }
 
@@ -141,10 +148,10 @@ impl Optimizer {
         Ok(ffi::take(out))
     }
 
-    fn step_muon(&mut self, lr: f64, norm: &Tensor, factor: &Tensor) -> Result<()> {
+    fn step_muon(&mut self, norm: &Tensor, factor: &Tensor) -> Result<()> {
         let Some(momentum) = self.config.muon_momentum else { return Ok(()) };
         let is_bad = norm.isfinite().logical_not();
-        let rates = muon::Rates { lr, momentum, weight_decay: self.config.weight_decay };
+        let rates = muon::Rates { lr: &self.lr, momentum, weight_decay: self.config.weight_decay };
         let mut by_shape: BTreeMap<Vec<i64>, Vec<muon::Matrix>> = BTreeMap::new();
         for (slot, grad) in self.with_grad().filter(|(slot, _)| matches!(slot.rule, Rule::Muon)) {
             let (param, momentum) = (slot.param.shallow_clone(), slot.first.shallow_clone());
@@ -157,7 +164,7 @@ impl Optimizer {
         Ok(())
     }
 
-    fn step_adamw(&self, lr: f64, norm: &Tensor, factor: &Tensor) -> Result<()> {
+    fn step_adamw(&self, norm: &Tensor, factor: &Tensor) -> Result<()> {
         for is_decayed in [true, false] {
             let mut batch = adamw::Batch::default();
             for (slot, grad) in self.with_grad().filter(|(s, _)| (s.group != Group::NoDecay) == is_decayed) {
@@ -166,7 +173,8 @@ impl Optimizer {
                 }
             }
             let weight_decay = if is_decayed { self.config.weight_decay } else { 0.0 };
-            let rates = adamw::Rates { lr, config: OptimizerConfig { weight_decay, ..self.config } };
+            let rates =
+                adamw::Rates { lr: &self.lr, config: OptimizerConfig { weight_decay, ..self.config } };
             batch.step(&rates, norm, factor)?;
         }
         Ok(())
@@ -314,7 +322,8 @@ mod tests {
                 let second = &moments[i].1 / (1.0 - config.beta2.powi(step));
                 expected[i] = &expected[i] * (1.0 - lr * decay) - first / (second.sqrt() + config.eps) * lr;
             }
-            let _ = optimizer.step(lr, f64::INFINITY).unwrap();
+            optimizer.set_lr(lr);
+            let _ = optimizer.step(f64::INFINITY).unwrap();
         }
         for (actual, expected) in [&w, &b].into_iter().zip(&expected) {
             let gap = (actual.detach().to_kind(Kind::Double) - expected).abs().max().double_value(&[]);
@@ -327,9 +336,10 @@ mod tests {
     fn clipping_bounds_the_norm_and_reports_the_one_before() {
         let (params, w, b) = model();
         let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
+        optimizer.set_lr(0.1);
         loss(&w, &b).backward();
         let before = (w.grad().square().sum(Kind::Float) + b.grad().square().sum(Kind::Float)).sqrt();
-        let norm = optimizer.step(0.1, 0.5).unwrap();
+        let norm = optimizer.step(0.5).unwrap();
         assert!((norm - &before).abs().double_value(&[]) < 1e-4);
         let moments = optimizer.slots.iter().map(|slot| slot.first.square().sum(Kind::Float));
         let after = moments.sum::<Tensor>().sqrt().double_value(&[]) / (1.0 - optimizer.config.beta1);
@@ -340,12 +350,13 @@ mod tests {
     fn gradients_are_undefined_after_zero_grad_and_such_parameters_are_left_alone() {
         let (params, w, b) = model();
         let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
+        optimizer.set_lr(0.1);
         loss(&w, &b).backward();
         optimizer.zero_grad().unwrap();
-        assert!(optimizer.step(0.1, 1.0).is_err());
+        assert!(optimizer.step(1.0).is_err());
         w.square().sum(Kind::Float).backward();
         let kept = b.copy();
-        let _ = optimizer.step(0.1, 1.0).unwrap();
+        let _ = optimizer.step(1.0).unwrap();
         assert_eq!(kept, b);
     }
 
@@ -353,9 +364,10 @@ mod tests {
     fn a_step_with_infinite_gradients_changes_nothing() {
         let (params, w, b) = model();
         let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
+        optimizer.set_lr(0.1);
         (loss(&w, &b) * f64::INFINITY).backward();
         let kept = w.copy();
-        let _ = optimizer.step(0.1, 1.0).unwrap();
+        let _ = optimizer.step(1.0).unwrap();
         assert_eq!(kept, w);
         let steps = optimizer.state().into_iter().find(|(n, _)| n == "w.step").unwrap().1;
         assert_eq!(steps.double_value(&[]), 0.0);
@@ -366,6 +378,7 @@ mod tests {
         let run = |interrupt: bool| {
             let (params, w, b) = model();
             let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
+            optimizer.set_lr(0.1);
             let mut ema = Ema::new(&params, 0.9);
             for step in 0..6 {
                 if interrupt && step == 3 {
@@ -379,7 +392,8 @@ mod tests {
                 }
                 optimizer.zero_grad().unwrap();
                 loss(&w, &b).backward();
-                let _ = optimizer.step(0.05, 1.0).unwrap();
+                optimizer.set_lr(0.05);
+                let _ = optimizer.step(1.0).unwrap();
                 ema.update(step).unwrap();
             }
             ema.swap();
@@ -407,7 +421,8 @@ mod tests {
                 }
                 optimizer.zero_grad().unwrap();
                 loss(&hidden, &bias).backward();
-                let _ = optimizer.step(0.05, 1.0).unwrap();
+                optimizer.set_lr(0.05);
+                let _ = optimizer.step(1.0).unwrap();
             }
             let names: Vec<String> = optimizer.state().into_iter().map(|(name, _)| name).collect();
             assert_eq!(names, ["bias.first", "bias.second", "bias.step", "hidden.first", "unused.first"]);
@@ -422,6 +437,7 @@ mod tests {
     fn foreign_state_is_refused_by_name() {
         let (params, ..) = model();
         let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
+        optimizer.set_lr(0.1);
         let mut state = optimizer.state();
         state.push(("x.first".into(), Tensor::zeros([1], FLOAT)));
         let message = optimizer.load_state(state).unwrap_err().to_string();

@@ -3,6 +3,7 @@
 //! Legend: `n` tokens, `d` model width, `h` heads, `g` key heads, `k` head width.
 
 use crate::error::Result;
+use m6_runtime::fused::split_heads;
 use m6_runtime::nn::{Linear, RmsNorm};
 use m6_runtime::{Init, Params};
 use tch::Tensor;
@@ -49,17 +50,20 @@ impl Attention {
     /// Those of `attend`.
     pub fn forward(&self, x_nd: &Tensor, rotation: Option<&Rotation>, attend: &mut Attend) -> Result<Tensor> {
         let qkv = self.qkv.forward(x_nd).view([-1, self.heads + 2 * self.kv_heads, self.head_width]);
-        // One node of the graph: three narrows would each fill the gradient of all of `qkv` with zeros.
-        let parts = qkv.split_with_sizes([self.heads, self.kv_heads, self.kv_heads], 1);
-        let [q, k, v] = &parts[..] else { unreachable!("three along axis 1") };
-        let (mut q, mut k) = (q.shallow_clone(), k.shallow_clone());
-        if let Some([q_norm, k_norm]) = &self.norms {
-            (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
-        }
-        if let Some(rotation) = rotation {
-            (q, k) = (rotation.queries(&q), rotation.keys(&k));
-        }
-        let attended = attend(&q, &k, v)?; // [n, h, k]
+        let (q, k, v) = match (&self.norms, rotation) {
+            (None, Some(rotation)) => rotation.split(&qkv, self.heads, self.kv_heads),
+            (norms, rotation) => {
+                let (mut q, mut k, v) = split_heads(&qkv, self.heads, self.kv_heads);
+                if let Some([q_norm, k_norm]) = norms {
+                    (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
+                }
+                if let Some(rotation) = rotation {
+                    (q, k) = rotation.turn(&q, &k);
+                }
+                (q, k, v)
+            }
+        };
+        let attended = attend(&q, &k, &v)?; // [n, h, k]
         Ok(self.out.forward(&attended.flatten(1, 2)))
     }
 }

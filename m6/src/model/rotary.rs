@@ -2,7 +2,7 @@
 //!
 //! Legend: `n` tokens, `h` heads, `k` head width.
 
-use m6_runtime::fused::rotate;
+use m6_runtime::fused::{rotate, split_rotate};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
 
@@ -208,18 +208,23 @@ fn yarn_scale(factor: f64) -> f64 {
 }
 
 impl Rotation {
-    /// Queries `[n, h, k]`, turned; computed in float32.
-    pub fn queries(&self, q_nhk: &Tensor) -> Tensor {
-        let turned = self.keys(q_nhk);
-        match &self.growth {
-            Some(growth) => (turned * growth).to_kind(q_nhk.kind()),
-            None => turned,
-        }
+    /// Queries `[n, h, k]` and keys `[n, g, k]`, turned; computed in float32.
+    pub fn turn(&self, q_nhk: &Tensor, k_ngk: &Tensor) -> (Tensor, Tensor) {
+        let turned = |x: &Tensor| rotate(x, &self.cos, &self.sin);
+        (self.grown(turned(q_nhk)), turned(k_ngk))
     }
 
-    /// Keys `[n, h, k]`, turned; computed in float32.
-    pub fn keys(&self, k_nhk: &Tensor) -> Tensor {
-        rotate(k_nhk, &self.cos, &self.sin)
+    /// The `h` queries, `g` keys and `g` values of each token of `[n, h + 2 g, k]`, queries and keys turned.
+    pub fn split(&self, qkv: &Tensor, heads: i64, kv_heads: i64) -> (Tensor, Tensor, Tensor) {
+        let (q, k, v) = split_rotate(qkv, heads, kv_heads, &self.cos, &self.sin);
+        (self.grown(q), k, v)
+    }
+
+    fn grown(&self, q_nhk: Tensor) -> Tensor {
+        match &self.growth {
+            Some(growth) => (&q_nhk * growth).to_kind(q_nhk.kind()),
+            None => q_nhk,
+        }
     }
 }
 
@@ -278,7 +283,8 @@ mod tests {
         let scores = |first: i64| {
             let places = Tensor::arange_start(first, first + 5, (Kind::Int64, Device::Cpu));
             let rotation = rotary.rotation(&places, &places, true);
-            let [q, k] = [rotation.queries(&q), rotation.keys(&k)].map(|x| x.transpose(0, 1));
+            let (q, k) = rotation.turn(&q, &k);
+            let [q, k] = [q, k].map(|x| x.transpose(0, 1));
             q.matmul(&k.transpose(1, 2))
         };
         assert!((scores(0) - scores(40)).abs().max().double_value(&[]) < 1e-4);

@@ -184,7 +184,8 @@ impl Trainer {
                 self.window.add(&losses, &batch);
             }
             let lr = schedule.at(self.step);
-            let grad_norm = self.optimizer.step(lr, plan.clip)?;
+            self.optimizer.set_lr(lr);
+            let grad_norm = self.optimizer.step(plan.clip)?;
             self.window.add_update(&grad_norm);
             self.ema.update(self.step)?;
             self.step += 1;

@@ -37,8 +37,6 @@ pub(super) struct Codebook {
     means: Option<RunningMeans>,
     /// Where codes are free: the codebook and its average, which are overwritten together.
     tables: Vec<Tensor>,
-    /// Encoder outputs of the last micro-batch, from which dead codes start anew.
-    rows_nd: Option<Tensor>,
 }
 
 impl Codebook {
@@ -67,7 +65,6 @@ impl Codebook {
             revival,
             means,
             tables: std::iter::once(table).chain(average).filter(|_| is_free).collect(),
-            rows_nd: None,
         }
     }
 
@@ -101,7 +98,6 @@ impl Codebook {
         if let Some(means) = &mut self.means {
             means.observe(rows_nd, &quantized.codes_n);
         }
-        self.rows_nd = Some(rows_nd.detach());
         if let EncoderGradient::Gumbel(gumbel) = self.config.gradient {
             let value = divergence_from_uniform(&model.affinity(rows_nd));
             return vec![Term { name: "kl", weight: gumbel.kl, value }];
@@ -127,10 +123,12 @@ impl Codebook {
         }
     }
 
-    /// Lets dead codes start anew after the update of `step`.
-    pub(super) fn revive(&mut self, step: u64) {
-        let Some(rows_nd) = self.rows_nd.take().filter(|_| step < self.revive_until) else { return };
-        let revived_k = self.revival.revive(&rows_nd, &mut self.tables);
+    /// Lets dead codes start anew from encoder outputs `rows_nd` after the update of `step`.
+    pub(super) fn revive(&mut self, step: u64, rows_nd: &Tensor) {
+        if !(self.codes_from..self.revive_until).contains(&step) {
+            return;
+        }
+        let revived_k = self.revival.revive(rows_nd, &mut self.tables);
         if let Some(means) = &mut self.means {
             means.restart(&revived_k, &self.tables[0]);
         }
@@ -175,7 +173,7 @@ mod tests {
 
         let dead = state.codebook.revival.dead();
         assert!(dead.any().int64_value(&[]) == 1 && dead.all().int64_value(&[]) == 0);
-        state.codebook.revive(0);
+        state.codebook.revive(0, &output.rows_nd.detach());
         let of = |name: &str| {
             let entries = state.codebook.params.entries();
             entries.into_iter().find(|(found, _)| found == name).unwrap().1.tensor
@@ -197,7 +195,7 @@ mod tests {
         let output = state.model.forward(&x, state.codebook.bottleneck(2));
         state.codebook.observe(&state.model, &output);
         state.codebook.step();
-        state.codebook.revive(2);
+        state.codebook.revive(2, &output.rows_nd.detach());
         assert_eq!(state.model.codebook(), frozen);
     }
 }

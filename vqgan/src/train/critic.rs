@@ -6,6 +6,7 @@ use tch::{Device, Kind, Tensor};
 
 use super::adversarial::DiscriminatorConfig;
 use super::regularise::{LeCam, gradient_penalty};
+use super::step::CriticPlan;
 use crate::augment::Augmentation;
 use crate::discriminator::{Discriminator, Verdict};
 use crate::error::Result;
@@ -35,19 +36,17 @@ impl Critic {
     pub(super) fn new(config: DiscriminatorConfig, steps: u64, device: Device, seed: u64) -> Self {
         let params = Params::new(device, named_seed(seed, "discriminator"));
         let discriminator = Discriminator::new(&params, config.layers, config.norm);
-        let optimizer = Optimizer::new(&params, OPTIMIZER);
+        let mut optimizer = Optimizer::new(&params, OPTIMIZER);
+        optimizer.set_lr(config.lr);
         let lecam = (config.lecam > 0.0).then(|| LeCam::new(&(&params / "lecam")));
         Self { config, steps, params, optimizer, discriminator, lecam, compute: compute_kind(device) }
     }
 
-    /// Whether the discriminator is trained at `step`.
-    pub(super) fn is_on(&self, step: u64) -> bool {
-        self.config.is_on(step, self.steps)
-    }
-
-    /// By how much the model's loss listens to it at `step`, 0 to 1.
-    pub(super) fn ratio(&self, step: u64) -> f64 {
-        self.config.ratio(step, self.steps)
+    /// What `step` does with the discriminator, once it is trained.
+    pub(super) fn plan(&self, step: u64) -> Option<CriticPlan> {
+        let Self { config, steps, .. } = self;
+        let plan = CriticPlan { ratio: config.ratio(step, *steps), r1: config.r1_weight(step) };
+        config.is_on(step, *steps).then_some(plan)
     }
 
     /// The model's terms for reconstructions `y` of `x`, `[b, 3, h, w]`; `ratio` is by how much it listens. An adaptive
@@ -81,8 +80,9 @@ impl Critic {
         terms
     }
 
-    /// The discriminator's own terms at `step`, and by how much its scores tell `x` from reconstructions `y`.
-    pub(super) fn own_terms(&self, x: &Tensor, y: &Tensor, step: u64) -> Vec<Term> {
+    /// The discriminator's own terms, with R1 of the weight `r1` where there is one, and by how much its scores tell `x`
+    /// from reconstructions `y`.
+    pub(super) fn own_terms(&self, x: &Tensor, y: &Tensor, r1: Option<f64>) -> Vec<Term> {
         let augmentation = Augmentation::draw(self.config.augment, &x.size(), x.device());
         let (real, fake) = (self.judge(&augmentation, x), self.judge(&augmentation, &y.detach()));
         let margin = real.logits.mean(Kind::Float) - fake.logits.mean(Kind::Float);
@@ -98,7 +98,7 @@ impl Critic {
             let value = lecam.penalty(&real.logits, &fake.logits);
             terms.push(Term { name: "lecam", weight: self.config.lecam, value });
         }
-        if let Some(weight) = self.config.r1_weight(step) {
+        if let Some(weight) = r1 {
             // In float32: the kernels for bf16 have no second derivatives.
             let score = |shown: &Tensor| self.discriminator.forward(shown).scores();
             let value = gradient_penalty(&augmentation.apply(x), score);
@@ -109,7 +109,7 @@ impl Critic {
 
     /// One update from the gradients so far.
     pub(super) fn step(&mut self, clip: f64) -> Result<()> {
-        let _ = self.optimizer.step(self.config.lr, clip)?;
+        let _ = self.optimizer.step(clip)?;
         Ok(self.optimizer.zero_grad()?)
     }
 
@@ -167,7 +167,7 @@ mod tests {
             Params::new(Device::Cpu, seed).add("x", &[2, 3, 32, 32], Init::Uniform(1.0), Group::Buffer)
         };
         let weights = |step| -> Vec<(&str, f64)> {
-            let terms = critic.own_terms(&draw(1), &draw(2), step);
+            let terms = critic.own_terms(&draw(1), &draw(2), critic.config.r1_weight(step));
             terms.iter().map(|term| (term.name, term.weight)).collect()
         };
         let plain = [("discriminator", 1.0), ("discriminator_margin", 0.0), ("lecam", 0.1)];

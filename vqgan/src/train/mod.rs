@@ -6,6 +6,7 @@ mod config;
 mod critic;
 mod regularise;
 mod state;
+mod step;
 
 use std::path::{Path, PathBuf};
 
@@ -24,11 +25,12 @@ pub use config::{DataConfig, ScheduleConfig, TrainConfig, ValidationConfig};
 use crate::bottleneck::Bottleneck;
 use crate::error::{Result, VqganError};
 use crate::eval::{VqganReport, evaluate, reconstruction_grid};
-use crate::loss::{ReconstructionLoss, Term};
+use crate::loss::ReconstructionLoss;
 use crate::model::{Dtype, Vqgan};
 use crate::pictures::{pictures_to_tensor, to_unit};
 use crate::stream::{PictureStream, with_picture};
 use state::State;
+use step::{Plan, Stepper, Updated};
 
 /// Folder of the finished model inside of the run.
 const MODEL_DIR: &str = "model";
@@ -102,53 +104,37 @@ fn train(
         ReconstructionLoss::new(config.model.resolution, config.loss, config.lpips.as_ref(), device)?;
     let schedule = config.schedule();
     let ScheduleConfig { steps, batch, accumulation, clip, .. } = config.schedule;
+    let mut stepper = Stepper::new(reconstruction, clip, device);
     let mut images = 0;
     let mut stopped = false;
     let dir = run.path().join(MODEL_DIR);
     let mut scores = None;
 
     while step < steps && !stopped {
-        tch::manual_seed(named_seed(config.seed, &format!("step {step}")) as i64);
-        let bottleneck = state.codebook.bottleneck(step);
-        let critic = state.critic.as_mut().filter(|critic| critic.is_on(step));
-        let mut terms = Vec::new();
-        for micro_batch in 0..accumulation {
+        let mut micro_batches = Vec::new();
+        for _ in 0..accumulation {
             let batch = pictures.batch(batch, u64::MAX, |note| progress.note(note))?;
-            let x = to_unit(&pictures_to_tensor(&batch)?, device)?;
-            if state.codebook.starts_at(step) && micro_batch == 0 {
-                state.codebook.start(&encoder_rows(&state.model, &x));
-            }
-            let output = state.model.forward(&x, bottleneck);
-            let y = &output.reconstruction;
-            terms = reconstruction.terms(&x, y);
-            terms.extend(state.codebook.observe(&state.model, &output));
-            if let Some(critic) = critic.as_ref().filter(|critic| critic.ratio(step) > 0.0) {
-                let ratio = critic.ratio(step);
-                let judged = critic.model_terms(&x, y, ratio, &terms, state.model.last_kernel());
-                terms.extend(judged);
-            }
-            (Term::total(&terms) / accumulation as f64).backward();
-            if let Some(critic) = &critic {
-                let own = critic.own_terms(&x, y, step);
-                (Term::total(&own) / accumulation as f64).backward();
-                terms.extend(own);
-            }
             images += batch.len() as u64;
+            micro_batches.push(to_unit(&pictures_to_tensor(&batch)?, device)?);
         }
+        tch::manual_seed(named_seed(config.seed, &format!("step {step}")) as i64);
+        if let Some(x) = micro_batches.first().filter(|_| state.codebook.starts_at(step)) {
+            state.codebook.start(&encoder_rows(&state.model, x));
+        }
+        let plan = Plan {
+            bottleneck: state.codebook.bottleneck(step),
+            critic: state.critic.as_ref().and_then(|critic| critic.plan(step)),
+        };
         let lr = schedule.at(step);
-        let grad_norm = state.optimizer.step(lr, clip)?;
-        state.optimizer.zero_grad()?;
-        if let Some(critic) = critic {
-            critic.step(clip)?;
-        }
-        state.codebook.step();
+        state.optimizer.set_lr(lr);
+        let updated = stepper.update(&mut state, plan, micro_batches)?;
         state.ema.update(step)?;
-        state.codebook.revive(step);
+        state.codebook.revive(step, &updated.rows_nd);
 
         step += 1;
         if step % config.log_every == 0 || step == steps {
-            let values = read_terms(&state, &terms, &grad_norm);
-            if values[..terms.len()].iter().any(|(_, value)| !value.is_finite()) {
+            let values = read_terms(&state, &updated);
+            if values[..updated.terms.len()].iter().any(|(_, value)| !value.is_finite()) {
                 return Err(VqganError::Diverged { step });
             }
             let rate = progress.report(step, &[("l1", values[0].1)], std::mem::take(&mut images), "images");
@@ -219,10 +205,11 @@ fn encoder_rows(model: &Vqgan, x: &Tensor) -> Tensor {
     model.forward(x, Bottleneck::Continuous).rows_nd
 }
 
-/// The values of `terms` and the state of the codebook, by their names in the metrics. Waits for the device, once.
-fn read_terms(state: &State, terms: &[Term], grad_norm: &Tensor) -> Vec<(String, f64)> {
+/// The values of the terms of an update and the state of the codebook, by their names in the metrics. Waits for the device, once.
+fn read_terms(state: &State, updated: &Updated) -> Vec<(String, f64)> {
+    let Updated { terms, grad_norm, .. } = updated;
     let mut names: Vec<String> = terms.iter().map(|term| format!("loss/{}", term.name)).collect();
-    let mut values: Vec<Tensor> = terms.iter().map(|term| term.value.detach().to_kind(Kind::Float)).collect();
+    let mut values: Vec<Tensor> = terms.iter().map(|term| term.value.to_kind(Kind::Float)).collect();
     for (name, value) in [("grad_norm", grad_norm.shallow_clone())].into_iter().chain(state.codebook.usage())
     {
         names.push(name.to_owned());

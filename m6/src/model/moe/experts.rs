@@ -1,5 +1,6 @@
 //! Stacked experts: grouped products over rows that are sorted by expert.
 
+use m6_runtime::fused::converted;
 use m6_runtime::{Group, Init, Params};
 use tch::Tensor;
 
@@ -46,7 +47,7 @@ impl Experts {
     /// Rows `[r, i]`, each by the matrix `[o, i]` of its expert, whose rows end at `ends_e`.
     fn product(&self, x_ri: &Tensor, weight_eoi: &Tensor, ends_e: &Tensor) -> Tensor {
         let grouped = |x: &Tensor, weight: &Tensor, ends: &Tensor| {
-            x.internal_grouped_mm(&weight.to_kind(x.kind()).transpose(1, 2), Some(ends), None, None)
+            x.internal_grouped_mm(&converted(weight, x.kind()).transpose(1, 2), Some(ends), None, None)
         };
         let (experts, rows) = (weight_eoi.size()[0], x_ri.size()[0]);
         if experts <= MAX_GROUPS {

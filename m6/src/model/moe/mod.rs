@@ -9,6 +9,7 @@ mod dispatch;
 mod experts;
 mod router;
 
+use m6_runtime::fused::gated_sum;
 use m6_runtime::nn::Linear;
 use m6_runtime::{Init, Params};
 use tch::Tensor;
@@ -59,7 +60,10 @@ impl Moe {
         let routing = self.router.route(x_nd, real, mode);
         let routed_nd = self.experts.forward(x_nd, &routing);
         let y_nd = match &self.shared {
-            Some(shared) => shared.gate.forward(x_nd).sigmoid() * shared.expert.forward(x_nd) + routed_nd,
+            Some(Shared { expert, gate }) => {
+                let gates_n1 = gate.forward(x_nd);
+                gated_sum(&expert.forward(x_nd), &gates_n1, &routed_nd)
+            }
             None => routed_nd,
         };
         (y_nd, self.router.losses(&routing, real))
