@@ -1,10 +1,16 @@
 #!/usr/bin/env python3
-"""Holds a build of m6 to transformers, in both directions of `m6 convert`.
+"""Holds a build of m6 to transformers and to tiktoken.
 
     python3 m6/tests/parity/check.py target/release/m6
 
-Makes the models of `make.py` anew and compares them with the committed ones; turns each into a folder of m6 and back, and
-compares what transformers makes of the result with what `m6 score` makes of all three folders. Needs what `make.py` needs.
+Two parts, of which `--only` names one:
+
+`models`  makes the models of `make.py` anew and compares them with the committed ones; turns each into a folder of m6 and
+          back by `m6 convert`, and compares what transformers makes of the result with what `m6 score` makes of all three
+          folders. Needs the transformers that made the committed ones.
+`tokens`  compares `m6 tokenizer encode` with tiktoken and with transformers' Qwen2 tokenizer: on texts of the repository
+          with the cut vocabulary of a test, or on the lines of `--texts` with the ranks of `--ranks`; and on random texts.
+          Needs tiktoken.
 """
 
 import argparse
@@ -23,7 +29,6 @@ import make
 COMMITTED = pathlib.Path(__file__).parent
 # Of log-probabilities in float32, and of what another processor makes of the golden values.
 TOLERANCE = 2e-5
-
 
 # Keys that may differ: where the folder is, what has no effect without windows, and what is asked for in training alone.
 SETTLED = {"_name_or_path", "max_window_layers", "output_router_logits"}
@@ -54,7 +59,7 @@ def scored(m6, folder, ids):
     return torch.tensor(json.loads(line)["logprobs"])
 
 
-def problems(m6, name, regenerated, work):
+def model_problems(m6, name, regenerated, work):
     """What is wrong with one model, a line each."""
     committed, own, back = COMMITTED / name, work / f"{name}-own", work / f"{name}-back"
     for file, tolerance in [("model.safetensors", 0.0), ("golden.safetensors", TOLERANCE)]:
@@ -78,18 +83,37 @@ def problems(m6, name, regenerated, work):
             yield f"{folder.name}: log-probabilities differ by {error}"
 
 
+def check_models(args, work):
+    make.write(work / "made", seed=make.SEED)
+    for name in make.MODELS:
+        yield name, model_problems(args.m6, name, work / "made", work)
+
+
+def check_tokens(args, work):
+    # Needs what the other parts do without.
+    import tokens
+
+    yield from tokens.comparisons(args.m6, args.ranks, args.texts, work)
+
+
+PARTS = {"models": check_models, "tokens": check_tokens}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("m6", type=pathlib.Path)
-    m6 = parser.parse_args().m6.resolve()
+    parser.add_argument("--only", choices=PARTS, help="the part to run; all by default")
+    parser.add_argument("--ranks", type=pathlib.Path, help="tokens: ranks of a vocabulary with Qwen's pattern (*.tiktoken)")
+    parser.add_argument("--texts", type=pathlib.Path, help="tokens: a file with a text a line")
+    args = parser.parse_args()
+    args.m6 = args.m6.resolve()
     failed = False
     with tempfile.TemporaryDirectory() as work:
-        work = pathlib.Path(work)
-        make.write(work / "made", seed=make.SEED)
-        for name in make.MODELS:
-            found = list(problems(m6, name, work / "made", work))
-            print(f"{name}: {'; '.join(found) or 'the same'}")
-            failed |= bool(found)
+        for part in [args.only] if args.only else PARTS:
+            for name, problems in PARTS[part](args, pathlib.Path(work)):
+                found = list(problems)
+                print(f"{name}: {'; '.join(found) or 'as expected'}", flush=True)
+                failed |= bool(found)
     sys.exit(failed)
 
 
