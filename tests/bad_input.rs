@@ -86,7 +86,7 @@ fn settings() {
         ("train train.toml --set model.dropout=nan", &["model.dropout = NaN"]),
         ("train train.toml --set model.moe.active=9", &["model.moe.active = 9"]),
         ("train train.toml --set model.moe.capacity=0", &["model.moe.capacity = 0", "positive"]),
-        ("train train.toml --set model.moe.experts=1024", &["model.moe.experts = 1024", "at most 1023"]),
+        ("train train.toml --set model.moe.experts=16385", &["model.moe.experts = 16385", "1 to 16384"]),
         ("train train.toml --set model.patches.resolution=7", &["model.patches.resolution = 7"]),
         ("train train.toml --set tasks.captioning=-1", &["tasks.captioning = -1"]),
         ("train train.toml --set tasks.text_to_image.noise=2", &["noise = 2"]),
