@@ -43,13 +43,13 @@ check: setup ## formatting, lints, documentation
 	cargo clippy $(REMOTE) --all-targets -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc $(ALL) --no-deps
 
-# The path of a Python with torch, transformers and safetensors; where none is named, one is made (some GB).
+# The path of a Python with torch, transformers, tiktoken and safetensors; where none is named, one is made (some GB).
 PYTHON ?= out/parity/bin/python
 out/parity/bin/python:
 	python3 -m venv out/parity
-	out/parity/bin/pip install --quiet 'torch==2.11.*' 'transformers==5.24.*' safetensors || { rm -r out/parity; exit 1; }
+	out/parity/bin/pip install --quiet 'torch==2.11.*' 'transformers==5.24.*' 'tiktoken==0.14.*' safetensors || { rm -r out/parity; exit 1; }
 
-parity: setup $(PYTHON) ## published language models, read and written, against transformers
+parity: setup $(PYTHON) ## language models and their tokens against transformers and tiktoken
 	cargo build $(ALL)
 	$(PYTHON) m6/tests/parity/check.py $(TARGET_DIR)/release/m6
 

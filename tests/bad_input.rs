@@ -86,7 +86,7 @@ fn settings() {
         ("train train.toml --set model.dropout=nan", &["model.dropout = NaN"]),
         ("train train.toml --set model.moe.active=9", &["model.moe.active = 9"]),
         ("train train.toml --set model.moe.capacity=0", &["model.moe.capacity = 0", "positive"]),
-        ("train train.toml --set model.moe.experts=1024", &["model.moe.experts = 1024", "at most 1023"]),
+        ("train train.toml --set model.moe.experts=16385", &["model.moe.experts = 16385", "1 to 16384"]),
         ("train train.toml --set model.patches.resolution=7", &["model.patches.resolution = 7"]),
         ("train train.toml --set tasks.captioning=-1", &["tasks.captioning = -1"]),
         ("train train.toml --set tasks.text_to_image.noise=2", &["noise = 2"]),
@@ -147,7 +147,8 @@ fn flags() {
     let caption = "caption pictures/red-bar.png --model run/model --device cpu";
     let score = "eval pictures shards/*.tar --model run/model --device cpu";
     let long = "word".repeat(100);
-    let cases: [(String, i32, &[&str]); 31] = [
+    fs::write(scene.path("texts.jsonl"), "\"a text\"\n{}\n").unwrap();
+    let cases: [(String, i32, &[&str]); 32] = [
         (format!("{draw} --temperature -1"), WRONG_USE, &["--temperature -1"]),
         (format!("{draw} --temperature nan"), WRONG_USE, &["--temperature NaN"]),
         (format!("{draw} --top-p 2"), WRONG_USE, &["--top-p 2"]),
@@ -171,6 +172,11 @@ fn flags() {
         ("data pack pictures new --filter words_absent:none".into(), FAILURE, &["none", "No such file"]),
         ("data pack pictures new --dropped log".into(), WRONG_USE, &["required"]),
         ("tokenizer train shards/*.tar --field json:en --vocab-size 9".into(), WRONG_USE, &["9", "256"]),
+        (
+            "tokenizer encode run/model/tokenizer.json texts.jsonl".into(),
+            FAILURE,
+            &["texts.jsonl: line 2", "a JSON string"],
+        ),
         ("eval captions shards/*.tar --model run/model --device cpu --limit 0".into(), WRONG_USE, &["0"]),
         ("plan none.toml".into(), WRONG_USE, &["none.toml", "does not exist"]),
         ("plan pictures".into(), FAILURE, &["pictures/config.json", "No such file"]),

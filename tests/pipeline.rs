@@ -46,6 +46,16 @@ fn pictures_become_a_model_that_draws_and_captions() {
 
     let bpe = ["--field", "json:en", "--field", "json:zh", "--vocab-size", "280", "-o", "bpe.json"];
     scene.succeed(&[&["tokenizer", "train", "shards/train-*.tar"], bpe.as_slice()].concat());
+    let texts = ["a red\r\nsquare", "", "红色"];
+    let lines: String = texts.iter().map(|text| format!("{}\n", Value::from(*text))).collect();
+    fs::write(scene.path("texts.jsonl"), lines).unwrap();
+    fs::write(scene.path("texts.txt"), "红色\n").unwrap();
+    let encoded = scene.json(&["tokenizer", "encode", "bpe.json", "texts.jsonl", "--json"]);
+    let tokenizer = m6_data::Tokenizer::load(&scene.path("bpe.json")).unwrap();
+    let expected = texts.map(|text| json!({ "tokens": tokenizer.encode(text).unwrap() }));
+    assert_eq!(encoded, expected);
+    let ids: Vec<String> = tokenizer.encode("红色").unwrap().iter().map(u32::to_string).collect();
+    assert_eq!(scene.succeed(&["tokenizer", "encode", "bpe.json", "texts.txt"]), ids.join(" ") + "\n");
     scene.succeed(&["vqgan", "train", "vqgan.toml", "--set", "schedule.steps=8"]);
     let scores = one(scene.json(&[
         "vqgan",

@@ -49,7 +49,7 @@ enum Command {
     /// Make, summarise and look at shards of pictures and texts
     #[command(subcommand)]
     Data(data::Command),
-    /// Make a text tokenizer
+    /// Make a text tokenizer, and use one
     #[command(subcommand)]
     Tokenizer(tokenizer::Command),
     /// Train and score an image tokenizer, which turns pictures into codes and back

@@ -1,26 +1,31 @@
 //! `m6 tokenizer`.
 
+use std::fs;
 use std::path::PathBuf;
 
 use m6::train::texts;
 use m6::{Error, Result};
-use m6_data::{ShardSet, train_bpe};
+use m6_data::{ShardSet, Tokenizer, train_bpe};
 use m6_run::{Task, fetching};
+use serde_json::json;
 
 use super::args::FieldArgs;
 use super::output;
 
-/// Make a text tokenizer
+/// Make a text tokenizer, and use one
 #[derive(Debug, clap::Subcommand)]
 pub enum Command {
     /// Train a byte-level BPE on the captions of shards
     Train(TrainArgs),
+    /// Show the token ids of texts
+    Encode(EncodeArgs),
 }
 
 impl Command {
     pub fn run(self) -> Result<()> {
         match self {
             Self::Train(args) => args.run(),
+            Self::Encode(args) => args.run(),
         }
     }
 }
@@ -61,5 +66,47 @@ impl TrainArgs {
         tokenizer.save(&self.out)?;
         let size = tokenizer.vocab_size();
         output::line(format_args!("{}  {size} tokens from {count} captions", self.out.display()))
+    }
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  m6 tokenizer encode tokenizer.json captions.txt\n\n\
+    The names of special tokens are text like any other, and nothing is put before or after a text.")]
+pub struct EncodeArgs {
+    /// A `tokenizer.json`, WordPiece's `vocab.txt` or tiktoken ranks (`*.tiktoken`)
+    tokenizer: PathBuf,
+    /// A text a line, or of `*.jsonl` a JSON string a line, which can hold line ends
+    #[arg(value_name = "FILE")]
+    texts: PathBuf,
+    /// Print each text's ids as one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl EncodeArgs {
+    fn run(self) -> Result<()> {
+        let tokenizer = Tokenizer::load(&self.tokenizer)?;
+        let file = fs::read_to_string(&self.texts).map_err(|error| output::file_error(&self.texts, error))?;
+        let is_json = self.texts.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("jsonl"));
+        for (number, line) in (1..).zip(file.lines()) {
+            let tokens = if is_json {
+                let text: String = serde_json::from_str(line).map_err(|error| {
+                    output::file_error(
+                        &self.texts,
+                        format_args!("line {number}: expected a JSON string: {error}"),
+                    )
+                })?;
+                tokenizer.encode(&text)?
+            } else {
+                tokenizer.encode(line)?
+            };
+            if self.json {
+                output::json(&json!({"tokens": tokens}))?;
+            } else {
+                let ids: Vec<String> = tokens.iter().map(u32::to_string).collect();
+                output::line(ids.join(" "))?;
+            }
+        }
+        Ok(())
     }
 }

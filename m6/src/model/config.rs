@@ -189,18 +189,8 @@ impl ModelConfig {
     /// What is wrong with these settings, in one line naming the key.
     ///
     /// # Errors
-    /// When they describe no stack, or one that our kernels cannot compute.
-    pub fn validate(&self) -> Result<(), String> {
-        self.validate_shape()?;
-        let experts = self.moe.as_ref().map_or(Ok(()), MoeConfig::validate_kernels);
-        experts.map_err(|problem| format!("moe.{problem}"))
-    }
-
-    /// As [`ModelConfig::validate`], of a stack that is described and not computed.
-    ///
-    /// # Errors
     /// When a size is not positive or does not divide as it must.
-    pub fn validate_shape(&self) -> Result<(), String> {
+    pub fn validate(&self) -> Result<(), String> {
         let sizes = [
             ("width", self.width, MAX_WIDTH),
             ("layers", self.layers, MAX_LAYERS),

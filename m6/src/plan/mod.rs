@@ -240,13 +240,11 @@ mod tests {
     }
 
     #[test]
-    fn presets_are_computed_where_they_can_be_and_tell_their_size() {
+    fn presets_tell_their_size() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../configs/model");
         for entry in std::fs::read_dir(folder).unwrap() {
             let path = entry.unwrap().path();
             let shape = Subject::open(&path).unwrap().shape;
-            let is_computed = shape.model.validate().is_ok();
-            assert_eq!(is_computed, !path.ends_with("m6-100b.toml"), "{}", path.display());
             let total = Parts::of(&shape).total();
             let text = std::fs::read_to_string(&path).unwrap();
             let size = format!("Size: {} parameters, ", report::short(total.parameters as f64));
@@ -292,7 +290,7 @@ mod tests {
         let moe = "experts = 16384\nactive = 16384\nevery = 1\nshared = 65536\nbalance_loss = 0\nz_loss = 0";
         model.moe = Some(toml::from_str(moe).unwrap());
         let shape = Shape { model, vocab: Vocab { text: 1 << 24, codes: 1 << 24 }, code_grid: 1 << 12 };
-        assert_eq!(shape.model.validate_shape(), Ok(()));
+        assert_eq!(shape.model.validate(), Ok(()));
         let machine = Machine { gpus: 1 << 20, memory: Some(u64::MAX) };
         let plan = Plan::of(&Subject { shape, has_muon: true }, machine, Some(1 << 30));
         assert!(plan.parameters > 1 << 57);

@@ -82,7 +82,7 @@ impl Shape {
     }
 
     fn validated(self) -> std::result::Result<Self, String> {
-        self.model.validate_shape().map_err(|problem| format!("model.{problem}"))?;
+        self.model.validate().map_err(|problem| format!("model.{problem}"))?;
         let sizes = [
             ("vocab.text", self.vocab.text, 1, MAX_ROWS),
             ("vocab.codes", self.vocab.codes, 0, MAX_ROWS),

@@ -9,6 +9,7 @@ transformers (5.24 made the committed ones) and safetensors.
 """
 
 import argparse
+import copy
 import pathlib
 
 import torch
@@ -38,6 +39,12 @@ EXPERTS = dict(
     router_aux_loss_coef=0.01,
 )
 ROPE = dict(rope_theta=10000.0)
+# Sizes that the kernels of a GPU take as they take those of published models.
+WIDE = dict(vocab_size=1024, hidden_size=256, intermediate_size=512, head_dim=64, max_position_embeddings=512)
+WIDE_EXPERTS = dict(moe_intermediate_size=128, shared_expert_intermediate_size=256)
+# How far from the start of training a weight is; products of wide rows sum more of it.
+SPREAD = 0.15
+WIDE_SPREAD = SPREAD * (SIZES["hidden_size"] / WIDE["hidden_size"]) ** 0.5
 MODELS = {
     "qwen2": Qwen2Config(**SIZES, tie_word_embeddings=False),
     "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
@@ -74,16 +81,28 @@ def hub_gradients(model, config):
             yield name, gradient
 
 
+def wide(config):
+    """The same settings at larger sizes."""
+    config = copy.deepcopy(config)
+    config.update(WIDE | (WIDE_EXPERTS if config.model_type == "qwen2_moe" else {}))
+    return config
+
+
+def random_model(config, seed, spread=SPREAD):
+    """A model far from the start of training, where nothing would show."""
+    torch.manual_seed(seed)
+    kind = Qwen2MoeForCausalLM if config.model_type == "qwen2_moe" else Qwen2ForCausalLM
+    model = kind(config).float()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * spread)
+    return model
+
+
 def write(out, seed):
     """Writes all models into a folder."""
     for name, config in MODELS.items():
-        torch.manual_seed(seed)
-        kind = Qwen2MoeForCausalLM if config.model_type == "qwen2_moe" else Qwen2ForCausalLM
-        model = kind(config).float().train()
-        with torch.no_grad():
-            for parameter in model.parameters():
-                # Far from the start of training, where nothing would show.
-                parameter.add_(torch.randn_like(parameter) * 0.15)
+        model = random_model(config, seed).train()
         ids = torch.randint(config.vocab_size, (1, TOKENS))
         result = model(input_ids=ids, labels=ids, use_cache=False)
         result.loss.backward()

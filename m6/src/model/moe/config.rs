@@ -63,9 +63,6 @@ pub enum Balance {
     Model,
 }
 
-/// What one grouped matrix product of libtorch takes on a GPU: a thread of one block prepares each matrix, and the last
-/// is left out.
-pub(super) const MAX_GROUPS: i64 = 1023;
 /// Bounds that keep the arithmetic of an absurd config within whole numbers.
 const MAX_EXPERTS: i64 = 1 << 14;
 const MAX_WIDTH: i64 = 1 << 16;
@@ -126,18 +123,6 @@ impl MoeConfig {
             if let Some(value) = value.filter(|value| !(1..=MAX_WIDTH).contains(value) || value % 8 != 0) {
                 return Err(format!("{key} = {value}: expected a multiple of 8, at most {MAX_WIDTH}"));
             }
-        }
-        Ok(())
-    }
-
-    /// What keeps these experts from being computed, in one line that begins with the key.
-    pub(in crate::model) fn validate_kernels(&self) -> Result<(), String> {
-        let (experts, groups) = (self.experts, self.groups());
-        if experts / groups > MAX_GROUPS {
-            return Err(format!(
-                "experts = {experts}: expected at most {}, of which grouped products can be made",
-                MAX_GROUPS * groups
-            ));
         }
         Ok(())
     }

@@ -1,0 +1,100 @@
+"""What m6 makes of texts with the ranks of Qwen's vocabulary, beside tiktoken and transformers' Qwen2 tokenizer."""
+
+import base64
+import json
+import pathlib
+import random
+import subprocess
+import tarfile
+import unicodedata
+
+import tiktoken
+from transformers import Qwen2Tokenizer
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+ROOT = pathlib.Path(__file__).parents[3]
+# The 256 bytes and some Qwen tokens.
+RANKS = ROOT / "data/src/tokenizer/testdata/qwen_cut.tiktoken"
+# tokenization_qwen.py.
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SEED = 1
+RANDOM_TEXTS = 10_000
+# What random texts are made of, beside any character: what the pattern treats apart, and what normalisation changes.
+PIECES = [
+    " ", "\t", "\r", "\n", "\r\n", "\u00a0", "\u0085", "\u2028", "\u3000", "\ufeff", "\u200b", "0", "7", "٣", "Ⅷ", "½", "²",
+    "'s", "'LL", "'ſ", "’ve", "word", "Wort", "слово", "字", "詞語", "한국어", "한", "ไทย", "हिन्दी", "\u0301", "\u0323", "e",
+    "é", "Å", "ﬁ", "豈", "!", "...", "。", "_", "<|endoftext|>", "<|im_start|>", "🙂", "👩‍👩‍👧", "👍🏽", "🇨🇳", "❤️", "1️⃣",
+]
+
+
+def read_ranks(path):
+    """Rank of each token."""
+    lines = path.read_text(encoding="ascii").splitlines()
+    return {base64.b64decode(token): int(rank) for token, rank in (line.split() for line in lines)}
+
+
+def captions():
+    """The texts in the data set of the repository."""
+    for path in sorted((ROOT / "datasets/emoji").glob("*.tar")):
+        with tarfile.open(path) as shard:
+            for member in shard:
+                if member.name.endswith(".json"):
+                    yield from map(str, json.load(shard.extractfile(member)).values())
+
+
+def lines(path):
+    """Those of a file, or what the repository has of texts where none is named."""
+    if path is None:
+        yield from dict.fromkeys(captions())
+    for path in [path] if path else [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        yield from path.read_text(encoding="utf-8").splitlines()
+
+
+def random_texts():
+    """Texts of any characters, of pieces that are treated apart, and of both, with long runs of one of them."""
+    numbers = random.Random(SEED)
+    any_character = lambda: chr(numbers.choice([numbers.randrange(0xD800), numbers.randrange(0xE000, 0x110000)]))
+    some_piece = lambda: numbers.choice(PIECES)
+    for _ in range(RANDOM_TEXTS):
+        draws = numbers.choice([[any_character], [some_piece], [any_character, some_piece]])
+        runs = numbers.choices([1, 2, 3, 100], [60, 20, 10, 1], k=numbers.randrange(1, 40))
+        yield "".join(numbers.choice(draws)() * run for run in runs)
+
+
+def encoded_by_m6(m6, ranks, texts, work):
+    """Ids of each text."""
+    file = work / "texts.jsonl"
+    file.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
+    output = subprocess.check_output([m6, "tokenizer", "encode", ranks, file, "--json"])
+    return [json.loads(line)["tokens"] for line in output.splitlines()]
+
+
+def qwen2_tokenizer(ranks):
+    """transformers' tokenizer with these ranks."""
+    converter = TikTokenConverter()
+    converter.load_tiktoken_bpe = lambda _: ranks
+    vocab, merges = converter.extract_vocab_merges_from_model(None)
+    return Qwen2Tokenizer(vocab=vocab, merges=merges)
+
+
+def differences(texts, found, expected):
+    """Texts of which other ids are made."""
+    for text, own, other in zip(texts, found, expected, strict=True):
+        if own != other:
+            yield f"{text!r} is {own}, expected {other}"
+
+
+def comparisons(m6, path, texts, work):
+    """What is compared, and what differs there."""
+    path = path or RANKS
+    ranks = read_ranks(path)
+    reference = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    qwen2 = qwen2_tokenizer(ranks)
+    for kind, texts in [("lines", list(lines(texts))), ("random texts", list(random_texts()))]:
+        found = encoded_by_m6(m6, path, texts, work)
+        expected = [reference.encode_ordinary(unicodedata.normalize("NFC", text)) for text in texts]
+        yield f"{len(texts)} {kind}, tiktoken", differences(texts, found, expected)
+        expected = [qwen2(text, split_special_tokens=True).input_ids for text in texts]
+        yield f"{len(texts)} {kind}, transformers", differences(texts, found, expected)
