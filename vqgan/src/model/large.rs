@@ -4,6 +4,7 @@
 //! A map between two levels in tiles is held whole, or else both are one unit that computes it anew in every pass. Of all
 //! ways to hold some of them the one of least work is taken whose maps fit a budget.
 
+use m6_runtime::device::release_freed_memory;
 use m6_runtime::fused::channels_last;
 use tch::{Kind, Tensor};
 
@@ -75,6 +76,7 @@ impl Vqgan {
                 |operations| advance(operations, work),
             )?;
             map = Some(inner);
+            release_freed_memory();
         }
         let map = match map {
             None => read(picture, &None)?,
@@ -106,6 +108,7 @@ impl Vqgan {
             write(picture, &map);
             return Ok(());
         }
+        release_freed_memory();
         let work = units.iter().map(Unit::work).sum();
         for unit in units.iter().rev() {
             let TiledLevel { index, map: area, .. } = unit.outermost;
@@ -120,6 +123,7 @@ impl Vqgan {
                 |operations| advance(operations, work),
             )?;
             map = outer.unwrap_or(map);
+            release_freed_memory();
         }
         Ok(())
     }
