@@ -120,10 +120,11 @@ impl Codebook {
         terms
     }
 
-    /// What an update does to the codes beside their gradient.
-    pub(super) fn step(&mut self) {
+    /// What an update does to the codes beside their gradient: nothing where `grad_norm`, that of the update, is not
+    /// finite, since the other weights stay as they are too.
+    pub(super) fn step(&mut self, grad_norm: &Tensor) {
         if let Some(means) = &mut self.means {
-            means.step(&mut self.tables[0]);
+            means.step(&mut self.tables[0], &grad_norm.isfinite());
         }
     }
 
@@ -170,7 +171,7 @@ mod tests {
         assert_eq!(terms.iter().map(|term| term.name).collect::<Vec<_>>(), ["commitment"]);
         (output.reconstruction.square().mean(Kind::Float) + Term::total(&terms)).backward();
         assert!(!state.model.codebook().grad().defined());
-        state.codebook.step();
+        state.codebook.step(&Tensor::from(1.0));
         assert_ne!(state.model.codebook(), started);
 
         let dead = state.codebook.revival.dead();
@@ -196,7 +197,7 @@ mod tests {
         let x = Tensor::rand([2, 3, 16, 16], (Kind::Float, Device::Cpu));
         let output = state.model.forward(&x, state.codebook.bottleneck(2));
         state.codebook.observe(&state.model, &output);
-        state.codebook.step();
+        state.codebook.step(&Tensor::from(1.0));
         state.codebook.revive(2);
         assert_eq!(state.model.codebook(), frozen);
     }

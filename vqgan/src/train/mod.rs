@@ -141,7 +141,7 @@ fn train(
         if let Some(critic) = critic {
             critic.step(clip)?;
         }
-        state.codebook.step();
+        state.codebook.step(&grad_norm);
         state.ema.update(step)?;
         state.codebook.revive(step);
 
