@@ -121,7 +121,7 @@ fn train(
             let output = state.model.forward(&x, bottleneck);
             let y = &output.reconstruction;
             terms = reconstruction.terms(&x, y);
-            terms.extend(state.codebook.observe(&state.model, &output));
+            terms.extend(state.codebook.observe(&output));
             if let Some(critic) = critic.as_ref().filter(|critic| critic.ratio(step) > 0.0) {
                 let ratio = critic.ratio(step);
                 let judged = critic.model_terms(&x, y, ratio, &terms, state.model.last_kernel());
