@@ -9,7 +9,6 @@ use m6_runtime::fused::channels_last;
 use tch::{Kind, Tensor};
 
 use super::Vqgan;
-use crate::config::COLOURS;
 use crate::error::Result;
 use crate::pictures::to_unit;
 use crate::tiles::{Area, Half, TiledLevel, Unit};
@@ -161,21 +160,20 @@ impl Vqgan {
         let cut = (0..config.ch_mult.len() - 1).zip(maps).take_while(is_cut);
         let level = |(index, map): (usize, Area)| {
             let (width, inner) = (config.width(index), config.width(index + 1));
-            let is_outermost = index == 0;
-            let (blocks, norms_after, first_work, between) = match half {
-                Half::Encoder => {
-                    (config.num_res_blocks, 0, if is_outermost { COLOURS * width } else { 0 }, width)
-                }
-                Half::Decoder => (config.num_res_blocks + 1, usize::from(is_outermost), inner * inner, inner),
+            let (blocks, norms_after, work_before, between) = match half {
+                Half::Encoder => (config.num_res_blocks, 0, 0, width),
+                Half::Decoder => (config.num_res_blocks + 1, usize::from(index == 0), inner * inner, inner),
             };
+            let norm_work = CONVOLUTION_WORK * width * width;
             // Two convolutions and norms a block, and a convolution before and one after them.
             TiledLevel {
                 index,
                 map,
                 reach: 2 * blocks + 2,
                 norms: 2 * blocks as usize + norms_after,
-                first_work: CONVOLUTION_WORK * first_work,
-                norm_work: CONVOLUTION_WORK * width * width,
+                // Reading a tile and gathering its moments takes about as long as half a convolution.
+                first_work: CONVOLUTION_WORK * work_before + norm_work / 2,
+                norm_work,
                 inner_bytes: bytes(map.halved(), between),
             }
         };
