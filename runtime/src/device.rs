@@ -39,6 +39,16 @@ pub fn keep_freed_memory() {
     unsafe { ffi::m6_keep_freed_memory() }
 }
 
+/// Has glibc return to the system what it keeps of freed tensors, for work whose next tensors are of other sizes and would
+/// not fit in their places.
+pub fn release_freed_memory() {
+    // SAFETY: only memory that is free is touched.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        ffi::malloc_trim(0);
+    }
+}
+
 fn cuda_index(device: Device) -> std::ffi::c_int {
     match device {
         Device::Cuda(index) => index as std::ffi::c_int,

@@ -10,6 +10,9 @@ use crate::error::{Result, RuntimeError, first_line};
 unsafe extern "C" {
     fn m6_free(message: *mut c_char);
     pub(crate) fn m6_keep_freed_memory();
+    /// Of glibc.
+    #[cfg(target_env = "gnu")]
+    pub(crate) fn malloc_trim(pad: usize) -> std::ffi::c_int;
     pub(crate) fn m6_init_normal(tensor: *const C_tensor, std: f64, seed: u64) -> *mut c_char;
     pub(crate) fn m6_init_uniform(tensor: *const C_tensor, bound: f64, seed: u64) -> *mut c_char;
     pub(crate) fn m6_fused_adamw(

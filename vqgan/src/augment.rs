@@ -6,8 +6,8 @@ use tch::{Device, Kind, Tensor};
 
 /// Shift along each side, as a part of it.
 const SHIFT: f64 = 0.125;
-/// Side of the square that is cut out, as a part of the picture's.
-const CUTOUT: f64 = 0.5;
+/// Sides of the square that is cut out in one of the picture.
+const HOLES_A_SIDE: i64 = 2;
 /// Axes of a picture batch along which it is moved and cut.
 const SIDES: [i64; 2] = [2, 3];
 
@@ -42,7 +42,7 @@ pub(crate) struct Augmentation {
     contrast: Tensor,
     /// Pixels by which a picture is moved, for each of [`SIDES`].
     shift: [Tensor; 2],
-    /// Middle of the square that is cut out, for each of [`SIDES`].
+    /// Middle of the square that is cut out, for each of [`SIDES`]: up to half of it lies outside.
     hole: [Tensor; 2],
 }
 
@@ -63,7 +63,8 @@ impl Augmentation {
                 let limit = (side(dim) as f64 * SHIFT).round() as i64;
                 integers(-limit, limit)
             }),
-            hole: SIDES.map(|dim| integers(0, side(dim) - 1)),
+            // The middle of an even number of pixels lies between two of them, or on a border of the picture.
+            hole: SIDES.map(|dim| integers(0, side(dim) - hole_side(side(dim)) % 2)),
         }
     }
 
@@ -90,11 +91,17 @@ impl Augmentation {
     fn cut_out(&self, x: &Tensor) -> Tensor {
         let hidden = |index: usize| {
             let dim = SIDES[index];
-            let half = (x.size()[dim as usize] as f64 * CUTOUT / 2.0).round() as i64;
-            (positions(x, dim) - &self.hole[index]).abs().le(half)
+            let side = hole_side(x.size()[dim as usize]);
+            let within = positions(x, dim) - &self.hole[index] + side / 2;
+            within.ge(0).logical_and(&within.lt(side))
         };
         x * hidden(0).logical_and(&hidden(1)).logical_not().to_kind(x.kind())
     }
+}
+
+/// Pixels that are cut out along a side of `side`.
+fn hole_side(side: i64) -> i64 {
+    side / HOLES_A_SIDE
 }
 
 /// Moves each picture along axis `dim` by its number of pixels.
@@ -136,11 +143,27 @@ mod tests {
         assert_eq!(bounds(&drawn.shift[0]), (-2.0, 2.0));
         let (low, high) = bounds(&drawn.contrast);
         assert!((0.5..0.7).contains(&low) && (1.3..1.5).contains(&high));
+        let many = Augmentation::draw(AugmentConfig::default(), &[2048, 3, 16, 18], Device::Cpu);
+        assert_eq!(many.hole.each_ref().map(bounds), [(0.0, 16.0), (0.0, 17.0)]);
         let cut = drawn.cut_out(&Tensor::ones(shape, FLOAT));
         let hidden = 256.0 - cut.select(1, 0).sum_dim_intlist([1, 2].as_slice(), false, Kind::Float);
-        // A corner leaves 5 x 5 of the 9 x 9 pixels around its middle inside.
+        // Of 8 x 8 pixels a corner leaves 4 x 4 inside.
         let (low, high) = bounds(&hidden);
-        assert!(low >= 25.0 && high <= 81.0, "{low} {high}");
+        assert!(low >= 16.0 && high == 64.0, "{low} {high}");
+    }
+
+    /// As in the authors' code: `side / 2` pixels from `middle - side / 4` on, as far as they are inside.
+    #[test]
+    fn the_hole_is_half_a_side_around_its_middle() {
+        for (side, middle, hidden) in [(8, 4, 2..6), (8, 0, 0..2), (8, 8, 6..8), (6, 2, 1..4), (6, 5, 4..6)] {
+            let shape = [1, 3, side, side];
+            let mut drawn = Augmentation::draw(AugmentConfig::default(), &shape, Device::Cpu);
+            drawn.hole = SIDES.map(|_| Tensor::full([1, 1, 1, 1], middle, (Kind::Int64, Device::Cpu)));
+            let expected = Tensor::ones(shape, FLOAT);
+            let hole = |dim, x: &Tensor| x.narrow(dim, hidden.start, hidden.end - hidden.start);
+            let _ = hole(3, &hole(2, &expected)).zero_();
+            assert_eq!(drawn.cut_out(&Tensor::ones(shape, FLOAT)), expected, "{side}, {middle}");
+        }
     }
 
     #[test]
@@ -165,7 +188,7 @@ mod tests {
         let cut = apply("colour = false\ntranslation = false");
         // It leaves the values that it shows; what it hides is 0.
         assert_eq!((&cut - &x) * &cut, x.zeros_like());
-        assert!(cut.eq(0.0).sum(Kind::Int64).int64_value(&[]) >= 2 * 3 * 25);
+        assert!(cut.eq(0.0).sum(Kind::Int64).int64_value(&[]) >= 2 * 3 * 16);
         let moved = apply("colour = false\ncutout = false");
         let (inner, source) = (moved.narrow(2, 0, 15).narrow(3, 0, 15), x.narrow(2, 1, 15).narrow(3, 1, 15));
         assert_eq!(inner, source);

@@ -5,7 +5,7 @@
 
 use tch::{Kind, Tensor};
 
-use crate::quantize::{Quantizer, normalize, squares};
+use crate::quantize::{Compared, Quantizer, normalize, squares};
 
 /// What lies between encoder and decoder.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -41,21 +41,24 @@ pub struct Quantized {
     pub codes_n: Tensor,
     /// What the decoder is given, float32 `[n, d]`: those rows, or the drawn ones, with a gradient to the encoder's.
     pub passed_nd: Tensor,
+    /// What they were chosen by.
+    pub(crate) compared: Compared,
 }
 
 impl Quantizer {
     /// Codes for `rows_nd` that [`Quantizer::rows`] made, with gradients.
     pub(crate) fn quantize(&self, rows_nd: &Tensor, passage: Passage) -> Quantized {
-        let codes_n = self.choose(rows_nd);
-        let codes_nd = self.lookup(&codes_n);
+        let compared = self.compare(rows_nd);
+        let codes_n = compared.choose(rows_nd);
+        let codes_nd = compared.lookup(&codes_n);
         let passed_nd = match passage {
             Passage::StraightThrough => valued(rows_nd, &codes_nd),
             Passage::Rotation => valued(&rotated(rows_nd, &codes_nd), &codes_nd),
             Passage::Gumbel { temperature, hard } => {
-                draw(&self.affinity(rows_nd), temperature, hard).matmul(&self.compared_codes())
+                draw(&compared.affinity(rows_nd), temperature, hard).matmul(&compared.codes())
             }
         };
-        Quantized { rows_nd: codes_nd, codes_n, passed_nd }
+        Quantized { rows_nd: codes_nd, codes_n, passed_nd, compared }
     }
 }
 

@@ -71,11 +71,12 @@ fn integers(array: &Array) -> Result<Vec<i64>> {
 impl Vqgan {
     /// Codes of a picture of any size. Where its sides are no multiples of the downsampling factor, it is continued to
     /// the right and below by its mirror image. Where its feature maps are large the outer levels are computed in tiles,
-    /// with the same result in less memory and more time; after each tile `advance` gets the number of all.
+    /// with the same result in less memory and more time; after each tile `advance` gets the operations of its
+    /// convolutions and those of all tiles.
     ///
     /// # Errors
     /// When a side is smaller than the factor.
-    pub fn encode_picture(&self, picture: &Rgb8, mut advance: impl FnMut(u64)) -> Result<CodeGrid> {
+    pub fn encode_picture(&self, picture: &Rgb8, mut advance: impl FnMut(u64, u64)) -> Result<CodeGrid> {
         let bytes = self.padded(picture)?;
         let factor = self.config().downsample();
         let codes = self.encode_large(&bytes, Tiling::DEFAULT, &mut advance)?;
@@ -89,7 +90,7 @@ impl Vqgan {
     ///
     /// # Errors
     /// When a code is not in the codebook.
-    pub fn decode_picture(&self, grid: &CodeGrid, mut advance: impl FnMut(u64)) -> Result<Rgb8> {
+    pub fn decode_picture(&self, grid: &CodeGrid, mut advance: impl FnMut(u64, u64)) -> Result<Rgb8> {
         let (rows, columns) = (grid.rows as i64, grid.columns as i64);
         let factor = self.config().downsample();
         let picture =
@@ -145,18 +146,18 @@ mod tests {
         assert_eq!(padded.crop(0, 0, 17, 21).unwrap(), odd);
         let column = |x| padded.crop(x, 0, 1, 22).unwrap();
         assert_eq!(column(17), column(15));
-        let grid = model.encode_picture(&odd, |_| ()).unwrap();
+        let grid = model.encode_picture(&odd, |_, _| ()).unwrap();
         assert_eq!((grid.rows, grid.columns, grid.codes.len()), (11, 9, 99));
-        assert_eq!(grid, model.encode_picture(&padded, |_| ()).unwrap());
-        let decoded = model.decode_picture(&grid, |_| ()).unwrap();
+        assert_eq!(grid, model.encode_picture(&padded, |_, _| ()).unwrap());
+        let decoded = model.decode_picture(&grid, |_, _| ()).unwrap();
         assert_eq!((decoded.width, decoded.height), (18, 22));
     }
 
     #[test]
     fn a_picture_of_less_than_a_code_is_refused() {
-        let message = model().encode_picture(&picture(40, 1), |_| ()).unwrap_err().to_string();
+        let message = model().encode_picture(&picture(40, 1), |_, _| ()).unwrap_err().to_string();
         assert_eq!(message, "pictures: 40x1, expected at least 2x2, the pixels of one code");
-        assert_eq!(model().encode_picture(&picture(2, 2), |_| ()).unwrap().codes.len(), 1);
+        assert_eq!(model().encode_picture(&picture(2, 2), |_, _| ()).unwrap().codes.len(), 1);
     }
 
     #[test]
@@ -182,7 +183,7 @@ mod tests {
         );
         assert!(CodeGrid::from_npy(b"nothing").unwrap_err().to_string().contains("broken npy"));
         let grid = CodeGrid { rows: 1, columns: 2, codes: vec![0, 32] };
-        let message = model().decode_picture(&grid, |_| ()).unwrap_err().to_string();
+        let message = model().decode_picture(&grid, |_, _| ()).unwrap_err().to_string();
         assert_eq!(message, "codes: 0 to 32, expected 0 to 31");
     }
 

@@ -74,8 +74,9 @@ impl RunningMeans {
         });
     }
 
-    /// Moves the means by the update and writes them into `table`, `[k, d]`. Nothing moves where nothing was observed.
-    pub(crate) fn step(&mut self, table: &mut Tensor) {
+    /// Moves the means by the update and writes them into `table`, `[k, d]`. Nothing moves where nothing was observed, or
+    /// where `is_taken`, a scalar on the device, is false.
+    pub(crate) fn step(&mut self, table: &mut Tensor, is_taken: &Tensor) {
         let Some(update) = self.update.take() else { return };
         let _guard = tch::no_grad_guard();
         let size = self.counts_k.numel() as f64;
@@ -84,9 +85,12 @@ impl RunningMeans {
         let sums_kd = &self.sums_kd * self.decay + update.sums_kd * gain;
         let total = counts_k.sum(Kind::Float);
         let smoothed_k = (&counts_k + SMOOTHING) / (&total + size * SMOOTHING) * &total;
-        table.copy_(&(&sums_kd / smoothed_k.unsqueeze(-1)));
-        self.counts_k.copy_(&counts_k);
-        self.sums_kd.copy_(&sums_kd);
+        let means_kd = &sums_kd / smoothed_k.unsqueeze(-1);
+        for (kept, moved) in [(table, means_kd), (&mut self.counts_k, counts_k), (&mut self.sums_kd, sums_kd)]
+        {
+            let chosen = moved.where_self(is_taken, kept);
+            kept.copy_(&chosen);
+        }
     }
 }
 
@@ -106,6 +110,10 @@ mod tests {
         RunningMeans::new(params, DECAY, QuantizerKind::Nearest, &table())
     }
 
+    fn taken() -> Tensor {
+        Tensor::from(true)
+    }
+
     fn close(tensor: &Tensor, expected: &[f64]) {
         let found = Vec::<f64>::try_from(tensor.to_kind(Kind::Double).flatten(0, -1)).unwrap();
         let gap = found.iter().zip(expected).map(|(a, b)| (a - b).abs()).fold(0.0, f64::max);
@@ -123,7 +131,7 @@ mod tests {
         // Four positions, three of code 0, so that shares are 1.5 and 0.5.
         let first = rows(&[1.0, 1.0, 3.0, 1.0, 2.0, 4.0, 0.0, 6.0]);
         means.observe(&first, &Tensor::from_slice(&[0i64, 0, 0, 1]));
-        means.step(&mut table);
+        means.step(&mut table, &taken());
         let counts = [0.75 + 0.25 * 1.5, 0.75 + 0.25 * 0.5];
         // Sums of the rows are (6, 6) and (0, 6), halved because an equal share is two positions.
         let sums = [0.75 + 0.25 * 3.0, 0.25 * 3.0, 0.0, 0.75 * 2.0 + 0.25 * 3.0];
@@ -138,7 +146,7 @@ mod tests {
         // Both positions of code 1: code 0 keeps its place, up to the smoothing, while its count falls.
         let before = table.copy();
         means.observe(&rows(&[1.0, 1.0, 3.0, 3.0]), &Tensor::from_slice(&[1i64, 1]));
-        means.step(&mut table);
+        means.step(&mut table, &taken());
         let counts = [0.75 * counts[0], 0.75 * counts[1] + 0.25 * 2.0];
         let sums = [0.75 * sums[0], 0.75 * sums[1], 0.25 * 4.0, 0.75 * sums[3] + 0.25 * 4.0];
         close(&means.counts_k, &counts);
@@ -154,15 +162,26 @@ mod tests {
         let (rows, codes) = (rows(&[1.0, 1.0, 3.0, 1.0, 2.0, 4.0]), Tensor::from_slice(&[0i64, 1, 0]));
         let mut tables = [table(), table()];
         whole.observe(&rows, &codes);
-        whole.step(&mut tables[0]);
+        whole.step(&mut tables[0], &taken());
         for (start, length) in [(0, 1), (1, 2)] {
             parts.observe(&rows.narrow(0, start, length), &codes.narrow(0, start, length));
         }
-        parts.step(&mut tables[1]);
+        parts.step(&mut tables[1], &taken());
         assert_eq!((&tables[0], &whole.counts_k), (&tables[1], &parts.counts_k));
         let [mut table, other] = tables;
-        parts.step(&mut table);
+        parts.step(&mut table, &taken());
         assert_eq!(table, other, "nothing was observed since");
+    }
+
+    #[test]
+    fn an_update_that_is_not_taken_leaves_no_trace() {
+        let params = Params::new(Device::Cpu, 1);
+        let (mut means, mut found) = (means(&params), table());
+        means.observe(&rows(&[f32::NAN, 5.0]), &Tensor::from_slice(&[0i64]));
+        means.step(&mut found, &Tensor::from(false));
+        assert_eq!(found, table());
+        close(&means.counts_k, &[1.0, 1.0]);
+        close(&means.sums_kd, &[1.0, 0.0, 0.0, 2.0]);
     }
 
     #[test]
@@ -170,7 +189,7 @@ mod tests {
         let params = Params::new(Device::Cpu, 1);
         let (mut means, mut table) = (means(&params), table());
         means.observe(&rows(&[5.0, 5.0]), &Tensor::from_slice(&[0i64]));
-        means.step(&mut table);
+        means.step(&mut table, &taken());
         table.get(0).copy_(&Tensor::from_slice(&[-7.0f32, 1.0]));
         let kept = (means.counts_k.get(1), means.sums_kd.get(1));
         means.restart(&Tensor::from_slice(&[true, false]), &table);

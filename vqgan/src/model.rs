@@ -187,11 +187,6 @@ impl Vqgan {
         self.decoder.last_kernel()
     }
 
-    /// How well each code suits each of the rows of a [`VqganOutput`], `[n, codebook_size]`, with gradients.
-    pub(crate) fn affinity(&self, rows_nd: &Tensor) -> Tensor {
-        self.quantizer.affinity(rows_nd)
-    }
-
     /// One training pass over pictures `[b, 3, h, w]` from -1 to 1, with gradients.
     #[must_use]
     pub fn forward(&self, x: &Tensor, bottleneck: Bottleneck) -> VqganOutput {
@@ -370,7 +365,9 @@ mod tests {
             let quantized = output.quantized.as_ref().unwrap();
             let loss = output.reconstruction.square().mean(Kind::Float);
             let loss = match quantizer {
-                QuantizerKind::Gumbel => loss + divergence_from_uniform(&model.affinity(&output.rows_nd)),
+                QuantizerKind::Gumbel => {
+                    loss + divergence_from_uniform(&quantized.compared.affinity(&output.rows_nd))
+                }
                 _ => {
                     loss + quantized.codebook_loss(&output.rows_nd)
                         + quantized.commitment_loss(&output.rows_nd)

@@ -75,11 +75,6 @@ impl Quantizer {
         }
     }
 
-    /// The codes as they are compared with the encoder's rows and given to the decoder, float32 `[k, d]`.
-    pub(crate) fn compared_codes(&self) -> Tensor {
-        self.kind.scale(&self.codebook())
-    }
-
     /// The encoder's vectors `[.., d]` as they are compared with codes, float32.
     pub(crate) fn rows(&self, x: &Tensor) -> Tensor {
         self.kind.scale(x)
@@ -87,25 +82,62 @@ impl Quantizer {
 
     /// Codes at `codes` as the decoder gets them, float32 `[.., d]`.
     pub(crate) fn lookup(&self, codes: &Tensor) -> Tensor {
-        self.kind.scale(&Tensor::embedding(&self.codebook(), codes, -1, false, false))
+        self.kind.lookup(&self.codebook(), codes)
+    }
+
+    /// What the rows `rows_nd` of a pass, which [`Quantizer::rows`] made, are compared with.
+    pub(crate) fn compare(&self, rows_nd: &Tensor) -> Compared {
+        let logits_nk = match &self.codes {
+            Codes::Scored { weight, bias, .. } => Some(rows_nd.linear(&weight.flatten(1, -1), Some(bias))),
+            Codes::Rows(_) | Codes::Projected { .. } => None,
+        };
+        Compared { kind: self.kind, codebook_kd: self.codebook(), logits_nk }
     }
 
     /// The code of each of the rows `rows_nd` that [`Quantizer::rows`] made, int64 `[n]`. No gradient flows.
     pub(crate) fn choose(&self, rows_nd: &Tensor) -> Tensor {
         let _guard = tch::no_grad_guard();
-        match self.codes {
-            Codes::Scored { .. } => self.affinity(rows_nd).argmax(-1, false),
-            Codes::Rows(_) | Codes::Projected { .. } => self.kind.nearest(rows_nd, &self.codebook()).0,
+        self.compare(rows_nd).choose(rows_nd)
+    }
+}
+
+/// Codebook and logits of one pass, with gradients.
+#[derive(Debug)]
+pub(crate) struct Compared {
+    kind: QuantizerKind,
+    /// Not normalised.
+    codebook_kd: Tensor,
+    /// Of the kind that has logits.
+    logits_nk: Option<Tensor>,
+}
+
+impl Compared {
+    /// The codes as they are compared with the encoder's rows and given to the decoder, float32 `[k, d]`.
+    pub(crate) fn codes(&self) -> Tensor {
+        self.kind.scale(&self.codebook_kd)
+    }
+
+    /// Codes at `codes` as the decoder gets them, float32 `[.., d]`.
+    pub(crate) fn lookup(&self, codes: &Tensor) -> Tensor {
+        self.kind.lookup(&self.codebook_kd, codes)
+    }
+
+    /// The code of each of the rows, int64 `[n]`. No gradient flows.
+    pub(crate) fn choose(&self, rows_nd: &Tensor) -> Tensor {
+        let _guard = tch::no_grad_guard();
+        match &self.logits_nk {
+            Some(logits_nk) => logits_nk.argmax(-1, false),
+            None => self.kind.nearest(rows_nd, &self.codebook_kd).0,
         }
     }
 
-    /// How well each code suits each row, float32 `[n, k]`: its logit, or the negative squared distance but for the
+    /// How well each code suits each of the rows, float32 `[n, k]`: its logit, or the negative squared distance but for the
     /// square of the row, which is the same for all codes.
     pub(crate) fn affinity(&self, rows_nd: &Tensor) -> Tensor {
-        if let Codes::Scored { weight, bias, .. } = &self.codes {
-            return rows_nd.linear(&weight.flatten(1, -1), Some(bias));
+        if let Some(logits_nk) = &self.logits_nk {
+            return logits_nk.shallow_clone();
         }
-        let codes_kd = self.compared_codes();
+        let codes_kd = self.codes();
         rows_nd.matmul(&codes_kd.tr()) * 2.0 - squares(&codes_kd)
     }
 }
@@ -117,6 +149,11 @@ impl QuantizerKind {
             Self::Normalized => normalize(x),
             Self::Nearest | Self::SimVq | Self::Gumbel => x.to_kind(Kind::Float),
         }
+    }
+
+    /// Codes at `codes` as the decoder gets them, float32 `[.., d]`.
+    fn lookup(self, codebook_kd: &Tensor, codes: &Tensor) -> Tensor {
+        self.scale(&Tensor::embedding(codebook_kd, codes, -1, false, false))
     }
 
     /// For each row of `rows_nd` the index of the nearest code in `codebook_kd`, and a distance of the two that grows
@@ -224,9 +261,10 @@ mod tests {
             let params = Params::new(Device::Cpu, 1);
             let quantizer = Quantizer::new(&params, &VqganConfig { quantizer: kind, ..tiny() });
             let rows = quantizer.rows(&params.add("raw", &[10, 8], Init::Normal(3.0), Group::Buffer));
-            let distances = (rows.unsqueeze(1) - quantizer.compared_codes().unsqueeze(0)).square();
+            let compared = quantizer.compare(&rows);
+            let distances = (rows.unsqueeze(1) - compared.codes().unsqueeze(0)).square();
             let distances = distances.sum_dim_intlist([-1].as_slice(), false, Kind::Float);
-            let gap = squares(&rows).unsqueeze(-1) - quantizer.affinity(&rows) - distances;
+            let gap = squares(&rows).unsqueeze(-1) - compared.affinity(&rows) - distances;
             assert!(gap.abs().max().double_value(&[]) < 1e-4, "{kind}: {gap}");
         }
     }

@@ -13,6 +13,9 @@ use serde::Serialize;
 
 use super::output;
 
+/// Operations of tiles are shown in billions.
+const GIGA: u64 = 1_000_000_000;
+
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Example:\n  m6 vqgan encode models/emoji/vqgan pictures -o codes --reconstructions seen\n\n\
@@ -102,7 +105,7 @@ impl EncodeArgs {
 }
 
 /// Reads a picture; an error names its file.
-fn encode(model: &Vqgan, path: &Path, advance: impl FnMut(u64)) -> Result<(Rgb8, CodeGrid)> {
+fn encode(model: &Vqgan, path: &Path, advance: impl FnMut(u64, u64)) -> Result<(Rgb8, CodeGrid)> {
     let bytes = fs::read(path).map_err(|error| output::file_error(path, error))?;
     let picture = Rgb8::decode(&bytes).map_err(|error| output::file_error(path, error))?;
     let grid = model.encode_picture(&picture, advance).map_err(|error| output::file_error(path, error))?;
@@ -125,19 +128,22 @@ impl DecodeArgs {
 }
 
 /// Reads a code file; an error names it.
-fn decode(model: &Vqgan, path: &Path, advance: impl FnMut(u64)) -> Result<(Rgb8, CodeGrid)> {
+fn decode(model: &Vqgan, path: &Path, advance: impl FnMut(u64, u64)) -> Result<(Rgb8, CodeGrid)> {
     let bytes = fs::read(path).map_err(|error| output::file_error(path, error))?;
     let grid = CodeGrid::from_npy(&bytes).map_err(|error| output::file_error(path, error))?;
     let picture = model.decode_picture(&grid, advance).map_err(|error| output::file_error(path, error))?;
     Ok((picture, grid))
 }
 
-/// Shows how many tiles of a large picture are done, if it is the only one: of several the pictures are counted.
-fn tiles(verb: &str, is_shown: bool) -> impl FnMut(u64) {
+/// Shows how much of a large picture is done, if it is the only one: of several the pictures are counted.
+fn tiles(verb: &str, is_shown: bool) -> impl FnMut(u64, u64) {
     let mut task = None;
-    move |all| {
+    let mut done = 0;
+    move |operations, all| {
         if is_shown {
-            task.get_or_insert_with(|| Task::new(verb, all, "tiles")).advance(1);
+            let before = done / GIGA;
+            done += operations;
+            task.get_or_insert_with(|| Task::new(verb, all / GIGA, "GFLOP")).advance(done / GIGA - before);
         }
     }
 }

@@ -91,7 +91,7 @@ impl Codebook {
     }
 
     /// Takes the codes of a micro-batch into account, where it has any, and returns their terms of the loss.
-    pub(super) fn observe(&mut self, model: &Vqgan, output: &VqganOutput) -> Vec<Term> {
+    pub(super) fn observe(&mut self, output: &VqganOutput) -> Vec<Term> {
         let Some(quantized) = &output.quantized else { return Vec::new() };
         let rows_nd = &output.rows_nd;
         self.revival.observe(&quantized.codes_n);
@@ -99,7 +99,7 @@ impl Codebook {
             means.observe(rows_nd, &quantized.codes_n);
         }
         if let EncoderGradient::Gumbel(gumbel) = self.config.gradient {
-            let value = divergence_from_uniform(&model.affinity(rows_nd));
+            let value = divergence_from_uniform(&quantized.compared.affinity(rows_nd));
             return vec![Term { name: "kl", weight: gumbel.kl, value }];
         }
         let mut terms = Vec::new();
@@ -110,16 +110,17 @@ impl Codebook {
         let value = quantized.commitment_loss(rows_nd);
         terms.push(Term { name: "commitment", weight: self.loss.commitment, value });
         if let Some(entropy) = self.loss.entropy {
-            let value = entropy_loss(&model.affinity(rows_nd), entropy.temperature);
+            let value = entropy_loss(&quantized.compared.affinity(rows_nd), entropy.temperature);
             terms.push(Term { name: "entropy", weight: entropy.weight, value });
         }
         terms
     }
 
-    /// What an update does to the codes beside their gradient.
-    pub(super) fn step(&mut self) {
+    /// What an update does to the codes beside their gradient: nothing where `grad_norm`, that of the update, is not
+    /// finite, since the other weights stay as they are too.
+    pub(super) fn step(&mut self, grad_norm: &Tensor) {
         if let Some(means) = &mut self.means {
-            means.step(&mut self.tables[0]);
+            means.step(&mut self.tables[0], &grad_norm.isfinite());
         }
     }
 
@@ -164,11 +165,11 @@ mod tests {
         state.codebook.start(&output.rows_nd.detach());
         let started = state.model.codebook().copy();
         let output = state.model.forward(&x, state.codebook.bottleneck(0));
-        let terms = state.codebook.observe(&state.model, &output);
+        let terms = state.codebook.observe(&output);
         assert_eq!(terms.iter().map(|term| term.name).collect::<Vec<_>>(), ["commitment"]);
         (output.reconstruction.square().mean(Kind::Float) + Term::total(&terms)).backward();
         assert!(!state.model.codebook().grad().defined());
-        state.codebook.step();
+        state.codebook.step(&Tensor::from(1.0));
         assert_ne!(state.model.codebook(), started);
 
         let dead = state.codebook.revival.dead();
@@ -193,8 +194,8 @@ mod tests {
         assert!((0..7).all(|step| !state.codebook.starts_at(step)));
         let x = Tensor::rand([2, 3, 16, 16], (Kind::Float, Device::Cpu));
         let output = state.model.forward(&x, state.codebook.bottleneck(2));
-        state.codebook.observe(&state.model, &output);
-        state.codebook.step();
+        state.codebook.observe(&output);
+        state.codebook.step(&Tensor::from(1.0));
         state.codebook.revive(2, &output.rows_nd.detach());
         assert_eq!(state.model.codebook(), frozen);
     }

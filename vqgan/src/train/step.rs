@@ -102,7 +102,7 @@ impl Stepper {
             let output = model.forward(x, plan.bottleneck);
             let y = &output.reconstruction;
             terms = self.loss.terms(x, y);
-            terms.extend(codebook.observe(model, &output));
+            terms.extend(codebook.observe(&output));
             if let Some((critic, plan)) = critic.as_ref().filter(|(_, plan)| plan.ratio > 0.0) {
                 terms.extend(critic.model_terms(x, y, plan.ratio, &terms, model.last_kernel()));
             }
@@ -119,7 +119,7 @@ impl Stepper {
         if let Some((critic, _)) = &mut critic {
             critic.step(self.clip)?;
         }
-        codebook.step();
+        codebook.step(&grad_norm);
         let terms = terms.into_iter().map(|term| Term { value: term.value.detach(), ..term }).collect();
         Ok(Updated { terms, rows_nd, grad_norm })
     }
