@@ -64,13 +64,16 @@ fn decode_turbo(bytes: &[u8], short_side: Option<u32>) -> Result<Option<DynamicI
     use turbojpeg::Decompressor;
     thread_local! {
         // Its tables and buffers are worth keeping from picture to picture.
-        static DECODER: RefCell<Option<Decompressor>> = RefCell::new(Decompressor::new().ok());
+        static DECODER: RefCell<Option<Decompressor>> = const { RefCell::new(None) };
     }
-    DECODER.with_borrow_mut(|decoder| {
-        let Some(decoder) = decoder else { return Ok(None) };
+    DECODER.with_borrow_mut(|kept| {
+        // Not put back after a broken file, of which it would remember the header that it had begun.
+        let Some(mut decoder) = kept.take().or_else(|| Decompressor::new().ok()) else { return Ok(None) };
         let Ok(header) = decoder.read_header(bytes) else { return Ok(None) };
         check_size((side(header.width), side(header.height)))?;
-        Ok(decode_scaled(decoder, bytes, &header, short_side))
+        let picture = decode_scaled(&mut decoder, bytes, &header, short_side);
+        *kept = picture.is_some().then_some(decoder);
+        Ok(picture)
     })
 }
 
@@ -171,6 +174,18 @@ mod tests {
         }
         let cut = &jpeg[..jpeg.len() / 2];
         assert_eq!(Rgb8::decode_for(cut, Some(12)).is_err(), Rgb8::decode(cut).is_err());
+    }
+
+    #[test]
+    fn a_broken_file_changes_nothing_for_the_next() {
+        let jpeg = encode(RgbImage::from_fn(33, 17, |x, y| {
+            image::Rgb([(x * 61 % 256) as u8, (y * 97 % 256) as u8, 9])
+        }));
+        let before = Rgb8::decode(&jpeg).unwrap();
+        for cut in [3, 20, 200, jpeg.len() / 2] {
+            let _ = Rgb8::decode(&jpeg[..cut]);
+            assert_eq!(Rgb8::decode(&jpeg).unwrap(), before, "after {cut} bytes");
+        }
     }
 
     /// A JPEG file with these segments right after its start.
