@@ -28,4 +28,4 @@ pub use error::{Result, RuntimeError, first_line};
 pub use params::{Group, Init, Param, Params, first_problems, named_seed};
 pub use permute::Permutation;
 pub use shards::TensorShards;
-pub use weights::{TensorFile, read_tensors, write_tensors};
+pub use weights::{TensorFile, is_finite, read_tensors, write_tensors, write_tensors_as};

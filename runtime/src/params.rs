@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Result, RuntimeError};
 use crate::ffi;
-use crate::weights::{read_tensors, write_tensors};
+use crate::weights::{TensorFile, write_tensors_as};
 
 /// How a parameter starts. Drawn on the CPU from a generator seeded by the registry's seed and the name.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -150,6 +150,11 @@ impl Params {
             .collect()
     }
 
+    /// The tensors under this cursor by full name, without gradients.
+    pub fn tensors(&self) -> BTreeMap<String, Tensor> {
+        self.entries().into_iter().map(|(name, p)| (name, p.tensor.detach())).collect()
+    }
+
     /// The parameters under this cursor that are trained, in the order of their names.
     pub fn trainable(&self) -> Vec<(String, Param)> {
         self.entries().into_iter().filter(|(_, p)| p.group != Group::Buffer).collect()
@@ -173,12 +178,9 @@ impl Params {
     /// # Errors
     /// When the file cannot be written.
     pub fn save(&self, path: &FilePath, kind: Kind) -> Result<()> {
-        let tensors: Vec<(String, Tensor)> = self
-            .entries()
-            .into_iter()
-            .map(|(name, p)| (self.relative(&name), p.tensor.detach().to_kind(kind)))
-            .collect();
-        write_tensors(path, &tensors)
+        let tensors: Vec<(String, Tensor)> =
+            self.entries().into_iter().map(|(name, p)| (self.relative(&name), p.tensor)).collect();
+        write_tensors_as(path, &tensors, kind)
     }
 
     /// Reads everything under this cursor from a safetensors file, strictly: the same names, the same shapes,
@@ -187,36 +189,30 @@ impl Params {
     /// # Errors
     /// When the file cannot be read or differs; the first three differences are named and nothing is changed.
     pub fn load(&self, path: &FilePath, stored: Kind) -> Result<()> {
-        let mut file: BTreeMap<String, Tensor> = read_tensors(path)?.into_iter().collect();
+        let file = TensorFile::open(path)?;
+        let mut shapes = file.shapes();
         let mut problems = Vec::new();
         let mut pairs = Vec::new();
         for (name, param) in self.entries() {
             let name = self.relative(&name);
-            match file.remove(&name) {
+            match shapes.remove(&name) {
                 None => problems.push(format!("`{name}` is missing")),
-                Some(t) if t.size() != param.tensor.size() => problems.push(format!(
-                    "`{name}` has shape {:?}, the model needs {:?}",
-                    t.size(),
-                    param.tensor.size()
-                )),
-                Some(t) if t.kind() != stored => {
-                    problems.push(format!("`{name}` is {:?}, expected {stored:?}", t.kind()));
-                }
-                Some(t) => pairs.push((param.tensor, t)),
+                Some(shape) if shape != param.tensor.size() => problems
+                    .push(format!("`{name}` has shape {shape:?}, the model needs {:?}", param.tensor.size())),
+                Some(_) => match file.kind(&name)? {
+                    kind if kind == stored => pairs.push((param.tensor, name)),
+                    kind => problems.push(format!("`{name}` is {kind:?}, expected {stored:?}")),
+                },
             }
         }
-        problems.extend(file.keys().map(|name| format!("`{name}` is not part of the model")));
+        problems.extend(shapes.keys().map(|name| format!("`{name}` is not part of the model")));
         if !problems.is_empty() {
             return Err(RuntimeError::Mismatch {
                 path: path.to_path_buf(),
                 problem: first_problems(&problems),
             });
         }
-        let _guard = tch::no_grad_guard();
-        for (mut target, source) in pairs {
-            target.f_copy_(&source)?;
-        }
-        Ok(())
+        pairs.iter().try_for_each(|(target, name)| file.copy_to(name, target))
     }
 
     fn relative(&self, name: &str) -> String {

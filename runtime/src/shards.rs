@@ -60,8 +60,16 @@ impl TensorShards {
     /// # Errors
     /// When it is not there or has a dtype that libtorch lacks.
     pub fn read(&self, name: &str) -> Result<Tensor> {
+        self.file_of(name)?.read(name)
+    }
+
+    /// The file that holds the tensor `name`.
+    ///
+    /// # Errors
+    /// When none does.
+    pub fn file_of(&self, name: &str) -> Result<&TensorFile> {
         let file = self.homes.get(name).and_then(|home| self.files.get(home));
-        file.ok_or_else(|| RuntimeError::file(&self.path, format!("`{name}` is missing")))?.read(name)
+        file.ok_or_else(|| RuntimeError::file(&self.path, format!("`{name}` is missing")))
     }
 }
 

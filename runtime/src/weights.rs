@@ -1,49 +1,41 @@
 //! Tensors in and out of safetensors files, with atomic writes and dtypes kept as they are.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashMap};
-use std::fs::{self, File, Permissions};
+use std::fs::{File, Permissions};
+use std::io::{BufWriter, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
-use safetensors::tensor::{Dtype, Metadata, SafeTensors, TensorInfo, View};
+use memmap2::{Mmap, UncheckedAdvice};
+use safetensors::tensor::{Dtype, Metadata, SafeTensorError, SafeTensors, TensorInfo};
 use tch::{Device, Kind, Tensor};
 
 use crate::error::{Result, RuntimeError};
 
-/// Mode of weight files.
-const READABLE: u32 = 0o644;
+/// What a new file may be used for before the user's umask takes its part, as for `File::create`.
+const DEFAULT_FILE_MODE: u32 = 0o666;
 
 /// Whose tensors a file holds. transformers before 5 reads none that does not say it.
 const FORMAT: [&str; 2] = ["format", "pt"];
 
-struct HostView {
-    dtype: Dtype,
-    shape: Vec<usize>,
-    tensor: Tensor,
+/// Where the numbers begin is a multiple of this many bytes.
+const ALIGNMENT: usize = 8;
+
+/// Values that are read, checked or written at once, so that no large tensor is in memory twice.
+const PART: i64 = 1 << 20;
+
+/// `tensor` in runs of rows of about [`PART`] values, which share its storage.
+fn parts(tensor: &Tensor) -> Vec<Tensor> {
+    match tensor.size().as_slice() {
+        [] => vec![tensor.shallow_clone()],
+        [_, row @ ..] => tensor.split((PART / row.iter().product::<i64>().max(1)).max(1), 0),
+    }
 }
 
-impl View for HostView {
-    fn dtype(&self) -> Dtype {
-        self.dtype
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    // One tensor at a time is on the host, so saving costs no second copy of the model.
-    fn data(&self) -> Cow<'_, [u8]> {
-        let host = self.tensor.to_device(Device::Cpu).contiguous();
-        let mut bytes = vec![0; self.data_len()];
-        host.copy_data_u8(&mut bytes, host.numel());
-        Cow::Owned(bytes)
-    }
-
-    fn data_len(&self) -> usize {
-        self.tensor.numel() * self.tensor.kind().elt_size_in_bytes()
-    }
+/// Whether all of `tensor` are numbers, found with little memory beside it.
+pub fn is_finite(tensor: &Tensor) -> bool {
+    // A sum is no number where one of its parts is none.
+    parts(&tensor.detach()).iter().all(|part| part.sum(Kind::Double).double_value(&[]).is_finite())
 }
 
 fn dtype_of(kind: Kind) -> Option<Dtype> {
@@ -76,24 +68,70 @@ fn kind_of(dtype: Dtype) -> Option<Kind> {
     })
 }
 
-/// Writes named tensors as safetensors; the file appears whole, by rename.
+/// Writes named tensors as safetensors; the file appears whole, by rename. Part after part is on the host, so that
+/// saving costs no second copy of the model.
 ///
 /// # Errors
 /// When a dtype has no place in the format or the file cannot be written; an earlier file stays as it was.
 pub fn write_tensors(path: &Path, tensors: &[(String, Tensor)]) -> Result<()> {
-    let mut views = Vec::with_capacity(tensors.len());
-    for (name, tensor) in tensors {
-        let dtype = dtype_of(tensor.kind())
-            .ok_or_else(|| RuntimeError::file(path, format!("`{name}`: no dtype for {:?}", tensor.kind())))?;
-        let shape = tensor.size().iter().map(|&n| n as usize).collect();
-        views.push((name.as_str(), HostView { dtype, shape, tensor: tensor.shallow_clone() }));
+    write(path, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor, tensor.kind())).collect())
+}
+
+/// As [`write_tensors`], with all of them stored as `kind`.
+///
+/// # Errors
+/// As those of [`write_tensors`].
+pub fn write_tensors_as(path: &Path, tensors: &[(String, Tensor)], kind: Kind) -> Result<()> {
+    write(path, tensors.iter().map(|(name, tensor)| (name.as_str(), tensor, kind)).collect())
+}
+
+/// Writes tensors by name, and as what they are stored.
+fn write(path: &Path, tensors: Vec<(&str, &Tensor, Kind)>) -> Result<()> {
+    let mut entries = Vec::with_capacity(tensors.len());
+    for (name, tensor, kind) in tensors {
+        let dtype = dtype_of(kind)
+            .ok_or_else(|| RuntimeError::file(path, format!("`{name}`: no dtype for {kind:?}")))?;
+        entries.push((dtype, name, tensor, kind));
     }
+    // Dtypes are in the order of their alignment, which is to sink along the file.
+    entries.sort_by(|(a, left, ..), (b, right, ..)| b.cmp(a).then(left.cmp(right)));
+    write_entries(path, &entries)
+        .map_err(|error| RuntimeError::file(path, format!("cannot be written: {error}")))
+}
+
+fn write_entries(
+    path: &Path,
+    entries: &[(Dtype, &str, &Tensor, Kind)],
+) -> std::result::Result<(), SafeTensorError> {
+    let mut end = 0;
+    let infos = entries.iter().map(|(dtype, name, tensor, kind)| {
+        let begin = end;
+        end += tensor.numel() * kind.elt_size_in_bytes();
+        let shape = tensor.size().iter().map(|&n| n as usize).collect();
+        ((*name).to_owned(), TensorInfo { dtype: *dtype, shape, data_offsets: (begin, end) })
+    });
     let format = HashMap::from([FORMAT.map(str::to_owned).into()]);
-    safetensors::serialize_to_file(views, Some(format), path)
-        .map_err(|error| RuntimeError::file(path, format!("cannot be written: {error}")))?;
-    // The temporary file was made for its owner alone; weights are files like any other.
-    fs::set_permissions(path, Permissions::from_mode(READABLE))
-        .map_err(|error| RuntimeError::file(path, error))
+    let mut header = serde_json::to_vec(&Metadata::new(Some(format), infos.collect())?)?;
+    header.resize(header.len().next_multiple_of(ALIGNMENT), b' ');
+
+    let mut file = tempfile::Builder::new()
+        .permissions(Permissions::from_mode(DEFAULT_FILE_MODE))
+        .tempfile_in(path.parent().unwrap_or(Path::new(".")))?;
+    let mut out = BufWriter::new(&mut file);
+    out.write_all(&(header.len() as u64).to_le_bytes())?;
+    out.write_all(&header)?;
+    for (.., tensor, kind) in entries {
+        for part in parts(&tensor.detach()) {
+            let part = part.to_kind(*kind);
+            let mut bytes = vec![0; part.numel() * kind.elt_size_in_bytes()];
+            part.copy_data_u8(&mut bytes, part.numel());
+            out.write_all(&bytes)?;
+        }
+    }
+    out.flush()?;
+    drop(out);
+    file.persist(path).map_err(|error| error.error)?;
+    Ok(())
 }
 
 /// A safetensors file whose tensors are read one at a time.
@@ -123,8 +161,16 @@ impl TensorFile {
 
     /// Names and shapes, in the order of the names.
     pub fn shapes(&self) -> BTreeMap<String, Vec<i64>> {
-        let shape = |info: &TensorInfo| info.shape.iter().map(|&n| n as i64).collect();
-        self.metadata.tensors().into_iter().map(|(name, info)| (name, shape(info))).collect()
+        self.metadata.tensors().into_iter().map(|(name, info)| (name, shape_of(info))).collect()
+    }
+
+    /// How the tensor `name` is stored.
+    ///
+    /// # Errors
+    /// When it is not there or has a dtype that libtorch lacks.
+    pub fn kind(&self, name: &str) -> Result<Kind> {
+        let dtype = self.info(name)?.dtype;
+        kind_of(dtype).ok_or_else(|| RuntimeError::file(&self.path, format!("`{name}` is {dtype:?}")))
     }
 
     /// Reads the tensor `name` to the CPU.
@@ -132,16 +178,44 @@ impl TensorFile {
     /// # Errors
     /// When it is not there or has a dtype that libtorch lacks.
     pub fn read(&self, name: &str) -> Result<Tensor> {
-        let info = self
-            .metadata
-            .info(name)
-            .ok_or_else(|| RuntimeError::file(&self.path, format!("`{name}` is missing")))?;
-        let kind = kind_of(info.dtype)
-            .ok_or_else(|| RuntimeError::file(&self.path, format!("`{name}` is {:?}", info.dtype)))?;
-        let shape: Vec<i64> = info.shape.iter().map(|&n| n as i64).collect();
-        let (begin, end) = info.data_offsets;
-        Ok(Tensor::f_from_data_size(&self.map[self.start + begin..self.start + end], &shape, kind)?)
+        let tensor = Tensor::f_empty(shape_of(self.info(name)?), (self.kind(name)?, Device::Cpu))?;
+        self.copy_to(name, &tensor)?;
+        Ok(tensor)
     }
+
+    /// Copies the tensor `name` into `target`, whatever its kind and device, with little memory beside it.
+    ///
+    /// # Errors
+    /// When it is not there, has another shape or a dtype that libtorch lacks.
+    pub fn copy_to(&self, name: &str, target: &Tensor) -> Result<()> {
+        let (info, kind) = (self.info(name)?, self.kind(name)?);
+        let (shape, expected) = (shape_of(info), target.size());
+        if shape != expected {
+            let problem = format!("`{name}` has shape {shape:?}, expected {expected:?}");
+            return Err(RuntimeError::file(&self.path, problem));
+        }
+        let mut begin = self.start + info.data_offsets.0;
+        for mut part in parts(&target.detach()) {
+            let bytes = part.numel() * kind.elt_size_in_bytes();
+            let source = Tensor::f_from_data_size(&self.map[begin..begin + bytes], &part.size(), kind)?;
+            part.f_copy_(&source)?;
+            // Pages that were read count as memory of this process until they are given back.
+            // SAFETY: nothing borrows the map, and a page that is read again is that of the file.
+            unsafe { self.map.unchecked_advise_range(UncheckedAdvice::DontNeed, begin, bytes) }
+                .map_err(|error| RuntimeError::file(&self.path, error))?;
+            begin += bytes;
+        }
+        Ok(())
+    }
+
+    fn info(&self, name: &str) -> Result<&TensorInfo> {
+        let info = self.metadata.info(name);
+        info.ok_or_else(|| RuntimeError::file(&self.path, format!("`{name}` is missing")))
+    }
+}
+
+fn shape_of(info: &TensorInfo) -> Vec<i64> {
+    info.shape.iter().map(|&n| n as i64).collect()
 }
 
 /// Reads all tensors of a safetensors file to the CPU, in the order of their names.
@@ -166,6 +240,8 @@ mod tests {
         for kind in [Kind::BFloat16, Kind::Half, Kind::Double, Kind::Int64, Kind::Uint8, Kind::Bool] {
             tensors.push((format!("{kind:?}"), base.to_kind(kind)));
         }
+        tensors.push(("one value".to_string(), base.get(1).get(2)));
+        tensors.push(("no values".to_string(), base.narrow(0, 0, 0)));
         write_tensors(&file, &tensors).unwrap();
         let back = read_tensors(&file).unwrap();
         assert_eq!(back.len(), tensors.len());
@@ -173,6 +249,43 @@ mod tests {
             let (_, expected) = tensors.iter().find(|(n, _)| *n == name).unwrap();
             assert_eq!(tensor.kind(), expected.kind());
             assert_eq!(&tensor, expected, "{name}");
+        }
+    }
+
+    /// `[rows, 3]` counted up from 0, in three parts.
+    fn long() -> Tensor {
+        let rows = 2 * (PART / 3) + 5;
+        let long = Tensor::arange(3 * rows, (Kind::Float, Device::Cpu)).reshape([rows, 3]);
+        assert_eq!(parts(&long).len(), 3);
+        long
+    }
+
+    #[test]
+    fn parts_come_together_in_other_kinds_and_layouts() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("t.safetensors");
+        // Every other value of a row, so that nothing is in one piece.
+        let wide = Tensor::zeros([long().size()[0], 6], (Kind::Float, Device::Cpu));
+        let mut apart = wide.slice(1, 0, None::<i64>, 2);
+        apart.copy_(&long());
+        write_tensors_as(&path, &[("w".to_string(), apart)], Kind::BFloat16).unwrap();
+        let file = TensorFile::open(&path).unwrap();
+        assert_eq!(file.read("w").unwrap(), long().to_kind(Kind::BFloat16));
+        file.copy_to("w", &wide.narrow(1, 3, 3)).unwrap();
+        assert_eq!(wide.narrow(1, 3, 3), long().to_kind(Kind::BFloat16).to_kind(Kind::Float));
+        let message = file.copy_to("w", &wide).unwrap_err().to_string();
+        assert!(message.contains("`w` has shape [699055, 3], expected [699055, 6]"), "{message}");
+    }
+
+    #[test]
+    fn what_is_no_number_is_found_in_every_part() {
+        assert!(is_finite(&long()));
+        for row in [0, PART / 3 + 1, long().size()[0] - 1] {
+            for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+                let long = long();
+                let _ = long.get(row).fill_(value);
+                assert!(!is_finite(&long), "{value} in row {row}");
+            }
         }
     }
 

@@ -1,7 +1,6 @@
 //! A language model that is to learn pictures: rows for special ids and image codes in its table, a head for codes, an
 //! extractor of patch features. What it makes of texts stays what it was.
 
-use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use m6_runtime::Params;
@@ -79,10 +78,8 @@ impl Extension {
 /// table that belong to no text id are left out.
 pub(super) fn fill(language: &Params, target: &Params, vocab: Vocab) {
     let _guard = tch::no_grad_guard();
-    let old: BTreeMap<String, Tensor> =
-        language.entries().into_iter().map(|(name, param)| (name, param.tensor)).collect();
-    for (name, param) in target.entries() {
-        let mut new = param.tensor;
+    let old = language.tensors();
+    for (name, mut new) in target.tensors() {
         match (name.as_str(), old.get(&name)) {
             ("tokens.weight" | "text_head.weight", Some(old)) => extend(&new, &old.narrow(0, 0, vocab.text)),
             // Added to the rows of texts too, which they are not to change.
@@ -158,9 +155,7 @@ mod tests {
             let gap = (logits(&after).narrow(1, 0, VOCAB.text) - &exact).abs().max() / exact.abs().max();
             assert!(gap.double_value(&[]) < 1e-6, "{gap:?}");
 
-            let table = |params: &Params| {
-                params.entries().into_iter().find(|(name, _)| name == "tokens.weight").unwrap().1.tensor
-            };
+            let table = |params: &Params| params.tensors()["tokens.weight"].shallow_clone();
             let (old, new) = (table(&old).narrow(0, 0, VOCAB.text), table(&new));
             assert_eq!(new.size(), [VOCAB.rows(), 16]);
             assert_eq!(new.narrow(0, 0, VOCAB.text), old);

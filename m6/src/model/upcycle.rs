@@ -4,7 +4,6 @@
 //! expert's parameters start anew. The report does not say which: here it is whole neurons, as in Nakamura et al. 2025
 //! ("Drop-Upcycling"), so that the others compute what they did.
 
-use std::collections::BTreeMap;
 use std::path::Path;
 
 use m6_runtime::{Params, named_seed};
@@ -76,10 +75,7 @@ impl Upcycling {
     /// Fills `target`, a stack of [`Upcycling::model`] with fresh weights, with those of a dense one.
     pub(super) fn fill(&self, dense: &Params, target: &Params) {
         let _guard = tch::no_grad_guard();
-        let by_name = |params: &Params| -> BTreeMap<String, Tensor> {
-            params.entries().into_iter().map(|(name, param)| (name, param.tensor)).collect()
-        };
-        let (dense, mut target) = (by_name(dense), by_name(target));
+        let (dense, mut target) = (dense.tensors(), target.tensors());
         for (name, tensor) in &mut target {
             if let Some(source) = dense.get(name) {
                 tensor.copy_(source);
@@ -166,10 +162,6 @@ mod tests {
         (params, transformer)
     }
 
-    fn by_name(params: &Params) -> BTreeMap<String, Tensor> {
-        params.entries().into_iter().map(|(name, param)| (name, param.tensor.detach())).collect()
-    }
-
     /// `[neurons, ..]` all that belongs to each neuron of a feed-forward or an expert.
     fn neurons(kind: FeedForwardKind, up: &Tensor, down: &Tensor) -> Vec<Vec<f32>> {
         let mut parts = up.chunk(kind.up(1).1, 0);
@@ -182,10 +174,10 @@ mod tests {
         let kind = upcycling.model.feed_forward;
         let (up, _) = kind.up(1);
         let (params, _) = built(&dense(kind), 1);
-        let source = by_name(&params);
+        let source = params.tensors();
         let of = |name: &str| &source[&format!("blocks.1.mlp.{name}.weight")];
         let experts = |params: &Params| {
-            let tensors = by_name(params);
+            let tensors = params.tensors();
             let of = |name: &str| &tensors[&format!("blocks.1.moe.experts.{name}")];
             let each = (0..of(up).size()[0]).map(|e| neurons(kind, &of(up).get(e), &of("down").get(e)));
             each.collect::<Vec<_>>()
@@ -237,8 +229,8 @@ mod tests {
         let kind = FeedForwardKind::Swiglu;
         let upcycling = upcycling(kind, "experts = 4\nactive = 2\nshared = 8", FRESH, 5);
         let (params, _) = built(&dense(kind), 1);
-        let (source, made) = (by_name(&params), by_name(&upcycled(&upcycling, &params).0));
-        let start = by_name(&built(&upcycling.model, upcycling.seed).0);
+        let (source, made) = (params.tensors(), upcycled(&upcycling, &params).0.tensors());
+        let start = built(&upcycling.model, upcycling.seed).0.tensors();
         for (name, tensor) in &made {
             match source.get(name) {
                 Some(same) => assert_eq!(tensor, same, "{name}"),
@@ -254,7 +246,7 @@ mod tests {
     fn the_seed_decides_everything() {
         let experts = |seed| upcycling(FeedForwardKind::Swiglu, "experts = 4\nactive = 2", FRESH, seed);
         let (params, _) = built(&dense(FeedForwardKind::Swiglu), 1);
-        let made = |seed| by_name(&upcycled(&experts(seed), &params).0);
+        let made = |seed| upcycled(&experts(seed), &params).0.tensors();
         assert_eq!(made(5), made(5));
         assert_ne!(made(5), made(6));
     }

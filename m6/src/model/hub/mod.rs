@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use m6_data::tokenizer::Tokenizer;
-use m6_runtime::{Params, TensorShards, first_problems};
+use m6_runtime::{Params, TensorShards, first_problems, is_finite};
 use m6_vqgan::Vqgan;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -242,8 +242,7 @@ fn is_derived(name: &str) -> bool {
 /// Copies every tensor of the folder's files to its place, and tells how they were stored.
 fn fill(dir: &Path, params: &Params, parts: &[Part]) -> Result<StoredKind> {
     let shards = weights(dir)?;
-    let ours: BTreeMap<String, Tensor> =
-        params.entries().into_iter().map(|(name, param)| (name, param.tensor)).collect();
+    let ours = params.tensors();
     let targets: Vec<(&Part, Tensor)> =
         parts.iter().filter_map(|part| Some((part, part.of(ours.get(&part.ours)?)))).collect();
     let mut shapes = shards.shapes();
@@ -267,17 +266,14 @@ fn fill(dir: &Path, params: &Params, parts: &[Part]) -> Result<StoredKind> {
     if !problems.is_empty() {
         return Err(Error::file(dir, first_problems(&problems)));
     }
-    let _guard = tch::no_grad_guard();
     let mut all_bf16 = true;
-    for (part, mut target) in targets {
-        let stored = shards.read(&part.theirs)?;
-        all_bf16 &= stored.kind() == Kind::BFloat16;
-        let tensor = stored.to_kind(Kind::Float);
-        // A sum is no number where one of its parts is none, and takes no memory of the tensor's size.
-        if !tensor.sum(Kind::Double).double_value(&[]).is_finite() {
+    for (part, target) in targets {
+        let file = shards.file_of(&part.theirs)?;
+        all_bf16 &= file.kind(&part.theirs)? == Kind::BFloat16;
+        file.copy_to(&part.theirs, &target)?;
+        if !is_finite(&target) {
             return Err(Error::file(dir, format!("`{}` holds what is no number", part.theirs)));
         }
-        target.copy_(&tensor);
     }
     Ok(if all_bf16 { StoredKind::Bf16 } else { StoredKind::F32 })
 }

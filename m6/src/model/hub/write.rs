@@ -5,7 +5,7 @@ use std::fs;
 use std::path::Path;
 
 use m6_run::write_atomic;
-use m6_runtime::write_tensors;
+use m6_runtime::write_tensors_as;
 use serde::Serialize;
 use serde_json::json;
 use tch::Tensor;
@@ -43,8 +43,7 @@ impl LanguageModel {
         write_json(&dir.join(CONFIG), &self.info(dtype)?)
     }
 
-    /// Writes a folder of Hugging Face's layout, floats stored as `dtype`, in the same order. A file of weights is in
-    /// memory at once beside the model.
+    /// Writes a folder of Hugging Face's layout, floats stored as `dtype`, in the same order.
     ///
     /// # Errors
     /// When a setting has no counterpart there, or a file cannot be written.
@@ -55,17 +54,15 @@ impl LanguageModel {
     pub(super) fn publish_in_shards(&self, dir: &Path, dtype: StoredKind, most: usize) -> Result<()> {
         let config = publish(&self.described, dtype).map_err(|problem| Error::file(&self.folder, problem))?;
         fs::create_dir_all(dir).map_err(|error| Error::file(dir, error))?;
-        let ours = self.params.entries().into_iter().map(|(name, param)| (name, param.tensor.detach()));
         let width = dtype.kind().elt_size_in_bytes();
-        let (shards, bytes) = shards(self.published(&ours.collect()), width, most);
+        let (shards, bytes) = shards(self.published(&self.params.tensors()), width, most);
         let mut weight_map = BTreeMap::new();
         for (number, shard) in (1..).zip(&shards) {
             let file = match shards.len() {
                 1 => WEIGHTS.to_owned(),
                 count => format!("model-{number:05}-of-{count:05}.safetensors"),
             };
-            let stored = |(name, tensor): &(String, Tensor)| (name.clone(), tensor.to_kind(dtype.kind()));
-            write_tensors(&dir.join(&file), &shard.iter().map(stored).collect::<Vec<_>>())?;
+            write_tensors_as(&dir.join(&file), shard, dtype.kind())?;
             weight_map.extend(shard.iter().map(|(name, _)| (name, file.clone())));
         }
         if shards.len() > 1 {
