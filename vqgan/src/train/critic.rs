@@ -6,7 +6,6 @@ use tch::{Device, Kind, Tensor};
 
 use super::adversarial::DiscriminatorConfig;
 use super::regularise::{LeCam, gradient_penalty};
-use super::step::CriticPlan;
 use crate::augment::Augmentation;
 use crate::discriminator::{Discriminator, Verdict};
 use crate::error::Result;
@@ -19,6 +18,15 @@ const OPTIMIZER: OptimizerConfig =
 
 /// Keeps an adversarial loss without a gradient from dividing by zero, as taming-transformers has it.
 const BALANCE_EPS: f64 = 1e-4;
+
+/// What a step does with the discriminator.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct CriticPlan {
+    /// By how much the model's loss listens to it, 0 to 1.
+    pub(super) ratio: f64,
+    /// The weight of R1, where the step has it.
+    pub(super) r1: Option<f64>,
+}
 
 #[derive(Debug)]
 pub(super) struct Critic {

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use m6_runtime::CudaGraph;
 use tch::{Device, Tensor};
 
+use super::critic::CriticPlan;
 use super::state::State;
 use crate::bottleneck::Bottleneck;
 use crate::error::Result;
@@ -18,15 +19,6 @@ const WARM_UP: u64 = 3;
 pub(super) struct Plan {
     pub(super) bottleneck: Bottleneck,
     pub(super) critic: Option<CriticPlan>,
-}
-
-/// What a step does with the discriminator.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct CriticPlan {
-    /// By how much the model's loss listens to it, 0 to 1.
-    pub(super) ratio: f64,
-    /// The weight of R1, where the step has it.
-    pub(super) r1: Option<f64>,
 }
 
 /// What is left of an update, on the device.
