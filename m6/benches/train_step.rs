@@ -3,8 +3,9 @@
 //!
 //!     cargo bench -p m6 --features cuda --bench train_step -- qwen2-0.5b 8 2048
 //!
-//! Shape, texts, tokens a text, and how often they are gone through before an update (once). On a GPU steps are launched kernel by kernel, and then as a CUDA graph. Beside it, on
-//! the same GPU, what Hugging Face's implementation makes of the same shape. Prints one line of JSON.
+//! Shape, texts, tokens a text, and how often they are gone through before an update (once). On a GPU steps are launched
+//! kernel by kernel, and then as a CUDA graph. Prints one line of JSON, to be read beside what Hugging Face's implementation
+//! makes of the same shape on the same GPU.
 
 use std::time::Instant;
 

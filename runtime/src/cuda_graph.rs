@@ -13,7 +13,8 @@ impl CudaGraph {
     /// Records what `work` launches on the GPU `device`. Nothing is computed: its results have their values after the
     /// first [`CudaGraph::replay`]. The work has to have run before, with inputs of the same shapes, so that libraries
     /// have chosen their kernels, and it may neither wait for the device nor depend on numbers of the host that change.
-    /// Numbers at random are those of the generator's state at each replay.
+    /// Numbers at random are those of the generator's state at each replay. Weights whose bf16 copies products read may be
+    /// written by AdamW alone: another's write in a replay would leave the copy as it was.
     ///
     /// # Errors
     /// Those of the work, or when there is no such GPU or CUDA refuses.

@@ -205,7 +205,8 @@ fn encoder_rows(model: &Vqgan, x: &Tensor) -> Tensor {
     model.forward(x, Bottleneck::Continuous).rows_nd
 }
 
-/// The values of the terms of an update and the state of the codebook, by their names in the metrics. Waits for the device, once.
+/// The values of the terms of an update and the state of the codebook, by their names in the metrics. Waits for the
+/// device, once.
 fn read_terms(state: &State, updated: &Updated) -> Vec<(String, f64)> {
     let Updated { terms, grad_norm, .. } = updated;
     let mut names: Vec<String> = terms.iter().map(|term| format!("loss/{}", term.name)).collect();
