@@ -404,7 +404,7 @@ fn a_run_does_not_go_on_with_other_tokenizers_or_settings() {
     let scene = Scene::with_tokenizer();
     let mut running = scene.start(&["train", "train.toml"]);
     running.wait_for_path(&scene.path("run/checkpoints/step-00000004"));
-    running.signal("KILL");
+    running.kill();
     running.finish();
     let changed = "train train.toml --set seed=6";
     assert_all_refused(&scene, &[(changed, WRONG_USE, &["run was started with another `seed`"])]);
@@ -430,7 +430,7 @@ fn a_full_disk_leaves_the_checkpoint_before_it() {
     {
         let mut running = scene.start(args);
         running.wait_for_path(&scene.path(run).join("checkpoints/step-00000004"));
-        running.signal("KILL");
+        running.kill();
         running.finish();
         let finished = finish(scene.command_after(NO_ROOM, args));
         let words = ["checkpoint of step", "was not saved", "File too large", "older checkpoints are intact"];

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::thread::sleep;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Map, Value};
 
@@ -30,20 +30,27 @@ fn assert_same(scene: &Scene, one: &str, other: &str) {
     assert!(weights(one) == weights(other), "the weights of {one} and {other} differ");
 }
 
-/// Enough steps that none of the interruptions comes after the end, on a busy machine either.
+/// Enough steps that none of the interruptions comes after the end.
 const STEPS: &str = "schedule.steps=90";
 
 /// Milliseconds after its start when a run is killed, drawn at random: before its first step, in a step, while it saves.
 const MOMENTS: [u64; 10] = [691, 302, 847, 455, 1003, 518, 764, 226, 935, 609];
 
+/// The step of the last checkpoint that a run has saved.
+fn last_saved(run: &Path) -> Option<u32> {
+    let names = fs::read_dir(run.join("checkpoints")).unwrap().map(|entry| entry.unwrap().file_name());
+    names.filter_map(|name| name.to_str()?.strip_prefix("step-")?.parse().ok()).max()
+}
+
 /// Lets `command`, of a run that logs at steps 3, 6, 9, ... and saves at 4, 8, 12, ... and so in the middle of a window of
-/// losses, be killed right after a checkpoint, after a report, twice at its start and at ten moments; then stops it
-/// politely, and finishes it with other workers.
+/// losses, be killed right after a checkpoint, after a report, twice at its start and at ten moments, or at its next
+/// checkpoint where that comes first: a fast machine must not reach the end. Then stops it politely, and finishes it with
+/// other workers.
 fn run_with_interruptions(scene: &Scene, command: &[&str], run: &str) {
     let set_run = format!("run={run}");
     let command = [command, &["--set", &set_run]].concat();
-    let killed = |running: Running| {
-        running.signal("KILL");
+    let killed = |mut running: Running| {
+        running.kill();
         let finished = running.finish();
         assert_eq!(finished.code, None, "it ended before it was killed:\n{}", finished.stderr);
     };
@@ -63,8 +70,12 @@ fn run_with_interruptions(scene: &Scene, command: &[&str], run: &str) {
     }
 
     for moment in MOMENTS {
+        let saved = last_saved(&scene.path(run));
+        let started = Instant::now();
         let running = scene.start(&command);
-        sleep(Duration::from_millis(moment));
+        while started.elapsed() < Duration::from_millis(moment) && last_saved(&scene.path(run)) == saved {
+            sleep(Duration::from_millis(1));
+        }
         killed(running);
     }
 
