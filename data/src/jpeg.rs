@@ -188,6 +188,68 @@ mod tests {
         }
     }
 
+    /// The same coefficients in a progressive file, which another decoder reads than that of `csrc/jpeg_pairs.c`, have the
+    /// same pixels.
+    #[cfg(feature = "turbojpeg")]
+    #[track_caller]
+    fn assert_as_progressive(jpeg: &[u8], what: &str) {
+        use turbojpeg::{Transform, TransformOp, transform};
+        let mut to_progressive = Transform::op(TransformOp::None);
+        to_progressive.progressive = true;
+        let progressive = transform(&to_progressive, jpeg).unwrap();
+        for short_side in [None, Some(16), Some(8), Some(4)] {
+            let [one, other] =
+                [jpeg, &progressive].map(|bytes| decode_turbo(bytes, short_side).unwrap().unwrap());
+            assert!(one == other, "{what}, for a short side of {short_side:?}");
+        }
+    }
+
+    #[cfg(feature = "turbojpeg")]
+    #[test]
+    fn pairs_of_coefficients_are_those_of_the_library() {
+        use rand::{Rng as _, SeedableRng};
+        use turbojpeg::{Compressor, Subsamp};
+        let mut rng = rand_chacha::ChaCha8Rng::seed_from_u64(3);
+        for noise in [1, 20, 250] {
+            let picture = RgbImage::from_fn(rng.random_range(33..150), rng.random_range(33..90), |x, y| {
+                image::Rgb(
+                    [x, y, x + y].map(|place| (place * 3 % 256) as u8 ^ rng.random_range(0..noise) as u8),
+                )
+            });
+            for quality in [1, 30, 75, 90, 100] {
+                for (subsamp, is_optimal) in [
+                    (Subsamp::Sub2x2, false),
+                    (Subsamp::Sub2x1, true),
+                    (Subsamp::None, true),
+                    (Subsamp::Gray, false),
+                ] {
+                    let mut compressor = Compressor::new().unwrap();
+                    compressor.set_quality(quality).unwrap();
+                    compressor.set_subsamp(subsamp).unwrap();
+                    compressor.set_optimize(is_optimal).unwrap();
+                    let image = turbojpeg::Image {
+                        pixels: picture.as_raw().as_slice(),
+                        width: picture.width() as usize,
+                        pitch: picture.width() as usize * 3,
+                        height: picture.height() as usize,
+                        format: turbojpeg::PixelFormat::RGB,
+                    };
+                    let jpeg = compressor.compress_to_vec(image).unwrap();
+                    assert_as_progressive(&jpeg, &format!("{noise} {quality} {subsamp:?}"));
+                }
+            }
+        }
+    }
+
+    /// A file by Pillow, `save(.., quality=75, restart_marker_blocks=2)`.
+    #[cfg(feature = "turbojpeg")]
+    #[test]
+    fn restarts_are_those_of_the_library() {
+        let jpeg = include_bytes!("../tests/restarts.jpg");
+        assert!(jpeg.windows(2).any(|pair| pair == [0xff, *marker::RESTART.start()]));
+        assert_as_progressive(jpeg, "restarts");
+    }
+
     /// A JPEG file with these segments right after its start.
     fn with_segments(segments: &[(u8, &[u8])]) -> Vec<u8> {
         let jpeg = encode(RgbImage::from_fn(16, 8, |x, _| image::Rgb([x as u8 * 15; 3])));
