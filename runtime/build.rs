@@ -12,22 +12,26 @@ const ARCHITECTURES: [&str; 3] = [
     "-gencode=arch=compute_90,code=compute_90",
 ];
 
+/// What launches work of our own on a GPU.
+const CUDA_FILES: [&str; 11] = [
+    "adamw",
+    "copies",
+    "cuda_graph",
+    "experts",
+    "gates",
+    "head",
+    "launch",
+    "norms",
+    "products",
+    "rotary",
+    "short_attention",
+];
+
 fn main() {
     link_libtorch();
     let lib = libtorch_lib();
     let include = Path::new(&lib).join("../include");
-    for file in [
-        "shim.cpp",
-        "fused.cpp",
-        "copies.cpp",
-        "copies.h",
-        "cuda_graph.cpp",
-        "adamw.h",
-        "guarded.h",
-        "kernels.cu",
-    ] {
-        println!("cargo:rerun-if-changed=csrc/{file}");
-    }
+    println!("cargo:rerun-if-changed=csrc");
     let mut build = cc::Build::new();
     build
         .cpp(true)
@@ -38,11 +42,8 @@ fn main() {
         .file("csrc/shim.cpp");
     if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
         let toolkit = toolkit(Path::new(&lib));
-        build.include(toolkit.join("include")).files([
-            "csrc/fused.cpp",
-            "csrc/copies.cpp",
-            "csrc/cuda_graph.cpp",
-        ]);
+        let files = CUDA_FILES.map(|name| format!("csrc/{name}.cpp"));
+        build.include(toolkit.join("include")).files(files);
         compile_kernels(&toolkit);
     }
     build.compile("m6_runtime_shim");
@@ -62,7 +63,7 @@ fn toolkit(lib: &Path) -> PathBuf {
     toolkit
 }
 
-/// `kernels.cu` to `kernels.fatbin` in the output folder.
+/// `csrc/kernels` to `kernels.fatbin` in the output folder.
 fn compile_kernels(toolkit: &Path) {
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     let status = Command::new(toolkit.join("bin/nvcc"))
@@ -70,10 +71,10 @@ fn compile_kernels(toolkit: &Path) {
         .args(ARCHITECTURES)
         .arg("-I")
         .arg(toolkit.join("include"))
-        .arg("csrc/kernels.cu")
+        .arg("csrc/kernels/kernels.cu")
         .arg("-o")
         .arg(out.join("kernels.fatbin"))
         .status()
         .expect("nvcc is there and can be run");
-    assert!(status.success(), "nvcc could not compile csrc/kernels.cu; see its message above");
+    assert!(status.success(), "nvcc could not compile csrc/kernels/kernels.cu; see its message above");
 }

@@ -3,7 +3,8 @@
 //!
 //!     cargo bench -p m6 --features cuda --bench train_step -- qwen2-0.5b 8 2048
 //!
-//! Shape, texts, tokens a text, and how often they are gone through before an update (once). On a GPU steps are launched
+//! Shape, texts, tokens a text, how often they are gone through before an update (once), and the dtype of the optimizer's
+//! moments (`fp32`, or `bf16`). On a GPU steps are launched
 //! kernel by kernel, and then as a CUDA graph. Prints one line of JSON, to be read beside what Hugging Face's implementation
 //! makes of the same shape on the same GPU.
 
@@ -16,7 +17,7 @@ use m6::model::{
 use m6_runtime::attention::{Layout, Span};
 use m6_runtime::device::{device, memory, set_tf32};
 use m6_runtime::fused::linear_cross_entropy;
-use m6_runtime::optim::{Optimizer, OptimizerConfig};
+use m6_runtime::optim::{MomentDtype, Optimizer, OptimizerConfig};
 use m6_runtime::{CudaGraph, Params, RuntimeError};
 use tch::{Device, Kind, Tensor};
 
@@ -99,6 +100,11 @@ fn main() {
     let number =
         |place: usize, default| args.get(place).map_or(default, |text| text.parse().expect("a number"));
     let (texts, length, passes): (i64, i64, i64) = (number(1, 2), number(2, 64), number(3, 1));
+    let moments = match args.get(4).map_or("fp32", String::as_str) {
+        "fp32" => MomentDtype::Fp32,
+        "bf16" => MomentDtype::Bf16,
+        other => panic!("{other}: expected fp32 or bf16"),
+    };
     let Some((config, rows)) = shape(name) else { panic!("{name}: expected one of those in `shape`") };
     config.validate().expect("a shape that can be computed");
     let device = device("auto").expect("a device");
@@ -106,7 +112,7 @@ fn main() {
     set_tf32(true).expect("a setting");
     let params = Params::new(device, 1);
     let model = Transformer::new(&params, &config, Vocab::language(rows), 0);
-    let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
+    let mut optimizer = Optimizer::new(&params, OptimizerConfig { moments, ..OptimizerConfig::default() });
     optimizer.set_lr(LEARNING_RATE);
     let mut step = step(&model, &mut optimizer, rows, (texts, length), passes);
     let by_kernel = seconds(device, &mut step);

@@ -69,11 +69,20 @@ char* m6_fused_adamw(
     const auto scaled = gather(grads, count);
     at::_foreach_mul_(scaled, *factor);
     const auto state_steps = gather(steps, count);
+    const auto kept_firsts = gather(firsts, count), kept_seconds = gather(seconds, count);
+    // libtorch's wants moments in the dtype of the parameters.
+    const auto in_float = [](std::vector<at::Tensor> moments) {
+      for (at::Tensor& moment : moments) moment = moment.to(at::kFloat);
+      return moments;
+    };
+    const auto float_firsts = in_float(kept_firsts), float_seconds = in_float(kept_seconds);
     const at::Tensor is_bad = norm->isfinite().logical_not().to(at::kFloat);
     at::_foreach_add_(state_steps, 1);
     at::_fused_adamw_(
-        gather(params, count), scaled, gather(firsts, count), gather(seconds, count), {}, state_steps,
-        lr->item<double>(), beta1, beta2, weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, is_bad);
+        gather(params, count), scaled, float_firsts, float_seconds, {}, state_steps, lr->item<double>(), beta1, beta2,
+        weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, is_bad);
+    at::_foreach_copy_(kept_firsts, float_firsts);
+    at::_foreach_copy_(kept_seconds, float_seconds);
     at::_foreach_sub_(state_steps, std::vector<at::Tensor>(count, is_bad));
   });
 }
@@ -91,7 +100,16 @@ char* m6_clear_grads(size_t count, at::Tensor* const* params) {
 char* m6_foreach_l2_norm(size_t count, at::Tensor* const* tensors, at::Tensor** out) {
   return guarded([&] {
     c10::NoGradGuard no_grad;
-    auto norms = at::_foreach_norm(gather(tensors, count), 2);
+    // In two lists, since one of two dtypes goes through kernels one by one.
+    std::vector<at::Tensor> floats, others, norms;
+    for (const auto& tensor : gather(tensors, count)) {
+      (tensor.scalar_type() == at::kFloat ? floats : others).push_back(tensor);
+    }
+    for (const auto& list : {floats, others}) {
+      if (list.empty()) continue;
+      const auto made = at::_foreach_norm(list, 2, at::kFloat);
+      norms.insert(norms.end(), made.begin(), made.end());
+    }
     *out = new at::Tensor(at::stack(norms).norm());
   });
 }

@@ -9,6 +9,7 @@ use tch::{Device, Kind, Tensor};
 use crate::device::upload;
 use crate::error::Result;
 use crate::ffi;
+use crate::fused::split_rotate;
 
 /// The lengths of one packed example: `prefix` tokens first, then `target` tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -49,6 +50,9 @@ pub struct Layout {
 struct FlashLayout {
     cumulative: Tensor,
     longest: i64,
+    /// The prefix of each example.
+    #[cfg(feature = "cuda")]
+    prefixes: Tensor,
     prefix_rows: Tensor,
     prefix_cumulative: Tensor,
     prefix_longest: i64,
@@ -57,7 +61,7 @@ struct FlashLayout {
 }
 
 impl Layout {
-    /// A layout of these examples in this order. Copies three small index tensors where `device` is a GPU.
+    /// A layout of these examples in this order. Copies a few small index tensors where `device` is a GPU.
     ///
     /// # Errors
     /// When there is no memory for them.
@@ -97,6 +101,11 @@ impl FlashLayout {
         Ok(Self {
             cumulative: cumulative(&lengths)?,
             longest: lengths.iter().copied().max().unwrap_or(0),
+            #[cfg(feature = "cuda")]
+            prefixes: upload(
+                &Tensor::from_slice(&spans.iter().map(|span| span.prefix as i32).collect::<Vec<_>>()),
+                device,
+            )?,
             prefix_rows: upload(&Tensor::from_slice(&rows), device)?,
             prefix_cumulative: cumulative(&prefixes)?,
             prefix_longest: prefixes.iter().copied().max().unwrap_or(0),
@@ -111,12 +120,12 @@ impl FlashLayout {
 /// queries) under the prefix/target rule of `layout`; returns `[n, h, k]`. With a `window`, a token sees of what is
 /// before it only so many tokens, itself included.
 ///
-/// On a GPU and in bf16 this is one causal variable-length flash call over everything, then the prefix rows
-/// once more without the causal rule, put in place; or, where all examples have one round length and causal is right for
-/// all, one call of cuDNN's, which is faster. Elsewhere it is a masked call for each example.
+/// On a GPU and in bf16 this is, for short examples, a kernel of our own; or one causal variable-length flash call over
+/// everything, then the prefix rows once more without the causal rule, put in place; or, where all examples have one round
+/// length and causal is right for all, one call of cuDNN's, which is faster. Elsewhere it is a masked call for each example.
 ///
 /// # Errors
-/// When libtorch refuses a flash call.
+/// When libtorch refuses a call.
 pub fn prefix_attention(
     q: &Tensor,
     k: &Tensor,
@@ -130,6 +139,29 @@ pub fn prefix_attention(
     }
 }
 
+/// [`prefix_attention`] of `heads` queries, and `kv_heads` keys and values, side by side in `qkv` `[n, h + 2 g, k]`, the
+/// first two turned as by [`crate::fused::rotate`]; on a GPU short examples are turned as they are read.
+///
+/// # Errors
+/// When libtorch refuses a call.
+pub fn rotary_attention(
+    qkv: &Tensor,
+    (heads, kv_heads): (i64, i64),
+    (cosines, sines): (&Tensor, &Tensor),
+    layout: &Layout,
+    window: Option<i64>,
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(flash) = &layout.flash
+        && heads == kv_heads
+        && short::fits(qkv, qkv.size()[1], flash, window)
+    {
+        return short::rotary_attention(qkv, cosines, sines, flash);
+    }
+    let (q, k, v) = split_rotate(qkv, heads, kv_heads, cosines, sines);
+    prefix_attention(&q, &k, &v, layout, window)
+}
+
 fn flash_attention(
     q: &Tensor,
     k: &Tensor,
@@ -137,6 +169,10 @@ fn flash_attention(
     layout: &FlashLayout,
     window: Option<i64>,
 ) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if short::fits(q, k.size()[1], layout, window) {
+        return short::attention(q, k, v, layout);
+    }
     let shortest = if q.size()[1] == k.size()[1] { SHORTEST_DENSE } else { SHORTEST_DENSE_GROUPED };
     let is_fast = |length: &i64| *length >= shortest && window.is_none() && is_dense(q);
     if let Some(length) = layout.common.filter(is_fast) {
@@ -194,6 +230,58 @@ fn varlen_flash(
         )
     })?;
     Ok(ffi::take(out))
+}
+
+/// The calls of `csrc/short_attention.cpp`.
+#[cfg(feature = "cuda")]
+mod short {
+    use tch::Tensor;
+
+    use super::FlashLayout;
+    use crate::error::Result;
+    use crate::ffi;
+    use crate::fused::kernels::{is_bf16_on_gpu, try_made};
+
+    const HEAD_WIDTH: i64 = 64;
+
+    /// Whether heads `x` `[n, h, k]` and `key_heads` of keys are what the kernels are for.
+    pub(super) fn fits(x: &Tensor, key_heads: i64, layout: &FlashLayout, window: Option<i64>) -> bool {
+        is_bf16_on_gpu(x)
+            && x.size()[1..] == [key_heads, HEAD_WIDTH]
+            && layout.longest <= longest()
+            && window.is_none_or(|size| size >= layout.longest)
+    }
+
+    /// Tokens of an example that fit into the shared memory of a block: 352 on Hopper.
+    fn longest() -> i64 {
+        // SAFETY: reads an attribute of the device that a tensor is on.
+        unsafe { ffi::m6_short_attention_longest() }
+    }
+
+    pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, layout: &FlashLayout) -> Result<Tensor> {
+        let FlashLayout { cumulative, prefixes, longest, .. } = layout;
+        // SAFETY: live tensors that libtorch reads; the result is new.
+        try_made(|out| unsafe {
+            let (starts, prefixes) = (cumulative.as_ptr(), prefixes.as_ptr());
+            ffi::m6_short_attention(q.as_ptr(), k.as_ptr(), v.as_ptr(), starts, prefixes, *longest, out)
+        })
+    }
+
+    pub(super) fn rotary_attention(
+        qkv: &Tensor,
+        cosines: &Tensor,
+        sines: &Tensor,
+        layout: &FlashLayout,
+    ) -> Result<Tensor> {
+        let FlashLayout { cumulative, prefixes, longest, .. } = layout;
+        let (cosines, sines) = (cosines.contiguous(), sines.contiguous());
+        // SAFETY: as above.
+        try_made(|out| unsafe {
+            let (starts, prefixes) = (cumulative.as_ptr(), prefixes.as_ptr());
+            let (cosines, sines) = (cosines.as_ptr(), sines.as_ptr());
+            ffi::m6_short_rotary_attention(qkv.as_ptr(), cosines, sines, starts, prefixes, *longest, out)
+        })
+    }
 }
 
 /// The reference: one masked call for each example.
@@ -342,9 +430,41 @@ mod tests {
             }
         };
         let common = [Span { prefix: 1, target: 1023 }, Span { prefix: 0, target: 1024 }];
-        for (key_heads, window) in [(6, None), (2, None), (2, Some(24))] {
-            compare(key_heads, window, &spans);
-            compare(key_heads, window, &common);
+        let long = [Span { prefix: 300, target: 100 }, Span { prefix: 3, target: 20 }];
+        let full = [Span { prefix: 100, target: 252 }, Span { prefix: 352, target: 0 }];
+        for (key_heads, window) in [(6, None), (6, Some(24)), (6, Some(400)), (2, None), (2, Some(24))] {
+            for spans in [spans.as_slice(), &common, &long, &full] {
+                compare(key_heads, window, spans);
+            }
+        }
+    }
+
+    /// Needs a GPU; run with `cargo test --features cuda`.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn heads_that_are_turned_as_they_are_read_match_those_turned_before() {
+        tch::manual_seed(5);
+        const HEADS: i64 = 5;
+        let spans =
+            spans().into_iter().chain([Span { prefix: 20, target: 230 }, Span { prefix: 0, target: 77 }]);
+        let spans: Vec<Span> = spans.collect();
+        let n = spans.iter().map(Span::len).sum::<i64>();
+        let angles = Tensor::randn([n, 1, 32], FLOAT);
+        let angles = Tensor::cat(&[&angles, &angles], -1);
+        let draw = |heads: i64| Tensor::randn([n, heads, 64], FLOAT).to_kind(Kind::BFloat16);
+        let (qkv, probe) = (draw(3 * HEADS), draw(HEADS));
+        let run = |device: Device, kind: Kind| {
+            let leaf = qkv.to_device(device).to_kind(kind).set_requires_grad(true);
+            let layout = Layout::new(spans.clone(), device).unwrap();
+            let turns = [angles.cos() * 1.5, angles.sin() * 1.5].map(|turn| turn.to_device(device));
+            let out = rotary_attention(&leaf, (HEADS, HEADS), (&turns[0], &turns[1]), &layout, None).unwrap();
+            (&out * probe.to_device(device).to_kind(kind)).sum(Kind::Float).backward();
+            [out, leaf.grad()].map(|t| t.to_device(Device::Cpu).to_kind(Kind::Double))
+        };
+        let exact = run(Device::Cpu, Kind::Float);
+        for (fast, exact) in run(Device::Cuda(0), Kind::BFloat16).iter().zip(&exact) {
+            let gap = ((fast - exact).norm() / exact.norm()).double_value(&[]);
+            assert!(gap < 1e-2, "{gap}");
         }
     }
 }

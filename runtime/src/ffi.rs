@@ -1,4 +1,4 @@
-//! The functions of `csrc/shim.cpp` and `csrc/fused.cpp`, and the one place that turns their messages into errors.
+//! The functions of `csrc`, and the one place that turns their messages into errors.
 
 use std::ffi::{CStr, c_char, c_int};
 
@@ -114,6 +114,7 @@ unsafe extern "C" {
         bias: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
+    #[cfg(test)]
     pub(crate) fn m6_in_bf16(weight: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
     pub(crate) fn m6_rotate(
         x: *const C_tensor,
@@ -130,6 +131,25 @@ unsafe extern "C" {
         q: *mut *mut C_tensor,
         k: *mut *mut C_tensor,
         v: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_short_attention_longest() -> i64;
+    pub(crate) fn m6_short_attention(
+        q: *const C_tensor,
+        k: *const C_tensor,
+        v: *const C_tensor,
+        starts: *const C_tensor,
+        prefixes: *const C_tensor,
+        longest: i64,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_short_rotary_attention(
+        qkv: *const C_tensor,
+        cosines: *const C_tensor,
+        sines: *const C_tensor,
+        starts: *const C_tensor,
+        prefixes: *const C_tensor,
+        longest: i64,
+        out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub(crate) fn m6_swiglu(gate_up: *const C_tensor, out: *mut *mut C_tensor) -> *mut c_char;
     pub(crate) fn m6_gated_sum(
@@ -161,6 +181,12 @@ unsafe extern "C" {
         x: *const C_tensor,
         tokens: *const C_tensor,
         rows: *const C_tensor,
+        out: *mut *mut C_tensor,
+    ) -> *mut c_char;
+    pub(crate) fn m6_grouped_linear(
+        x: *const C_tensor,
+        weight: *const C_tensor,
+        ends: *const C_tensor,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub(crate) fn m6_unpermute(

@@ -11,6 +11,36 @@ use crate::ffi;
 use crate::muon;
 use crate::params::{Group, Params};
 
+/// The numbers in which AdamW keeps its moments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MomentDtype {
+    /// float32.
+    #[default]
+    Fp32,
+    /// bf16, beside float32 weights (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", 3.3.3): four bytes less to keep for
+    /// each weight, eight less to move.
+    Bf16,
+}
+
+impl MomentDtype {
+    /// The largest `beta1` and `beta2`. A mean that keeps more of itself in a step changes by less than bf16 resolves,
+    /// and then stands still.
+    const LARGEST_BF16_BETA: f64 = 0.99;
+
+    /// Bytes of a moment.
+    pub fn bytes(self) -> usize {
+        self.kind().elt_size_in_bytes()
+    }
+
+    fn kind(self) -> Kind {
+        match self {
+            Self::Fp32 => Kind::Float,
+            Self::Bf16 => Kind::BFloat16,
+        }
+    }
+}
+
 /// Settings of AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization"), and of Muon beside it.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize, serde::Deserialize)]
 #[serde(default, deny_unknown_fields)]
@@ -23,6 +53,8 @@ pub struct OptimizerConfig {
     pub eps: f64,
     /// Decoupled weight decay of the matrices; biases, norms and embeddings have none.
     pub weight_decay: f64,
+    /// The numbers of both running means; Muon's momentum is float32.
+    pub moments: MomentDtype,
     /// Where given, hidden matrices are updated by Muon (Jordan et al. 2024) with this momentum, at the same learning
     /// rate and weight decay; all else, and everything where it is absent, by AdamW.
     pub muon_momentum: Option<f64>,
@@ -40,6 +72,14 @@ impl OptimizerConfig {
                 return Err(format!("{key} = {value}: expected 0 <= {key} < 1"));
             }
         }
+        for (key, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
+            let most = MomentDtype::LARGEST_BF16_BETA;
+            if self.moments == MomentDtype::Bf16 && value > most {
+                return Err(format!(
+                    "{key} = {value}: expected {most} at most with moments = \"bf16\", which cannot follow a slower mean"
+                ));
+            }
+        }
         if self.eps == 0.0 {
             return Err("eps = 0: expected above 0, or weights without a gradient become no numbers".into());
         }
@@ -54,7 +94,14 @@ impl OptimizerConfig {
 
 impl Default for OptimizerConfig {
     fn default() -> Self {
-        Self { beta1: 0.9, beta2: 0.95, eps: 1e-8, weight_decay: 0.05, muon_momentum: None }
+        Self {
+            beta1: 0.9,
+            beta2: 0.95,
+            eps: 1e-8,
+            weight_decay: 0.05,
+            moments: MomentDtype::Fp32,
+            muon_momentum: None,
+        }
     }
 }
 
@@ -86,19 +133,16 @@ pub struct Optimizer {
 impl Optimizer {
     /// An optimizer of everything trained under `params`, with zero moments and a learning rate of zero.
     pub fn new(params: &Params, config: OptimizerConfig) -> Self {
-        let slots = params.trainable().into_iter().map(|(name, p)| Slot {
-            name,
-            group: p.group,
-            first: p.tensor.detach().zeros_like(),
-            rule: if p.group == Group::Hidden && config.muon_momentum.is_some() {
-                Rule::Muon
+        let slots = params.trainable().into_iter().map(|(name, p)| {
+            let zeros = |kind| p.tensor.detach().to_kind(kind).zeros_like();
+            let moments = config.moments.kind();
+            let (first, rule) = if p.group == Group::Hidden && config.muon_momentum.is_some() {
+                (zeros(Kind::Float), Rule::Muon)
             } else {
-                Rule::AdamW {
-                    second: p.tensor.detach().zeros_like(),
-                    step: Tensor::zeros([], (Kind::Float, p.tensor.device())),
-                }
-            },
-            param: p.tensor,
+                let step = Tensor::zeros([], (Kind::Float, p.tensor.device()));
+                (zeros(moments), Rule::AdamW { second: zeros(moments), step })
+            };
+            Slot { name, group: p.group, first, rule, param: p.tensor }
         });
         Self { config, slots: slots.collect(), lr: Tensor::zeros([], (Kind::Double, params.device())) }
     }
@@ -155,7 +199,7 @@ impl Optimizer {
         let mut by_shape: BTreeMap<Vec<i64>, Vec<muon::Matrix>> = BTreeMap::new();
         for (slot, grad) in self.with_grad().filter(|(slot, _)| matches!(slot.rule, Rule::Muon)) {
             let (param, momentum) = (slot.param.shallow_clone(), slot.first.shallow_clone());
-            let grad = grad * factor;
+            let grad = grad.to_kind(Kind::Float) * factor;
             by_shape.entry(grad.size()).or_default().push(muon::Matrix { param, grad, momentum });
         }
         for matrices in by_shape.values_mut() {
@@ -271,7 +315,7 @@ fn copy_named(targets: Vec<(String, Tensor)>, state: Vec<(String, Tensor)>, what
             .remove(&name)
             .filter(|t| t.size() == target.size() && t.kind() == target.kind())
             .ok_or_else(|| {
-            RuntimeError::Torch(format!("{what}: `{name}` is missing or of another shape"))
+            RuntimeError::Torch(format!("{what}: `{name}` is missing or of another shape or dtype"))
         })?;
         target.f_copy_(&source)?;
     }
@@ -302,11 +346,21 @@ mod tests {
         (x.matmul(&w.tr()) + b).square().sum(Kind::Float)
     }
 
-    /// AdamW written out in f64, after the paper's algorithm 2.
     #[test]
-    fn matches_the_formula() {
+    fn float32_moments_match_the_formula() {
+        assert_formula(MomentDtype::Fp32);
+    }
+
+    #[test]
+    fn bf16_moments_match_the_formula() {
+        assert_formula(MomentDtype::Bf16);
+    }
+
+    /// AdamW written out in f64, after the paper's algorithm 2.
+    #[track_caller]
+    fn assert_formula(kept: MomentDtype) {
         let (params, w, b) = model();
-        let config = OptimizerConfig { weight_decay: 0.1, ..OptimizerConfig::default() };
+        let config = OptimizerConfig { weight_decay: 0.1, moments: kept, ..OptimizerConfig::default() };
         let mut optimizer = Optimizer::new(&params, config);
         let mut expected = [w.copy().to_kind(Kind::Double), b.copy().to_kind(Kind::Double)];
         let mut moments = [0, 1].map(|i| (expected[i].zeros_like(), expected[i].zeros_like()));
@@ -321,6 +375,10 @@ mod tests {
                 let first = &moments[i].0 / (1.0 - config.beta1.powi(step));
                 let second = &moments[i].1 / (1.0 - config.beta2.powi(step));
                 expected[i] = &expected[i] * (1.0 - lr * decay) - first / (second.sqrt() + config.eps) * lr;
+                if kept == MomentDtype::Bf16 {
+                    let rounded = |x: &Tensor| x.to_kind(Kind::BFloat16).to_kind(Kind::Double);
+                    moments[i] = (rounded(&moments[i].0), rounded(&moments[i].1));
+                }
             }
             optimizer.set_lr(lr);
             let _ = optimizer.step(f64::INFINITY).unwrap();
@@ -329,6 +387,16 @@ mod tests {
             let gap = (actual.detach().to_kind(Kind::Double) - expected).abs().max().double_value(&[]);
             assert!(gap < 1e-5, "{gap}");
         }
+        let kinds = optimizer.slots.iter().map(|slot| slot.first.kind()).collect::<Vec<_>>();
+        assert_eq!(kinds, [kept.kind(); 2]);
+    }
+
+    #[test]
+    fn a_mean_too_slow_for_bf16_is_refused() {
+        let config = OptimizerConfig { moments: MomentDtype::Bf16, ..OptimizerConfig::default() };
+        assert_eq!(config.validate(), Ok(()));
+        let message = OptimizerConfig { beta2: 0.999, ..config }.validate().unwrap_err();
+        assert!(message.contains("beta2 = 0.999") && message.contains("0.99 at most"), "{message}");
     }
 
     /// One step's first moment is a share of the scaled gradient.
@@ -375,9 +443,10 @@ mod tests {
 
     #[test]
     fn state_returns_and_training_goes_on_bit_for_bit() {
-        let run = |interrupt: bool| {
+        let run = |moments: MomentDtype, interrupt: bool| {
+            let config = OptimizerConfig { moments, ..OptimizerConfig::default() };
             let (params, w, b) = model();
-            let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
+            let mut optimizer = Optimizer::new(&params, config);
             optimizer.set_lr(0.1);
             let mut ema = Ema::new(&params, 0.9);
             for step in 0..6 {
@@ -385,7 +454,7 @@ mod tests {
                     let (state, averages) = (optimizer.state(), ema.state());
                     let copied: Vec<_> = state.iter().map(|(n, t)| (n.clone(), t.copy())).collect();
                     let averages: Vec<_> = averages.iter().map(|(n, t)| (n.clone(), t.copy())).collect();
-                    optimizer = Optimizer::new(&params, OptimizerConfig::default());
+                    optimizer = Optimizer::new(&params, config);
                     optimizer.load_state(copied).unwrap();
                     ema = Ema::new(&params, 0.9);
                     ema.load_state(averages).unwrap();
@@ -399,7 +468,9 @@ mod tests {
             ema.swap();
             (w.copy(), b.copy())
         };
-        assert_eq!(run(false), run(true));
+        for moments in [MomentDtype::Fp32, MomentDtype::Bf16] {
+            assert_eq!(run(moments, false), run(moments, true));
+        }
     }
 
     /// Hidden matrices by Muon, everything else by AdamW; a part without a gradient stays, and so does its momentum.

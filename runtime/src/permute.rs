@@ -59,7 +59,7 @@ impl Permutation {
     }
 }
 
-/// The calls of `csrc/fused.cpp`.
+/// The calls of `csrc/experts.cpp`.
 #[cfg(feature = "cuda")]
 mod kernels {
     use tch::Tensor;
@@ -121,7 +121,7 @@ mod tests {
     #[cfg(feature = "cuda")]
     #[test]
     fn kernels_and_their_gradients_match_float64() {
-        use crate::fused::tests::{CUDA, check, draw};
+        use crate::fused::testing::{CUDA, check, draw};
 
         tch::manual_seed(2);
         for (tokens, choices, width) in [(1, 1, 8), (7, 3, 24), (1000, 4, 1024), (129, 8, 2056)] {

@@ -120,7 +120,8 @@ impl KvCache {
             let near = self.near(places, at + t, window.size);
             seen.map_or(near.shallow_clone(), |seen| seen.logical_and(&near))
         });
-        let hidden = transformer.run(x_nd, rotation.as_ref(), real, Mode::Infer, |index, q, k, v| {
+        let hidden = transformer.run(x_nd, rotation.as_ref(), real, Mode::Infer, |index, heads| {
+            let (q, k, v) = heads.split();
             let [q, k, v] = [q, k, v].map(|x_nhk| {
                 let size = x_nhk.size();
                 x_nhk.reshape([-1, t, size[1], size[2]]).transpose(1, 2) // [r, h, t, k]

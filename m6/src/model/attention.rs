@@ -3,6 +3,7 @@
 //! Legend: `n` tokens, `d` model width, `h` heads, `g` key heads, `k` head width.
 
 use crate::error::Result;
+use m6_runtime::attention::{Layout, prefix_attention, rotary_attention};
 use m6_runtime::fused::split_heads;
 use m6_runtime::nn::{Linear, RmsNorm};
 use m6_runtime::{Init, Params};
@@ -24,8 +25,49 @@ pub struct Attention {
     head_width: i64,
 }
 
-/// `q` of shape `[n, h, k]`, `k` and `v` of shape `[n, g, k]` to the attended values `[n, h, k]`.
-pub type Attend<'a> = dyn FnMut(&Tensor, &Tensor, &Tensor) -> Result<Tensor> + 'a;
+/// The heads of a block to the attended values `[n, h, k]`.
+pub type Attend<'a> = dyn FnMut(&Heads<'_>) -> Result<Tensor> + 'a;
+
+/// Queries, keys and values of a block.
+#[derive(Debug)]
+pub struct Heads<'a> {
+    /// `[n, h + 2 g, k]`, side by side, as they were projected.
+    qkv: Tensor,
+    attention: &'a Attention,
+    rotation: Option<&'a Rotation>,
+}
+
+impl Heads<'_> {
+    /// Queries `[n, h, k]`, keys and values `[n, g, k]`, the first two normed and turned.
+    pub fn split(&self) -> (Tensor, Tensor, Tensor) {
+        let Attention { norms, heads, kv_heads, .. } = self.attention;
+        let (norms, rotation) = match (norms, self.rotation) {
+            (None, Some(rotation)) => return rotation.split(&self.qkv, *heads, *kv_heads),
+            both => both,
+        };
+        let (mut q, mut k, v) = split_heads(&self.qkv, *heads, *kv_heads);
+        if let Some([q_norm, k_norm]) = norms {
+            (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
+        }
+        if let Some(rotation) = rotation {
+            (q, k) = rotation.turn(&q, &k);
+        }
+        (q, k, v)
+    }
+
+    /// Attention over packed examples.
+    ///
+    /// # Errors
+    /// When libtorch refuses a call.
+    pub fn attend(&self, layout: &Layout, window: Option<i64>) -> Result<Tensor> {
+        let Attention { norms, heads, kv_heads, .. } = self.attention;
+        if let (None, Some(angles)) = (norms, self.rotation.and_then(Rotation::angles)) {
+            return Ok(rotary_attention(&self.qkv, (*heads, *kv_heads), angles, layout, window)?);
+        }
+        let (q, k, v) = self.split();
+        Ok(prefix_attention(&q, &k, &v, layout, window)?)
+    }
+}
 
 impl Attention {
     /// The attention of one block; `out_std` is the initial width of the output projection.
@@ -50,20 +92,7 @@ impl Attention {
     /// Those of `attend`.
     pub fn forward(&self, x_nd: &Tensor, rotation: Option<&Rotation>, attend: &mut Attend) -> Result<Tensor> {
         let qkv = self.qkv.forward(x_nd).view([-1, self.heads + 2 * self.kv_heads, self.head_width]);
-        let (q, k, v) = match (&self.norms, rotation) {
-            (None, Some(rotation)) => rotation.split(&qkv, self.heads, self.kv_heads),
-            (norms, rotation) => {
-                let (mut q, mut k, v) = split_heads(&qkv, self.heads, self.kv_heads);
-                if let Some([q_norm, k_norm]) = norms {
-                    (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
-                }
-                if let Some(rotation) = rotation {
-                    (q, k) = rotation.turn(&q, &k);
-                }
-                (q, k, v)
-            }
-        };
-        let attended = attend(&q, &k, &v)?; // [n, h, k]
+        let attended = attend(&Heads { qkv, attention: self, rotation })?; // [n, h, k]
         Ok(self.out.forward(&attended.flatten(1, 2)))
     }
 }

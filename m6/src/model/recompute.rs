@@ -4,11 +4,12 @@
 //! Blocks run without a graph, which is cut before the first and after the last one. The gradients are those of
 //! [`Transformer::forward`], on the CPU to the last bit.
 
-use m6_runtime::attention::{Layout, prefix_attention};
+use m6_runtime::attention::Layout;
 use m6_runtime::device::{rng_state, set_rng_state};
 use m6_runtime::graph::{Cut, backward};
 use tch::Tensor;
 
+use super::attention::Heads;
 use super::moe::RouterLosses;
 use super::rotary::Rotation;
 use super::sequence::Tokens;
@@ -115,8 +116,7 @@ impl<'a> Recompute<'a> {
 
     fn step(&self, index: usize, x_nd: &Tensor) -> Result<(Tensor, Option<RouterLosses>)> {
         let window = self.transformer.config().window(index);
-        let mut attend =
-            |q: &Tensor, k: &Tensor, v: &Tensor| Ok(prefix_attention(q, k, v, self.layout, window)?);
+        let mut attend = |heads: &Heads<'_>| heads.attend(self.layout, window);
         let pass = Pass { rotation: self.rotation.as_ref(), real: self.real, mode: Mode::Train };
         let normed = self.transformer.norm_before(index).forward(x_nd);
         let Stepped { x_nd, fed_nd, losses } =

@@ -208,6 +208,11 @@ fn yarn_scale(factor: f64) -> f64 {
 }
 
 impl Rotation {
+    /// Cosines and sines `[n, 1, k]`, where queries are turned and nothing else.
+    pub fn angles(&self) -> Option<(&Tensor, &Tensor)> {
+        self.growth.is_none().then_some((&self.cos, &self.sin))
+    }
+
     /// Queries `[n, h, k]` and keys `[n, g, k]`, turned; computed in float32.
     pub fn turn(&self, q_nhk: &Tensor, k_ngk: &Tensor) -> (Tensor, Tensor) {
         let turned = |x: &Tensor| rotate(x, &self.cos, &self.sin);

@@ -3,14 +3,14 @@
 //! Legend: `n` tokens, `d` model width, `h` heads, `k` head width.
 
 use crate::error::Result;
-use m6_runtime::attention::{Layout, prefix_attention};
+use m6_runtime::attention::Layout;
 use m6_runtime::nn::{Embedding, Linear};
 use m6_runtime::{Init, Params};
 use m6_vision::{PatchConfig, PatchEncoder};
 use tch::{Device, Kind, Tensor};
 
 use super::INIT_STD;
-use super::attention::{Attend, Attention};
+use super::attention::{Attend, Attention, Heads};
 use super::config::{Bias, ModelConfig};
 use super::mlp::Mlp;
 use super::moe::{Moe, RouterLosses, RouterTotals};
@@ -169,7 +169,13 @@ impl Transformer {
     /// bytes in place of the token's row; pictures beyond the sequence's patches are padding. Returns `[n, d]` in the
     /// compute dtype.
     pub fn embed(&self, tokens: &Tokens, pictures: Option<&Tensor>) -> Tensor {
-        let mut content = self.tokens.forward(&tokens.ids);
+        // Only there does every step have a loss at the head that shares the table.
+        let is_shared = self.text_head.is_none() && self.vocab.is_language();
+        let mut content = if is_shared {
+            self.tokens.forward_shared(&tokens.ids)
+        } else {
+            self.tokens.forward(&tokens.ids)
+        };
         if let (Some(pictures), Some(patches)) = (pictures, &self.patches) {
             let features = patches.forward(pictures, self.compute).to_kind(Kind::Float);
             let used = features.narrow(0, 0, tokens.patch_rows.size()[0]);
@@ -207,14 +213,14 @@ impl Transformer {
         rotation: Option<&Rotation>,
         real: i64,
         mode: Mode,
-        mut attend: impl FnMut(usize, &Tensor, &Tensor, &Tensor) -> Result<Tensor>,
+        mut attend: impl FnMut(usize, &Heads<'_>) -> Result<Tensor>,
     ) -> Result<Hidden> {
         let pass = Pass { rotation, real, mode };
         let mut x_nd = self.drop(x_nd, mode);
         let mut normed = self.norm_before(0).forward(&x_nd);
         let mut losses = Vec::new();
         for index in 0..self.blocks() {
-            let mut attend_here = |q: &Tensor, k: &Tensor, v: &Tensor| attend(index, q, k, v);
+            let mut attend_here = |heads: &Heads<'_>| attend(index, heads);
             let stepped = self.step(index, &x_nd, &normed, pass, &mut attend_here)?;
             (x_nd, normed) = self.norm_before(index + 1).forward_sum(&stepped.fed_nd, &stepped.x_nd);
             losses.extend(stepped.losses);
@@ -279,8 +285,8 @@ impl Transformer {
         mode: Mode,
     ) -> Result<Hidden> {
         let rotation = self.rotation(&tokens.places, &tokens.lengths, mode);
-        self.run(self.embed(tokens, pictures), rotation.as_ref(), real, mode, |index, q, k, v| {
-            Ok(prefix_attention(q, k, v, layout, self.config.window(index))?)
+        self.run(self.embed(tokens, pictures), rotation.as_ref(), real, mode, |index, heads| {
+            heads.attend(layout, self.config.window(index))
         })
     }
 
@@ -288,6 +294,7 @@ impl Transformer {
     pub fn text_head(&self) -> Tensor {
         match &self.text_head {
             Some(head) => head.weight().shallow_clone(),
+            None if self.vocab.is_language() => self.tokens.weight().shallow_clone(),
             None => self.tokens.weight().narrow(0, 0, self.vocab.text_rows()),
         }
     }

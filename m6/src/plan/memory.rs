@@ -15,11 +15,12 @@ use crate::model::{FeedForwardKind, ModelConfig};
 const FLOAT: i64 = 4;
 const BF16: i64 = 2;
 
-/// The numbers of weights, gradients, moments and averages.
+/// The numbers of weights, gradients, moments and averages, where nothing else is said of them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
-    /// float32, with bf16 copies of the weights to compute with: what `m6 train` does on a GPU.
+    /// float32, with bf16 copies of the weights to compute with, and gradients of products in bf16 where one pass makes
+    /// them: what `m6 train` does on a GPU.
     Fp32Bf16,
     /// bf16 alone.
     Bf16,
@@ -87,16 +88,16 @@ pub(super) fn setups(subject: &Subject, machine: Machine) -> Vec<Setup> {
 fn setup(subject: &Subject, memory: Option<u64>, precision: Precision, gpus: i64, recompute: bool) -> Setup {
     let shape = &subject.shape;
     let parts = Parts::of(shape);
-    let (all, each) = (parts.total().parameters, precision.bytes());
+    let all = parts.total().parameters;
     let share = |bytes: i64| (bytes + gpus - 1) / gpus;
-    // Muon has one moment, AdamW two.
-    let moments = 2 * all - if subject.has_muon { count::hidden_matrices(shape) } else { 0 };
     let copies = match (precision, gpus) {
         (Precision::Fp32Bf16, 1) => BF16 * copied(shape, &parts),
         (Precision::Bf16, 1) => 0,
         _ => BF16 * count::largest_block(&shape.model),
     };
-    let states = [all, all, moments, all].map(|values| share(each * values));
+    let each = precision.bytes() * all;
+    let states =
+        [each, gradients(subject, precision, &parts), moments(subject, precision, all), each].map(share);
     let [weights, gradients, optimizer, averages] = states;
     let sum = states.iter().sum::<i64>() + copies;
     let activations_per_token = activations(shape, recompute);
@@ -118,6 +119,21 @@ fn setup(subject: &Subject, memory: Option<u64>, precision: Precision, gpus: i64
         fits: memory.map(|memory| sum as u64 <= memory),
         largest_batch,
     }
+}
+
+/// Bytes of the gradients.
+fn gradients(subject: &Subject, precision: Precision, parts: &Parts) -> i64 {
+    let in_products = [parts.attention, parts.feed_forward, parts.experts].map(|count| count.parameters);
+    let saved = if subject.passes > 1 { 0 } else { precision.bytes() - BF16 };
+    precision.bytes() * parts.total().parameters - saved * in_products.iter().sum::<i64>()
+}
+
+/// Bytes of the moments of `all` parameters.
+fn moments(subject: &Subject, precision: Precision, all: i64) -> i64 {
+    let Subject { shape, optimizer, .. } = subject;
+    let by_muon = if optimizer.muon_momentum.is_some() { count::hidden_matrices(shape) } else { 0 };
+    let moment = precision.bytes().min(optimizer.moments.bytes() as i64);
+    2 * moment * (all - by_muon) + precision.bytes() * by_muon
 }
 
 /// Weights that layers cast to the dtype of their input: all but norms, tables that are only looked up, and routers.
@@ -179,6 +195,8 @@ fn picture(config: &PatchConfig) -> i64 {
 
 #[cfg(test)]
 mod tests {
+    use m6_runtime::optim::{MomentDtype, OptimizerConfig};
+
     use super::*;
 
     const GIB: f64 = (1u64 << 30) as f64;
@@ -200,6 +218,22 @@ mod tests {
     }
 
     #[test]
+    fn moments_of_bf16_take_half_except_those_of_muon() {
+        let optimizer = |moments, muon_momentum| {
+            let optimizer = OptimizerConfig { moments, muon_momentum, ..OptimizerConfig::default() };
+            let subject = Subject { optimizer, ..super::super::tests::preset("qwen2-0.5b") };
+            let setup = setup(&subject, None, Precision::Fp32Bf16, 1, false);
+            (setup.optimizer, setup.weights, FLOAT * count::hidden_matrices(&subject.shape))
+        };
+        let (whole, weights, _) = optimizer(MomentDtype::Fp32, None);
+        assert_eq!((whole, optimizer(MomentDtype::Bf16, None).0), (2 * weights, weights));
+        let (whole, _, by_muon) = optimizer(MomentDtype::Fp32, Some(0.95));
+        assert_eq!(whole, 2 * weights - by_muon);
+        // One of float32 takes what two of bf16 take.
+        assert_eq!(optimizer(MomentDtype::Bf16, Some(0.95)).0, weights);
+    }
+
+    #[test]
     fn spreading_and_computing_again_take_less() {
         let subject = super::super::tests::preset("qwen2-7b");
         let machine = Machine { gpus: 8, memory: Some(80 << 30) };
@@ -210,6 +244,8 @@ mod tests {
         assert_eq!(spread.weights, (alone.weights + 7) / 8);
         assert!(again.activations_per_token < alone.activations_per_token / 4.0);
         assert!(both.largest_batch > spread.largest_batch);
-        assert_eq!(setups[4].states * 2, alone.states - alone.copies);
+        let whole_bf16 = &setups[4];
+        assert_eq!(2 * whole_bf16.weights, alone.weights);
+        assert_eq!(2 * whole_bf16.optimizer, alone.optimizer);
     }
 }

@@ -292,7 +292,7 @@ mod tests {
         let shape = Shape { model, vocab: Vocab { text: 1 << 24, codes: 1 << 24 }, code_grid: 1 << 12 };
         assert_eq!(shape.model.validate(), Ok(()));
         let machine = Machine { gpus: 1 << 20, memory: Some(u64::MAX) };
-        let plan = Plan::of(&Subject { shape, has_muon: true }, machine, Some(1 << 30));
+        let plan = Plan::of(&Subject::alone(shape), machine, Some(1 << 30));
         assert!(plan.parameters > 1 << 57);
     }
 

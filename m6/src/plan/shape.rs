@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use m6_data::tokenizer::Tokenizer;
+use m6_runtime::optim::OptimizerConfig;
 use m6_vqgan::Vqgan;
 use serde::Deserialize;
 
@@ -32,8 +33,10 @@ pub struct Shape {
 pub struct Subject {
     /// The stack.
     pub shape: Shape,
-    /// Whether hidden matrices are updated by Muon.
-    pub has_muon: bool,
+    /// What updates it.
+    pub optimizer: OptimizerConfig,
+    /// Backward passes before an update.
+    pub passes: u64,
 }
 
 impl Subject {
@@ -43,7 +46,7 @@ impl Subject {
     /// When there is nothing at `path`, it cannot be read, or what it describes is no stack.
     pub fn open(path: &Path) -> Result<Self> {
         if path.is_dir() {
-            return Ok(Self { shape: Shape::of_folder(path)?, has_muon: false });
+            return Ok(Self::alone(Shape::of_folder(path)?));
         }
         if !path.exists() {
             let expected = "expected a config or a model folder";
@@ -53,11 +56,17 @@ impl Subject {
         if !keys.contains_key("schedule") {
             let shape = m6_run::config::load::<Shape>(path, &[])?.config;
             let problem = |problem: String| Error::Usage(format!("{}: {problem}", path.display()));
-            return Ok(Self { shape: shape.validated().map_err(problem)?, has_muon: false });
+            return Ok(Self::alone(shape.validated().map_err(problem)?));
         }
         let config = m6_run::config::load::<TrainConfig>(path, &[])?.config;
         config.validate()?;
-        Ok(Self { has_muon: config.optimizer.muon_momentum.is_some(), shape: Shape::of_run(config)? })
+        let (optimizer, passes) = (config.optimizer, config.schedule.accumulation);
+        Ok(Self { optimizer, passes, shape: Shape::of_run(config)? })
+    }
+
+    /// With nothing said of its training.
+    pub(super) fn alone(shape: Shape) -> Self {
+        Self { shape, optimizer: OptimizerConfig::default(), passes: 1 }
     }
 }
 

@@ -1,6 +1,6 @@
 //! The discriminator with its own optimizer.
 
-use m6_runtime::optim::{Optimizer, OptimizerConfig};
+use m6_runtime::optim::{MomentDtype, Optimizer, OptimizerConfig};
 use m6_runtime::{Params, named_seed};
 use tch::{Device, Kind, Tensor};
 
@@ -13,8 +13,14 @@ use crate::loss::Term;
 use crate::model::compute_kind;
 
 /// Less momentum than the model's: the discriminator chases a moving target.
-const OPTIMIZER: OptimizerConfig =
-    OptimizerConfig { beta1: 0.5, beta2: 0.9, eps: 1e-8, weight_decay: 0.0, muon_momentum: None };
+const OPTIMIZER: OptimizerConfig = OptimizerConfig {
+    beta1: 0.5,
+    beta2: 0.9,
+    eps: 1e-8,
+    weight_decay: 0.0,
+    moments: MomentDtype::Fp32,
+    muon_momentum: None,
+};
 
 /// Keeps an adversarial loss without a gradient from dividing by zero, as taming-transformers has it.
 const BALANCE_EPS: f64 = 1e-4;

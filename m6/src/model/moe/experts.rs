@@ -1,6 +1,6 @@
 //! Stacked experts: grouped products over rows that are sorted by expert.
 
-use m6_runtime::fused::converted;
+use m6_runtime::fused::grouped_linear;
 use m6_runtime::{Group, Init, Params};
 use tch::{Device, Tensor};
 
@@ -86,16 +86,13 @@ fn parts(groups: i64, rows: i64, ends_e: &Tensor) -> Vec<Part> {
 
 /// Rows `[r, i]`, each by the matrix `[o, i]` of its expert.
 fn product(x_ri: &Tensor, weight_eoi: &Tensor, parts: &[Part]) -> Tensor {
-    let grouped = |x: &Tensor, weight: &Tensor, ends: &Tensor| {
-        x.internal_grouped_mm(&converted(weight, x.kind()).transpose(1, 2), Some(ends), None, None)
-    };
     if let [all] = parts {
-        return grouped(x_ri, weight_eoi, &all.ends_e);
+        return grouped_linear(x_ri, weight_eoi, &all.ends_e);
     }
     let sizes = |size: fn(&Part) -> i64| parts.iter().map(size).collect::<Vec<_>>();
     let x = x_ri.split_with_sizes(sizes(|part| part.rows), 0);
     let weights = weight_eoi.split_with_sizes(sizes(|part| part.ends_e.size()[0]), 0);
     let with_rows = x.iter().zip(&weights).zip(parts).filter(|(_, part)| part.rows > 0);
-    let products = with_rows.map(|((x, weight), part)| grouped(x, weight, &part.ends_e));
+    let products = with_rows.map(|((x, weight), part)| grouped_linear(x, weight, &part.ends_e));
     Tensor::cat(&products.collect::<Vec<_>>(), 0)
 }

@@ -1,4 +1,4 @@
-// The parameters that one launch of AdamW updates; read by fused.cpp and kernels.cu.
+// The parameters that one launch of AdamW updates; read by adamw.cpp and adamw.cuh.
 
 #pragma once
 
@@ -13,11 +13,14 @@ struct AdamWBatch {
   float* params[MOST];
   // Copies of the parameters in bf16, null where there are none.
   void* copies[MOST];
-  const float* grads[MOST];
-  float* firsts[MOST];
-  float* seconds[MOST];
+  // float32 or bf16.
+  const void* grads[MOST];
+  // All float32 or all bf16.
+  void* firsts[MOST];
+  void* seconds[MOST];
   const float* steps[MOST];
   int64_t sizes[MOST];
+  bool has_bf16_grad[MOST];
   // The block after the last one of each parameter.
   int ends[MOST];
 };
