@@ -4,9 +4,8 @@
 //!     cargo bench -p m6 --features cuda --bench train_step -- qwen2-0.5b 8 2048
 //!
 //! Shape, texts, tokens a text, how often they are gone through before an update (once), and the dtype of the optimizer's
-//! moments (`fp32`, or `bf16`). On a GPU steps are launched
-//! kernel by kernel, and then as a CUDA graph. Prints one line of JSON, to be read beside what Hugging Face's implementation
-//! makes of the same shape on the same GPU.
+//! moments (`fp32`, or `bf16`). On a GPU steps are launched kernel by kernel, and then as a CUDA graph. Prints one line of
+//! JSON, to be read beside what Hugging Face's implementation makes of the same shape on the same GPU.
 
 use std::time::Instant;
 

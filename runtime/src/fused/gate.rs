@@ -39,7 +39,7 @@ mod calls {
     }
 
     pub(super) fn swiglu(gate_up: &Tensor) -> Tensor {
-        // SAFETY: as above.
+        // SAFETY: live tensors that libtorch reads; the result is new.
         made(|out| unsafe { ffi::m6_swiglu(gate_up.as_ptr(), out) })
     }
 

@@ -39,7 +39,7 @@ mod calls {
         let rows = hidden.size()[0];
         let row_weights = Tensor::full([rows], 1.0 / rows as f64, (Kind::Float, hidden.device()));
         let mut losses = null_mut();
-        // SAFETY: as above; both results are new.
+        // SAFETY: live tensors that libtorch reads; both results are new.
         let total = made(|total| unsafe {
             ffi::m6_linear_cross_entropy(
                 hidden.as_ptr(),

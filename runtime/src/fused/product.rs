@@ -37,7 +37,7 @@ mod calls {
 
     pub(super) fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Tensor {
         let bias = bias.map_or(std::ptr::null(), Tensor::as_ptr);
-        // SAFETY: as above; no bias is a null pointer.
+        // SAFETY: live tensors that libtorch reads, no bias is a null pointer; the result is new.
         made(|out| unsafe { ffi::m6_linear(x.as_ptr(), weight.as_ptr(), bias, out) })
     }
 

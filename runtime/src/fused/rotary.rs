@@ -57,7 +57,7 @@ mod calls {
 
     pub(super) fn rotate(x: &Tensor, cosines: &Tensor, sines: &Tensor) -> Tensor {
         let (cosines, sines) = (cosines.contiguous(), sines.contiguous());
-        // SAFETY: as above.
+        // SAFETY: live tensors that libtorch reads; the result is new.
         made(|out| unsafe { ffi::m6_rotate(x.as_ptr(), cosines.as_ptr(), sines.as_ptr(), out) })
     }
 
