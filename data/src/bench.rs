@@ -115,7 +115,7 @@ impl Made {
         let decoded = timed(&mut made.decode, || sample_image_for(&sample, transform.short_side()));
         made.picture = decoded.ok().and_then(|picture| {
             let mut rng = sample_rng(SEED, ordinal);
-            timed(&mut made.transform, || transform.apply(picture, &mut rng)).ok()
+            timed(&mut made.transform, || transform.apply_to(picture, &mut rng)).ok()
         });
         made
     }

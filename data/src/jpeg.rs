@@ -10,7 +10,9 @@ use zune_jpeg::JpegDecoder;
 use zune_jpeg::errors::DecodeErrors;
 
 use crate::error::{DataError, Result};
-use crate::picture::check_size;
+use crate::picture::{Decoded, check_size, upright_on_white};
+#[cfg(feature = "turbojpeg")]
+use crate::planes::Planes;
 
 /// The second byte of markers (ITU-T T.81, table B.1).
 mod marker {
@@ -20,17 +22,16 @@ mod marker {
     pub const APP1: u8 = 0xe1;
 }
 
-/// A picture as [`crate::picture::Rgb8::decode_for`] wants it, and how it becomes upright.
+/// A picture as [`Decoded::for_side`] wants it.
 ///
 /// # Errors
 /// Broken bytes or too many pixels.
-pub(crate) fn decode(bytes: &[u8], short_side: Option<u32>) -> Result<(DynamicImage, Orientation)> {
-    let picture = match decode_turbo(bytes, short_side)? {
-        Some(picture) => picture,
-        None => decode_any(bytes)?,
-    };
-    let orientation = exif(bytes).and_then(Orientation::from_exif_chunk);
-    Ok((picture, orientation.unwrap_or(Orientation::NoTransforms)))
+pub(crate) fn decode(bytes: &[u8], short_side: Option<u32>) -> Result<Decoded> {
+    let orientation = exif(bytes).and_then(Orientation::from_exif_chunk).unwrap_or(Orientation::NoTransforms);
+    if let Some(decoded) = decode_turbo(bytes, short_side, orientation)? {
+        return Ok(decoded);
+    }
+    Ok(Decoded::Rgb(upright_on_white(decode_any(bytes)?, orientation)))
 }
 
 /// By the general decoder, which also judges what is broken.
@@ -53,15 +54,14 @@ fn decode_any(bytes: &[u8]) -> Result<DynamicImage> {
     picture.ok_or_else(|| DataError::Picture("JPEG: fewer pixels than its header says".to_owned()))
 }
 
-/// By libjpeg-turbo, at the smallest scale that leaves at least `short_side`, of those for which it has fast inverse
-/// transforms; `None` where the general decoder has to judge.
+/// By libjpeg-turbo; `None` where the general decoder has to judge.
 ///
 /// # Errors
 /// Too many pixels.
 #[cfg(feature = "turbojpeg")]
-fn decode_turbo(bytes: &[u8], short_side: Option<u32>) -> Result<Option<DynamicImage>> {
+fn decode_turbo(bytes: &[u8], short_side: Option<u32>, orientation: Orientation) -> Result<Option<Decoded>> {
     use std::cell::RefCell;
-    use turbojpeg::Decompressor;
+    use turbojpeg::{Colorspace, Decompressor};
     thread_local! {
         // Its tables and buffers are worth keeping from picture to picture.
         static DECODER: RefCell<Option<Decompressor>> = const { RefCell::new(None) };
@@ -71,9 +71,27 @@ fn decode_turbo(bytes: &[u8], short_side: Option<u32>) -> Result<Option<DynamicI
         let Some(mut decoder) = kept.take().or_else(|| Decompressor::new().ok()) else { return Ok(None) };
         let Ok(header) = decoder.read_header(bytes) else { return Ok(None) };
         check_size((side(header.width), side(header.height)))?;
-        let picture = decode_scaled(&mut decoder, bytes, &header, short_side);
-        *kept = picture.is_some().then_some(decoder);
-        Ok(picture)
+        if matches!(header.colorspace, Colorspace::CMYK | Colorspace::YCCK) {
+            *kept = Some(decoder);
+            return Ok(None);
+        }
+        let short = side(header.width.min(header.height));
+        // The smallest scale that leaves enough, of those for which it has fast inverse transforms.
+        let fits = |part: &u32| short_side.is_some_and(|wanted| short / part >= wanted);
+        let part = [8, 4, 2].into_iter().find(fits).unwrap_or(1);
+        let will_shrink = short_side.is_some_and(|wanted| wanted < short);
+        let decoded = if will_shrink
+            && part == 1
+            && orientation == Orientation::NoTransforms
+            && Planes::are_of(&header)
+        {
+            Planes::decode(&mut decoder, bytes, &header).map(Decoded::Planes)
+        } else {
+            let picture = decode_scaled(&mut decoder, bytes, &header, part);
+            picture.map(|picture| Decoded::Rgb(upright_on_white(picture, orientation)))
+        };
+        *kept = decoded.is_some().then_some(decoder);
+        Ok(decoded)
     })
 }
 
@@ -82,15 +100,9 @@ fn decode_scaled(
     decoder: &mut turbojpeg::Decompressor,
     bytes: &[u8],
     header: &turbojpeg::DecompressHeader,
-    short_side: Option<u32>,
+    part: u32,
 ) -> Option<DynamicImage> {
-    use turbojpeg::{Colorspace, Image, PixelFormat, ScalingFactor};
-    if matches!(header.colorspace, Colorspace::CMYK | Colorspace::YCCK) {
-        return None;
-    }
-    let short = side(header.width.min(header.height));
-    let fits = |part: &u32| short_side.is_some_and(|wanted| short / part >= wanted);
-    let part = [8, 4, 2].into_iter().find(fits).unwrap_or(1);
+    use turbojpeg::{Image, PixelFormat, ScalingFactor};
     let scale = ScalingFactor::new(1, part as usize);
     decoder.set_scaling_factor(scale).ok()?;
     let (width, height) = (scale.scale(header.width), scale.scale(header.height));
@@ -102,7 +114,7 @@ fn decode_scaled(
 }
 
 #[cfg(not(feature = "turbojpeg"))]
-fn decode_turbo(_: &[u8], _: Option<u32>) -> Result<Option<DynamicImage>> {
+fn decode_turbo(_: &[u8], _: Option<u32>, _: Orientation) -> Result<Option<Decoded>> {
     Ok(None)
 }
 
@@ -166,14 +178,20 @@ mod tests {
         let whole = Rgb8::decode(&jpeg).unwrap();
         for (short_side, part) in [(49, 1), (48, 1), (25, 1), (24, 2), (12, 4), (6, 8), (1, 8)] {
             let part = if cfg!(feature = "turbojpeg") { part } else { 1 };
-            let reduced = Rgb8::decode_for(&jpeg, Some(short_side)).unwrap();
-            assert_eq!((reduced.width, reduced.height), (64 / part, 48 / part), "short side {short_side}");
+            let reduced = decode(&jpeg, Some(short_side)).unwrap();
+            assert_eq!(reduced.size(), (64 / part, 48 / part), "short side {short_side}");
             let expected = whole.resize(64 / part, 48 / part).unwrap();
-            let differences = reduced.pixels.iter().zip(&expected.pixels).map(|(a, b)| a.abs_diff(*b));
-            assert!(differences.max() <= Some(8), "short side {short_side}");
+            assert_near(&reduced.into_rgb().unwrap(), &expected, 8);
         }
         let cut = &jpeg[..jpeg.len() / 2];
-        assert_eq!(Rgb8::decode_for(cut, Some(12)).is_err(), Rgb8::decode(cut).is_err());
+        assert_eq!(decode(cut, Some(12)).is_err(), Rgb8::decode(cut).is_err());
+    }
+
+    #[track_caller]
+    fn assert_near(got: &Rgb8, expected: &Rgb8, tolerance: u8) {
+        assert_eq!((got.width, got.height), (expected.width, expected.height));
+        let differences = got.pixels.iter().zip(&expected.pixels).map(|(a, b)| a.abs_diff(*b));
+        assert!(differences.max() <= Some(tolerance));
     }
 
     #[test]
@@ -198,8 +216,10 @@ mod tests {
         to_progressive.progressive = true;
         let progressive = transform(&to_progressive, jpeg).unwrap();
         for short_side in [None, Some(16), Some(8), Some(4)] {
-            let [one, other] =
-                [jpeg, &progressive].map(|bytes| decode_turbo(bytes, short_side).unwrap().unwrap());
+            let [one, other] = [jpeg, &progressive].map(|bytes| {
+                let decoded = decode_turbo(bytes, short_side, Orientation::NoTransforms).unwrap();
+                decoded.unwrap().into_rgb().unwrap()
+            });
             assert!(one == other, "{what}, for a short side of {short_side:?}");
         }
     }

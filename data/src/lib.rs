@@ -45,6 +45,8 @@ pub mod packing;
 mod pattern;
 pub mod picture;
 mod pipe;
+#[cfg(feature = "turbojpeg")]
+mod planes;
 #[cfg(feature = "remote")]
 mod remote;
 mod rule;

@@ -5,6 +5,7 @@ use std::io::Cursor;
 use std::path::Path;
 
 use fast_image_resize as fir;
+use image::metadata::Orientation;
 use image::{DynamicImage, ImageDecoder, ImageEncoder, ImageFormat, ImageReader};
 
 use crate::atomic_file::write_atomic;
@@ -48,32 +49,7 @@ impl Rgb8 {
     /// # Errors
     /// Another format, broken bytes, or more than [`MAX_PIXELS`].
     pub fn decode(bytes: &[u8]) -> Result<Self> {
-        Self::decode_for(bytes, None)
-    }
-
-    /// As [`Rgb8::decode`]; but of a JPEG that will be scaled down to `short_side` only as much may be decoded as that
-    /// needs: a half, a quarter or an eighth of its size, never smaller than `short_side`. Only with the feature
-    /// `turbojpeg`; without it every picture has its full size.
-    ///
-    /// # Errors
-    /// As for [`Rgb8::decode`].
-    pub(crate) fn decode_for(bytes: &[u8], short_side: Option<u32>) -> Result<Self> {
-        let broken = |e: image::ImageError| DataError::Picture(e.to_string());
-        let format = image::guess_format(bytes).ok().filter(|format| FORMATS.contains(format));
-        let format =
-            format.ok_or_else(|| DataError::Picture("expected JPEG, PNG, WebP or BMP".to_owned()))?;
-        let (mut picture, orientation) = match format {
-            ImageFormat::Jpeg => jpeg::decode(bytes, short_side)?,
-            _ => {
-                let reader = ImageReader::with_format(Cursor::new(bytes), format);
-                let mut decoder = reader.into_decoder().map_err(broken)?;
-                check_size(decoder.dimensions())?;
-                let orientation = decoder.orientation().map_err(broken)?;
-                (DynamicImage::from_decoder(decoder).map_err(broken)?, orientation)
-            }
-        };
-        picture.apply_orientation(orientation);
-        Ok(on_white(picture))
+        Decoded::for_side(bytes, None)?.into_rgb()
     }
 
     /// PNG bytes.
@@ -204,6 +180,70 @@ impl Rgb8 {
     }
 }
 
+/// A decoded picture, upright, that waits for its first step.
+pub(crate) enum Decoded {
+    /// Its pixels.
+    Rgb(Rgb8),
+    /// As a JPEG stores it.
+    #[cfg(feature = "turbojpeg")]
+    Planes(crate::planes::Planes),
+}
+
+impl Decoded {
+    /// As [`Rgb8::decode`]; but of a JPEG whose short side will be scaled to `short_side` no more may be decoded than that
+    /// needs: a half, a quarter or an eighth of its size, never smaller than `short_side`, or planes. Only with the
+    /// feature `turbojpeg`; without it every picture has its full size.
+    ///
+    /// # Errors
+    /// As for [`Rgb8::decode`].
+    pub(crate) fn for_side(bytes: &[u8], short_side: Option<u32>) -> Result<Self> {
+        let broken = |e: image::ImageError| DataError::Picture(e.to_string());
+        let format = image::guess_format(bytes).ok().filter(|format| FORMATS.contains(format));
+        let format =
+            format.ok_or_else(|| DataError::Picture("expected JPEG, PNG, WebP or BMP".to_owned()))?;
+        if format == ImageFormat::Jpeg {
+            return jpeg::decode(bytes, short_side);
+        }
+        let mut decoder =
+            ImageReader::with_format(Cursor::new(bytes), format).into_decoder().map_err(broken)?;
+        check_size(decoder.dimensions())?;
+        let orientation = decoder.orientation().map_err(broken)?;
+        let picture = DynamicImage::from_decoder(decoder).map_err(broken)?;
+        Ok(Self::Rgb(upright_on_white(picture, orientation)))
+    }
+
+    /// Columns and rows.
+    pub(crate) fn size(&self) -> (u32, u32) {
+        match self {
+            Self::Rgb(picture) => (picture.width, picture.height),
+            #[cfg(feature = "turbojpeg")]
+            Self::Planes(planes) => planes.size(),
+        }
+    }
+
+    /// # Errors
+    /// When planes cannot be converted.
+    pub(crate) fn into_rgb(self) -> Result<Rgb8> {
+        match self {
+            Self::Rgb(picture) => Ok(picture),
+            #[cfg(feature = "turbojpeg")]
+            Self::Planes(planes) => planes.resize_part(planes.size(), Part::whole(planes.size())),
+        }
+    }
+
+    /// A part of the picture scaled to `size`.
+    ///
+    /// # Errors
+    /// A size is zero, or the part reaches outside.
+    pub(crate) fn resize_part(&self, size: (u32, u32), part: Part) -> Result<Rgb8> {
+        match self {
+            Self::Rgb(picture) => picture.resize_part(size, part),
+            #[cfg(feature = "turbojpeg")]
+            Self::Planes(planes) => planes.resize_part(size, part),
+        }
+    }
+}
+
 /// A rectangle by its upper left corner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Part {
@@ -285,7 +325,9 @@ pub(crate) fn check_size((width, height): (u32, u32)) -> Result<()> {
     Ok(())
 }
 
-fn on_white(picture: DynamicImage) -> Rgb8 {
+/// Turned as its orientation says, transparency put on white.
+pub(crate) fn upright_on_white(mut picture: DynamicImage, orientation: Orientation) -> Rgb8 {
+    picture.apply_orientation(orientation);
     let (width, height) = (picture.width(), picture.height());
     if !picture.color().has_alpha() {
         return Rgb8 { width, height, pixels: picture.into_rgb8().into_raw() };

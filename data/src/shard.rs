@@ -9,7 +9,7 @@ use crate::error::{DataError, Result};
 use crate::flaw::{Flaw, FlawClass};
 use crate::key::split_key;
 use crate::pattern::resolve;
-use crate::picture::Rgb8;
+use crate::picture::{Decoded, Rgb8};
 use crate::scan::{Care, Progress, Scanned, Stamp, scan_all};
 use crate::tar_index::Defect;
 
@@ -357,16 +357,16 @@ impl Sample<'_> {
 /// # Errors
 /// Names the sample when it has no picture or a broken one.
 pub fn sample_image(sample: &Sample) -> Result<Rgb8> {
-    sample_image_for(sample, None)
+    sample_image_for(sample, None)?.into_rgb()
 }
 
-/// As [`sample_image`], by [`Rgb8::decode_for`].
-pub(crate) fn sample_image_for(sample: &Sample, short_side: Option<u32>) -> Result<Rgb8> {
+/// As [`sample_image`], by [`Decoded::for_side`].
+pub(crate) fn sample_image_for(sample: &Sample, short_side: Option<u32>) -> Result<Decoded> {
     let picture = sample.picture().ok_or_else(|| {
         let reason = format!("no picture (expected one of {})", PICTURE_EXTENSIONS.join(", "));
         sample.error(FlawClass::MissingMember, reason)
     })?;
-    Rgb8::decode_for(picture, short_side).map_err(|e| sample.error(FlawClass::BrokenPicture, e.to_string()))
+    Decoded::for_side(picture, short_side).map_err(|e| sample.error(FlawClass::BrokenPicture, e.to_string()))
 }
 
 #[cfg(test)]

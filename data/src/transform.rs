@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{DataError, Result};
 use crate::flaw::FlawClass;
-use crate::picture::{Part, Rgb8};
+use crate::picture::{Decoded, Part, Rgb8};
 use crate::shard::{Sample, sample_image_for};
 
 /// Steps that are applied to a picture from left to right. In a config it is a string of steps joined by `|`:
@@ -47,8 +47,8 @@ impl Transform {
     /// # Errors
     /// Names the sample when it has no picture, a broken one, or one that is too small for a crop.
     pub fn load(&self, sample: &Sample, rng: &mut impl Rng) -> Result<Rgb8> {
-        let picture = sample_image_for(sample, self.short_side())?;
-        self.apply(picture, rng).map_err(|error| sample.error(FlawClass::Unfit, error.to_string()))
+        let decoded = sample_image_for(sample, self.short_side())?;
+        self.apply_to(decoded, rng).map_err(|error| sample.error(FlawClass::Unfit, error.to_string()))
     }
 
     /// The short side to which the first step scales every picture.
@@ -63,38 +63,47 @@ impl Transform {
     ///
     /// # Errors
     /// A crop that is larger than the picture at that point.
-    pub fn apply(&self, mut picture: Rgb8, rng: &mut impl Rng) -> Result<Rgb8> {
+    pub fn apply(&self, picture: Rgb8, rng: &mut impl Rng) -> Result<Rgb8> {
+        self.apply_to(Decoded::Rgb(picture), rng)
+    }
+
+    /// As [`Transform::apply`].
+    pub(crate) fn apply_to(&self, mut decoded: Decoded, rng: &mut impl Rng) -> Result<Rgb8> {
         let mut steps = self.0.iter().peekable();
         while let Some(step) = steps.next() {
-            match *step {
+            decoded = Decoded::Rgb(match *step {
                 Step::Resize(short) => {
-                    let size = scaled(&picture, short);
+                    let size = scaled(decoded.size(), short);
                     // What a crop right after it leaves out is not computed.
                     let crop =
                         steps.next_if(|next| matches!(next, Step::CenterCrop(_) | Step::RandomCrop(_)));
                     let part = crop.map_or(Ok(Part::whole(size)), |crop| crop.part(size, rng))?;
-                    picture = picture.resize_part(size, part)?;
+                    decoded.resize_part(size, part)?
                 }
                 Step::CenterCrop(_) | Step::RandomCrop(_) => {
-                    let Part { x, y, width, height } = step.part((picture.width, picture.height), rng)?;
-                    picture = picture.crop(x, y, width, height)?;
+                    let Part { x, y, width, height } = step.part(decoded.size(), rng)?;
+                    decoded.into_rgb()?.crop(x, y, width, height)?
                 }
                 Step::RandomResizedCrop(n, min_share) => {
-                    picture = random_resized_crop(&picture, n, min_share, rng)?;
+                    random_resized_crop(&decoded.into_rgb()?, n, min_share, rng)?
                 }
                 Step::ColorJitter(strength) => {
+                    let mut picture = decoded.into_rgb()?;
                     let mut factor = || rng.random_range(1.0 - strength..=1.0 + strength) as f32;
                     let (brightness, contrast, saturation) = (factor(), factor(), factor());
                     picture.scale_colours(brightness, contrast, saturation);
+                    picture
                 }
                 Step::Flip(probability) => {
+                    let mut picture = decoded.into_rgb()?;
                     if rng.random_bool(probability) {
                         picture.flip_horizontal();
                     }
+                    picture
                 }
-            }
+            });
         }
-        Ok(picture)
+        decoded.into_rgb()
     }
 
     /// (width, height) of every result, when that does not depend on the picture: after a crop.
@@ -129,8 +138,8 @@ impl Step {
 }
 
 /// The size of a picture whose short side was scaled.
-fn scaled(picture: &Rgb8, short: u32) -> (u32, u32) {
-    let (width, height) = (u64::from(picture.width), u64::from(picture.height));
+fn scaled((width, height): (u32, u32), short: u32) -> (u32, u32) {
+    let (width, height) = (u64::from(width), u64::from(height));
     let from = width.min(height).max(1);
     let scaled = |side: u64| u32::try_from((side * u64::from(short) + from / 2) / from).unwrap_or(u32::MAX);
     (scaled(width), scaled(height))
