@@ -102,7 +102,10 @@ fn pictures_become_a_model_that_draws_and_captions() {
     let rows: Vec<Value> = rows.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let steps: Vec<u64> = rows.iter().filter_map(|row| row["step"].as_u64()).collect();
     assert_eq!(steps, [3, 6, 7, 8]);
-    has_keys(&rows[1], &["loss", "lr", "grad_norm", "tokens_per_s", "loss/text_to_image"]);
+    has_keys(&rows[1], &["loss", "lr", "grad_norm", "tokens_per_s", "loss/text_to_image", "expert_load_cv"]);
+    let loads = rows[1]["expert_load"][0].as_array().unwrap();
+    let sum: f64 = loads.iter().filter_map(Value::as_f64).sum();
+    assert!(loads.len() == 4 && (sum - 4.0).abs() < 0.01, "{loads:?}");
     has_keys(&rows[2], &["validation/captioning", "validation/text_to_image"]);
     assert!(scene.path("run/samples/step-00000008-samples.png").is_file());
 
@@ -284,6 +287,26 @@ fn a_published_language_model_is_converted_there_and_back() {
     };
     let exact = score(published);
     assert_eq!((score("own"), score("back")), (exact.clone(), exact));
+}
+
+#[test]
+fn texts_are_scored_by_their_tokens() {
+    let scene = Scene::new();
+    write_language_model(&scene.path("language"), 300);
+    fs::write(scene.path("poem.txt"), "a red square\n红方块").unwrap();
+    let score = |what: &[&str]| {
+        one(scene.json(&[&["score", "--model", "language", "--device", "cpu", "--json"], what].concat()))
+    };
+    let text = score(&["--text", "a red square\n红方块"]);
+    assert_eq!(score(&["--file", "poem.txt"]), text);
+    let tokens: Vec<String> = text["tokens"].as_array().unwrap().iter().map(Value::to_string).collect();
+    assert_eq!(score(&["--tokens", &tokens.join(",")]), text);
+    let logprobs: Vec<f64> = text["logprobs"].as_array().unwrap().iter().filter_map(Value::as_f64).collect();
+    assert_eq!(logprobs.len() + 1, tokens.len());
+    let nll = text["nll"].as_f64().unwrap();
+    let mean = -logprobs.iter().sum::<f64>() / logprobs.len() as f64;
+    assert!((nll - mean).abs() < 1e-5);
+    assert!((text["perplexity"].as_f64().unwrap() - mean.exp()).abs() < 1e-3 * mean.exp());
 }
 
 #[test]

@@ -10,8 +10,8 @@
 use std::time::Instant;
 
 use m6::model::{
-    Balance, Bias, FeedForwardKind, Mode, ModelConfig, MoeConfig, RotaryConfig, RoutingKind, Sequence,
-    Transformer, Vocab,
+    Balance, Bias, FeedForwardKind, Mode, ModelConfig, MoeConfig, RotaryConfig, RouterNoise, RoutingKind,
+    Sequence, Transformer, Vocab,
 };
 use m6_runtime::attention::{Layout, Span};
 use m6_runtime::device::{device, memory, set_tf32};
@@ -57,6 +57,7 @@ fn shape(name: &str) -> Option<(ModelConfig, i64)> {
                 balance_loss: 0.0,
                 balance: Balance::Model,
                 z_loss: 0.0,
+                noise: RouterNoise::default(),
             };
             let model = ModelConfig { tied: false, moe: Some(moe), ..qwen2(1024, 12, 16, 16, 2816) };
             (model, 32_000)
@@ -80,6 +81,7 @@ fn shape(name: &str) -> Option<(ModelConfig, i64)> {
                 balance_loss: 0.0,
                 balance: Balance::Layer,
                 z_loss: 0.0,
+                noise: RouterNoise::default(),
             };
             (ModelConfig { moe: Some(moe), ..m6(4096) }, 21_128)
         }

@@ -53,8 +53,24 @@ impl MetricLog {
     /// # Errors
     /// When a file cannot be written.
     pub fn scalars(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
+        self.row(step, values, &[])
+    }
+
+    /// As [`MetricLog::scalars`], with tables, of which three decimals are kept and TensorBoard has none.
+    ///
+    /// # Errors
+    /// When a file cannot be written.
+    pub fn row(&mut self, step: u64, values: &[(&str, f64)], tables: &[(&str, &[Vec<f64>])]) -> Result<()> {
+        const DECIMALS: f64 = 1e3;
+        let rounded =
+            |row: &Vec<f64>| Value::from_iter(row.iter().map(|x| (x * DECIMALS).round() / DECIMALS));
         let mut row = Map::from_iter([(STEP.to_owned(), Value::from(step))]);
         row.extend(values.iter().map(|(name, value)| ((*name).to_owned(), Value::from(*value))));
+        row.extend(
+            tables
+                .iter()
+                .map(|(name, table)| ((*name).to_owned(), Value::from_iter(table.iter().map(rounded)))),
+        );
         // One write a row, so that a crash leaves at most the last row in part.
         let line = format!("{}\n", Value::Object(row));
         self.rows.write_all(line.as_bytes()).context("write", &self.path)?;
@@ -154,6 +170,16 @@ mod tests {
         );
         let values = BTreeMap::from([("loss/text".to_owned(), 2.5)]);
         assert_eq!(read_metrics(run.metrics()).unwrap(), [MetricRow { step: 1, values }]);
+    }
+
+    #[test]
+    fn a_table_is_in_its_row_and_no_value() {
+        let (_dir, run) = run();
+        let mut log = MetricLog::open(&run, None).unwrap();
+        log.row(3, &[("loss", 0.5)], &[("load", &[vec![0.123_456, 2.0], vec![1.0, 1.0]])]).unwrap();
+        let text = fs::read_to_string(run.metrics()).unwrap();
+        assert_eq!(text, "{\"load\":[[0.123,2.0],[1.0,1.0]],\"loss\":0.5,\"step\":3}\n");
+        assert_eq!(read_metrics(run.metrics()).unwrap()[0].values.len(), 1);
     }
 
     #[test]

@@ -33,6 +33,11 @@ impl Permutation {
         x_r.index_select(0, &self.rows_an.view([-1])).view_as(&self.rows_an).tr()
     }
 
+    /// `[n, a] -> [r]`: what choices have, by the rows that they became.
+    pub fn rows(&self, x_na: &Tensor) -> Tensor {
+        x_na.tr().flatten(0, 1).index_select(0, &self.order_r)
+    }
+
     /// `[n, d] -> [r, d]`: the token of each row.
     pub fn permute(&self, x_nd: &Tensor) -> Tensor {
         #[cfg(feature = "cuda")]
@@ -48,8 +53,7 @@ impl Permutation {
         if kernels::fits(x_rd) {
             return kernels::unpermute(self, x_rd, weights_na);
         }
-        let weights_r = weights_na.tr().flatten(0, 1).index_select(0, &self.order_r);
-        let weighted_rd = x_rd * weights_r.unsqueeze(-1).to_kind(x_rd.kind());
+        let weighted_rd = x_rd * self.rows(weights_na).unsqueeze(-1).to_kind(x_rd.kind());
         let (tokens, width) = (weights_na.size()[0], x_rd.size()[1]);
         x_rd.new_zeros([tokens, width], (x_rd.kind(), x_rd.device())).index_add(
             0,

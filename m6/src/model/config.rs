@@ -181,6 +181,11 @@ impl ModelConfig {
         self.window.as_ref().filter(|window| window.limits(layer as i64)).map(|window| window.size)
     }
 
+    /// Whether a forward pass in training leaves something to chance.
+    pub fn is_random(&self) -> bool {
+        self.dropout > 0.0 || self.moe.as_ref().is_some_and(|moe| !moe.noise.is_none())
+    }
+
     /// What block `layer` has in place of a dense feed-forward, if anything.
     pub fn experts(&self, layer: i64) -> Option<&MoeConfig> {
         self.moe.as_ref().filter(|moe| (layer + 1) % moe.every == 0 && !moe.dense_layers.contains(&layer))

@@ -22,7 +22,7 @@ pub(crate) use folder::read_info;
 pub use folder::{Model, ModelInfo, StoredKind, VQGAN};
 pub(crate) use hub::language_shape;
 pub use hub::{LanguageModel, has_pictures, is_published};
-pub use moe::{Balance, MoeConfig, RoutingKind};
+pub use moe::{Balance, MoeConfig, RouterNoise, RoutingKind};
 pub use order::CodeOrder;
 pub use recompute::Recompute;
 pub use rotary::{RotaryConfig, RotaryScaling, Rotation};

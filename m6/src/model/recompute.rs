@@ -29,7 +29,7 @@ pub struct Recompute<'a> {
     inputs: Vec<Tensor>,
     /// `[n, d]` what comes out of the last, a leaf.
     output: Tensor,
-    /// The random state before each block, where there is dropout.
+    /// The random state before each block, where something is left to chance.
     random: Vec<Tensor>,
     /// Of the blocks with experts; what is made of them are leaves.
     losses: Vec<RouterLosses>,
@@ -102,9 +102,9 @@ impl<'a> Recompute<'a> {
     /// Runs all blocks without a graph.
     fn run(&mut self) -> Result<()> {
         let _guard = tch::no_grad_guard();
-        let has_dropout = self.transformer.config().dropout > 0.0;
+        let is_random = self.transformer.config().is_random();
         for index in 0..self.transformer.blocks() {
-            if has_dropout {
+            if is_random {
                 self.random.push(rng_state(self.output.device())?);
             }
             let (output, losses) = self.step(index, &self.output)?;

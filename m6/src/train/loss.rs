@@ -180,6 +180,7 @@ mod tests {
             "every = 2",
             "every = 1\nbalance = \"model\"\nshared = 16\nrenormalize = false",
             "every = 1\nrouting = \"prototypes\"\ncapacity = 0.5\ndense_layers = [1]",
+            "every = 1\ncapacity = 1.0\nnoise = { input_dropout = 0.2, random_second = true }",
         ] {
             assert_same(&ModelConfig { moe: experts(more), ..dense() });
             assert_same(&ModelConfig { moe: experts(more), dropout: 0.3, ..dense() });

@@ -181,7 +181,7 @@ impl Trainer {
                 let batch = feed.next_batch(self.device)?;
                 let transformer = &self.model.transformer;
                 let losses = accumulate(transformer, &batch, plan.accumulation, self.config.recompute)?;
-                self.window.add(&losses, &batch);
+                self.window.add(&losses, batch.real);
             }
             let lr = schedule.at(self.step);
             self.optimizer.set_lr(lr);
@@ -246,12 +246,14 @@ impl Trainer {
         );
         row.extend(report.expert_spread.map(|spread| ("expert_load_cv".to_string(), spread)));
         row.extend(report.expert_dropped.map(|share| ("expert_dropped".to_string(), share)));
-        self.scalars(&row)
+        let loads = [("expert_load", report.expert_load.as_slice())];
+        let tables = if report.expert_load.is_empty() { &[][..] } else { &loads };
+        self.row(&row, tables)
     }
 
-    fn scalars(&mut self, row: &[(String, f64)]) -> Result<()> {
+    fn row(&mut self, row: &[(String, f64)], tables: &[(&str, &[Vec<f64>])]) -> Result<()> {
         let row: Vec<(&str, f64)> = row.iter().map(|(name, value)| (name.as_str(), *value)).collect();
-        Ok(self.log.scalars(self.step, &row)?)
+        Ok(self.log.row(self.step, &row, tables)?)
     }
 
     /// Validation and drawings, with the averaged weights.
@@ -269,7 +271,7 @@ impl Trainer {
                 losses.iter().map(|(task, loss)| (format!("validation/{}", task.name()), *loss)).collect();
             let text: Vec<String> = row.iter().map(|(name, loss)| format!("{name} {loss:.4}")).collect();
             self.progress.note(&format!("step {}: {}", self.step, text.join("  ")));
-            self.scalars(&row)?;
+            self.row(&row, &[])?;
         }
         if draws && let Some(samples) = self.config.samples.clone() {
             let grid = self.draw(&samples)?;

@@ -6,7 +6,7 @@ use serde_json::{Value, json};
 
 use super::super::ModelConfig;
 use super::super::config::{Bias, WindowConfig};
-use super::super::moe::{Balance, MoeConfig, RoutingKind};
+use super::super::moe::{Balance, MoeConfig, RouterNoise, RoutingKind};
 use super::super::rotary::{RotaryConfig, RotaryScaling, beta_fast, beta_slow};
 use super::StoredKind;
 
@@ -383,6 +383,7 @@ impl Qwen2 {
             balance_loss: self.router_aux_loss_coef,
             balance: Balance::Model,
             z_loss: 0.0,
+            noise: RouterNoise::default(),
         }))
     }
 }

@@ -38,6 +38,27 @@ pub struct MoeConfig {
     pub balance: Balance,
     /// Weight of the squared log-partition of the router (Zoph et al. 2022, ST-MoE, equation 5).
     pub z_loss: f64,
+    /// What is left to chance while training.
+    #[serde(default, skip_serializing_if = "RouterNoise::is_none")]
+    pub noise: RouterNoise,
+}
+
+/// Chances by which a router explores while it is trained; both are in the public code for M6's experts (FastNN).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RouterNoise {
+    /// Dropout of what the router looks at; the experts see all of it.
+    pub input_dropout: f64,
+    /// Of two choices the second one is kept with twice its share of their weights (Lepikhin et al. 2020, GShard, algorithm
+    /// 1), and takes no place of its expert otherwise.
+    pub random_second: bool,
+}
+
+impl RouterNoise {
+    /// Whether nothing is left to chance.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// A way to choose experts.
@@ -112,6 +133,13 @@ impl MoeConfig {
         }
         if let Some(capacity) = self.capacity.filter(|capacity| !(*capacity > 0.0 && capacity.is_finite())) {
             return Err(format!("capacity = {capacity}: expected a positive number"));
+        }
+        let RouterNoise { input_dropout, random_second } = self.noise;
+        if !(0.0..1.0).contains(&input_dropout) {
+            return Err(format!("noise.input_dropout = {input_dropout}: expected 0 <= input_dropout < 1"));
+        }
+        if random_second && (self.active, self.routing) != (2, RoutingKind::Top) {
+            return Err("noise.random_second = true: expected active = 2 and routing = \"top\"".to_owned());
         }
         if self.every < 1 || self.every > layers {
             return Err(format!("every = {}: expected 1 to layers = {layers}", self.every));

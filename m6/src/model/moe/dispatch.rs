@@ -25,13 +25,18 @@ impl Dispatch {
     }
 
     /// `[n, a]` 1 for the rows that are taken and 0 for the others, where each of `count` experts takes the first
-    /// `capacity` of its rows. Only the first `real` tokens are queued, the rest is padding.
-    pub fn taken(&self, count: i64, capacity: i64, real: i64) -> Tensor {
+    /// `capacity` of its rows. Only those of the first `real` tokens are queued, the rest is padding; and of them those that
+    /// have a 1 in `wanted_na`, where that is given.
+    pub fn taken(&self, count: i64, capacity: i64, real: i64, wanted_na: Option<&Tensor>) -> Tensor {
         let is_real_r = self.permutation.tokens().lt(real).to_kind(Kind::Int64);
-        let before_r = is_real_r.cumsum(0, Kind::Int64) - &is_real_r;
+        let is_queued_r = match wanted_na {
+            Some(wanted_na) => self.permutation.rows(wanted_na).to_kind(Kind::Int64) * is_real_r,
+            None => is_real_r,
+        };
+        let before_r = is_queued_r.cumsum(0, Kind::Int64) - &is_queued_r;
         let starts_r = bounds(&self.experts_r, count, "left").index_select(0, &self.experts_r);
         let queue_r = &before_r - before_r.index_select(0, &starts_r);
-        let taken_r = queue_r.lt(capacity).to_kind(Kind::Float) * is_real_r;
+        let taken_r = queue_r.lt(capacity).to_kind(Kind::Float) * is_queued_r;
         self.permutation.choices(&taken_r)
     }
 }

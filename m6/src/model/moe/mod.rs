@@ -15,7 +15,7 @@ use m6_runtime::nn::Linear;
 use m6_runtime::{Init, Params};
 use tch::Tensor;
 
-pub use config::{Balance, MoeConfig, RoutingKind};
+pub use config::{Balance, MoeConfig, RouterNoise, RoutingKind};
 use experts::Experts;
 use router::Router;
 pub use router::{RouterLosses, RouterTotals};
@@ -95,6 +95,7 @@ mod tests {
             balance_loss: 0.01,
             balance: Balance::Layer,
             z_loss: 0.001,
+            noise: RouterNoise::default(),
         }
     }
 
@@ -250,7 +251,7 @@ mod tests {
         // Token 3 is padding.
         let experts_na = Tensor::from_slice2(&[[0i64, 1], [1, 0], [1, 0], [0, 1]]);
         let taken = |capacity| {
-            let taken = Dispatch::new(&experts_na, 3).taken(3, capacity, 3);
+            let taken = Dispatch::new(&experts_na, 3).taken(3, capacity, 3, None);
             Vec::<Vec<f32>>::try_from(taken).unwrap()
         };
         assert_eq!(taken(1), [[1.0, 0.0], [1.0, 0.0], [0.0, 0.0], [0.0, 0.0]]);
@@ -276,6 +277,50 @@ mod tests {
         let empty = rows.mean_dim([0].as_slice(), false, Kind::Float).double_value(&[]);
         assert!(empty >= 0.75, "each of four experts takes one of sixteen rows: {empty}");
         assert_eq!(dropped, Some(empty));
+    }
+
+    #[test]
+    fn a_second_choice_is_kept_with_twice_its_share_and_takes_no_place_otherwise() {
+        tch::manual_seed(12);
+        let noise = RouterNoise { random_second: true, ..RouterNoise::default() };
+        let config = MoeConfig { noise, renormalize: false, ..config(2) };
+        let x = Tensor::randn([20_000, 16], FLOAT);
+        let (params, moe) = build(&config, FeedForwardKind::Swiglu, Device::Cpu);
+        let full = probabilities(&params, &config, &x).topk(2, -1, true, true).0;
+        let mean = |t: &Tensor| t.mean(Kind::Float).double_value(&[]);
+        let column = |t: &Tensor, column| t.select(1, column);
+        let weights = moe.router.route(&x, 20_000, Mode::Train).weights_na;
+        assert!(gap(&column(&full, 0), &column(&weights, 0)) < 1e-6);
+        let kept = column(&weights, 1).gt(0.0).to_kind(Kind::Float);
+        let share = column(&full, 1) * 2.0 / full.sum_dim_intlist([-1].as_slice(), false, Kind::Float);
+        assert!(mean(&share) < 0.9 && (mean(&kept) - mean(&share)).abs() < 0.01);
+        assert!(
+            (mean(&(&kept * &share)) - mean(&share.square())).abs() < 0.01,
+            "likelier where it weighs more"
+        );
+        assert!(gap(&full, &moe.router.route(&x, 20_000, Mode::Infer).weights_na) < 1e-6);
+        let experts_na = Tensor::from_slice2(&[[0i64, 1], [1, 0], [1, 0]]);
+        let wanted_na = Tensor::from_slice2(&[[1f32, 1.0], [0.0, 1.0], [1.0, 0.0]]);
+        let taken = Dispatch::new(&experts_na, 3).taken(3, 2, 3, Some(&wanted_na));
+        assert_eq!(taken, wanted_na, "what is not wanted is not in the way");
+    }
+
+    #[test]
+    fn dropout_of_the_routers_input_changes_choices_and_not_what_experts_see() {
+        tch::manual_seed(13);
+        let noise = RouterNoise { input_dropout: 0.5, ..RouterNoise::default() };
+        let x = Tensor::randn([64, 16], FLOAT);
+        let forward = |noise, active, mode| {
+            let config = MoeConfig { noise, ..config(active) };
+            build(&config, FeedForwardKind::Swiglu, Device::Cpu).1.forward(&x, 64, mode).0
+        };
+        let plain = forward(RouterNoise::default(), 1, Mode::Train);
+        assert_eq!(forward(noise, 1, Mode::Infer), plain);
+        // With weights that are made to sum to 1, one expert gives the same for a token whatever the router saw of it.
+        let noisy = forward(noise, 1, Mode::Train);
+        let same = (noisy - plain).abs().amax([-1].as_slice(), false).lt(1e-6);
+        let share = same.to_kind(Kind::Float).mean(Kind::Float).double_value(&[]);
+        assert!((0.2..0.95).contains(&share), "{share}");
     }
 
     #[test]

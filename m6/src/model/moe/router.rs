@@ -26,11 +26,13 @@ pub struct Routing {
     logits: Tensor,
     /// `[n, g, e / g]`.
     probs: Tensor,
-    /// `[n, a]` weights of the chosen experts; 0 where one was full.
+    /// `[n, a]` weights of the chosen experts; 0 where one was full or not wanted.
     pub weights_na: Tensor,
     /// `[n, a]` the chosen experts.
     experts_na: Tensor,
-    /// `[n, a]` 1 where an expert was not full, where that is asked.
+    /// `[n, a]` 1 where chance kept a choice, where that is asked.
+    wanted_na: Option<Tensor>,
+    /// `[n, a]` 1 where an expert that was wanted was not full, where that is asked.
     taken_na: Option<Tensor>,
     /// The order of the rows.
     pub dispatch: Dispatch,
@@ -45,7 +47,7 @@ pub struct RouterLosses {
     pub load_e: Tensor,
     /// `[e]` mean probability of each expert.
     pub mean_e: Tensor,
-    /// Share of the routed rows that were dropped, where experts can be full; a scalar.
+    /// Share of the wanted rows that were dropped, where experts can be full; a scalar.
     pub dropped: Option<Tensor>,
 }
 
@@ -57,27 +59,37 @@ impl Router {
 
     /// Of tokens `[n, d]`, of which the first `real` are no padding.
     pub fn route(&self, x_nd: &Tensor, real: i64, mode: Mode) -> Routing {
-        let MoeConfig { experts, active, renormalize, .. } = self.config;
+        let MoeConfig { experts, active, renormalize, noise, .. } = self.config;
+        let is_training = mode == Mode::Train;
         let (groups, device) = (self.config.groups(), x_nd.device());
         let size = experts / groups;
-        let logits = self.scores.forward(&x_nd.to_kind(Kind::Float)).view([-1, groups, size]);
+        let seen_nd = x_nd.to_kind(Kind::Float);
+        let seen_nd = if is_training && noise.input_dropout > 0.0 {
+            seen_nd.dropout(noise.input_dropout, true)
+        } else {
+            seen_nd
+        };
+        let logits = self.scores.forward(&seen_nd).view([-1, groups, size]);
         let probs = logits.softmax(-1, Kind::Float);
         let (weights, chosen) = probs.topk(active / groups, -1, true, true);
         let firsts = Tensor::arange_start_step(0, experts, size, (Kind::Int64, device)).unsqueeze(-1);
         let experts_na = (chosen + firsts).flatten(1, 2);
         let dispatch = Dispatch::new(&experts_na, experts);
-        let capacity = self.config.capacity(real).filter(|_| mode == Mode::Train);
-        let taken_na = capacity.map(|capacity| dispatch.taken(experts, capacity, real));
         let weights_na = weights.flatten(1, 2);
-        let weights_na =
-            taken_na.as_ref().map_or(weights_na.shallow_clone(), |taken_na| weights_na * taken_na);
+        let wanted_na = (is_training && noise.random_second).then(|| wanted(&weights_na));
+        let capacity = self.config.capacity(real).filter(|_| is_training);
+        let taken_na = capacity.map(|capacity| dispatch.taken(experts, capacity, real, wanted_na.as_ref()));
+        let weights_na = match taken_na.as_ref().or(wanted_na.as_ref()) {
+            Some(kept_na) => weights_na * kept_na,
+            None => weights_na,
+        };
         let weights_na = if renormalize {
             let sum = weights_na.sum_dim_intlist([-1].as_slice(), true, Kind::Float);
             weights_na / sum.clamp_min(MIN_SUM)
         } else {
             weights_na
         };
-        Routing { logits, probs, weights_na, experts_na, taken_na, dispatch }
+        Routing { logits, probs, weights_na, experts_na, wanted_na, taken_na, dispatch }
     }
 
     /// Over the `real` tokens, which come first. Groups count one by one: their losses are added.
@@ -96,9 +108,21 @@ impl Router {
             Balance::Layer => (&load_e * &mean_e).sum(Kind::Float) * (experts as f64 * balance_loss) + z,
             Balance::Model => z,
         };
-        let taken = routing.taken_na.as_ref().map(|taken_na| taken_na.narrow(0, 0, real).mean(Kind::Float));
-        RouterLosses { loss, load_e, mean_e, dropped: taken.map(|taken| 1.0 - taken) }
+        let sum = |mask_na: &Tensor| mask_na.narrow(0, 0, real).sum(Kind::Float);
+        let dropped = routing.taken_na.as_ref().map(|taken_na| match &routing.wanted_na {
+            Some(wanted_na) => 1.0 - sum(taken_na) / sum(wanted_na),
+            None => 1.0 - taken_na.narrow(0, 0, real).mean(Kind::Float),
+        });
+        RouterLosses { loss, load_e, mean_e, dropped }
     }
+}
+
+/// `[n, 2]` 1 for every first choice, and for a second one by chance, of weights `[n, 2]`.
+fn wanted(weights_na: &Tensor) -> Tensor {
+    let sum_n1 = weights_na.sum_dim_intlist([-1].as_slice(), true, Kind::Float);
+    let share_na = weights_na.detach() / sum_n1.clamp_min(MIN_SUM).detach();
+    // The share of a first choice is at least a half, and no number drawn is 1.
+    share_na.rand_like().lt_tensor(&(share_na * 2.0)).to_kind(Kind::Float)
 }
 
 impl RouterLosses {
