@@ -1,6 +1,8 @@
-// Group and root-mean-square norms and their gradients.
+// Group, root-mean-square and layer norms and their gradients.
 
 #include <algorithm>
+#include <optional>
+#include <utility>
 
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -84,7 +86,7 @@ class GroupNorm : public torch::autograd::Function<GroupNorm> {
   }
 };
 
-// How the RMS norm kernels lie over rows: `lanes` threads for each, some lanes of a warp or whole warps.
+// How the kernels of norms over rows lie over them: `lanes` threads for each, some lanes of a warp or whole warps.
 struct Rows {
   int64_t n, k, lanes, inner, outer_stride, threads;
 
@@ -101,21 +103,30 @@ struct Rows {
   int64_t rows_of_block() const { return threads / lanes; }
 };
 
+// A root-mean-square norm, or with a bias a layer norm.
+struct Norm {
+  Tensor weight, bias;
+  double eps;
+
+  bool is_layer_norm() const { return bias.defined(); }
+};
+
 // The sums that were normed and the result. Without a residual the sums are the input.
 struct Normed {
   Tensor sum, y;
 };
 
-Normed rms_norm(const Tensor& given, const Tensor& residual, const Tensor& weight, double eps) {
+Normed row_norm(const Tensor& given, const Tensor& residual, const Norm& norm) {
   const Tensor x = residual.defined() ? given.contiguous() : in_place_rows(given);
   const Rows rows(x);
   const Tensor y = at::empty(x.sizes(), x.options());
   const Tensor sum = residual.defined() ? at::empty(x.sizes(), x.options()) : x;
   launch(
-      "m6_rms_norm", {ceil_div(rows.n, rows.rows_of_block()), 1}, rows.threads, 0, bytes(x),
-      residual.defined() ? bytes(residual) : nullptr, bytes(weight), residual.defined() ? mutable_bytes(sum) : nullptr,
+      norm.is_layer_norm() ? "m6_layer_norm" : "m6_rms_norm", {ceil_div(rows.n, rows.rows_of_block()), 1}, rows.threads, 0,
+      bytes(x), residual.defined() ? bytes(residual) : nullptr, bytes(norm.weight),
+      norm.is_layer_norm() ? bytes(norm.bias) : nullptr, residual.defined() ? mutable_bytes(sum) : nullptr,
       mutable_bytes(y), rows.n, static_cast<int>(rows.k), static_cast<int>(rows.lanes), static_cast<int>(rows.inner),
-      rows.outer_stride, static_cast<float>(eps));
+      rows.outer_stride, static_cast<float>(norm.eps));
   return {sum, y};
 }
 
@@ -129,70 +140,92 @@ Tensor sum_of_rows(const Tensor& rows) {
   return sums;
 }
 
+// The bias has one in a layer norm.
 struct NormGrads {
-  Tensor x, weight;
+  Tensor x, weight, bias;
 };
 
 // `dsum` is what reaches the sums past the norm, if anything.
-NormGrads rms_norm_grad(const Tensor& given, const Tensor& dsum, const Tensor& x, const Tensor& weight, double eps) {
+NormGrads row_norm_grad(const Tensor& given, const Tensor& dsum, const Tensor& x, const Norm& norm) {
   const Tensor dy = given.to(x.scalar_type()).contiguous();
   const Tensor past = dsum.defined() ? dsum.to(x.scalar_type()).contiguous() : Tensor();
   const Rows rows(x);
   const Tensor dx = at::empty(x.sizes(), x.options());
-  // Every block leaves a row of weight gradients behind.
+  // Every block leaves a row of gradients of the weight, and of the bias, behind.
   constexpr int64_t GRAD_BLOCKS = 512;
   const int64_t blocks = std::min(ceil_div(rows.n, rows.rows_of_block()), GRAD_BLOCKS);
-  const Tensor dweights = at::empty({blocks, rows.k}, weight.options());
+  const int64_t columns = rows.k * (norm.is_layer_norm() ? 2 : 1);
+  const Tensor shares = at::empty({blocks, columns}, norm.weight.options());
   launch(
-      "m6_rms_norm_grad", {blocks, 1}, rows.threads,
-      rows.rows_of_block() * rows.k * static_cast<int64_t>(sizeof(float)), bytes(dy),
-      past.defined() ? bytes(past) : nullptr, bytes(x), bytes(weight), mutable_bytes(dx), mutable_bytes(dweights), rows.n,
-      static_cast<int>(rows.k), static_cast<int>(rows.lanes), static_cast<int>(rows.inner), rows.outer_stride,
-      static_cast<float>(eps));
-  return {dx, sum_of_rows(dweights)};
+      norm.is_layer_norm() ? "m6_layer_norm_grad" : "m6_rms_norm_grad", {blocks, 1}, rows.threads,
+      rows.rows_of_block() * columns * static_cast<int64_t>(sizeof(float)), bytes(dy),
+      past.defined() ? bytes(past) : nullptr, bytes(x), bytes(norm.weight), mutable_bytes(dx), mutable_bytes(shares),
+      rows.n, static_cast<int>(rows.k), static_cast<int>(rows.lanes), static_cast<int>(rows.inner), rows.outer_stride,
+      static_cast<float>(norm.eps));
+  const Tensor sums = sum_of_rows(shares);
+  if (!norm.is_layer_norm()) return {dx, sums, Tensor()};
+  return {dx, sums.narrow(0, 0, rows.k), sums.narrow(0, rows.k, rows.k)};
 }
 
-class RmsNorm : public torch::autograd::Function<RmsNorm> {
+using Bias = std::optional<Tensor>;
+
+Norm dense_norm(const Tensor& weight, const Bias& bias, double eps) {
+  return {dense(weight), bias.has_value() ? dense(*bias) : Tensor(), eps};
+}
+
+// Keeps what the gradients need: the sums and the norm.
+void save(AutogradContext* context, const Tensor& sum, const Norm& norm) {
+  context->save_for_backward({sum, norm.weight, norm.bias});
+  context->saved_data["eps"] = norm.eps;
+}
+
+// The sums and the norm.
+std::pair<Tensor, Norm> saved(AutogradContext* context) {
+  const auto tensors = context->get_saved_variables();
+  return {tensors[0], {tensors[1], tensors[2], context->saved_data["eps"].toDouble()}};
+}
+
+class RowNorm : public torch::autograd::Function<RowNorm> {
  public:
-  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, double eps) {
+  static Tensor forward(AutogradContext* context, const Tensor& x, const Tensor& weight, const Bias& bias, double eps) {
     const c10::DeviceGuard guard(x.device());
-    const Tensor w = dense(weight);
-    const Normed normed = rms_norm(x, Tensor(), w, eps);
-    context->save_for_backward({normed.sum, w});
-    context->saved_data["eps"] = eps;
+    const Norm norm = dense_norm(weight, bias, eps);
+    const Normed normed = row_norm(x, Tensor(), norm);
+    save(context, normed.sum, norm);
     return normed.y;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    const auto saved = context->get_saved_variables();
-    const c10::DeviceGuard guard(saved[0].device());
-    const NormGrads made = rms_norm_grad(grads[0], Tensor(), saved[0], saved[1], context->saved_data["eps"].toDouble());
-    return {made.x, made.weight, Tensor()};
+    const auto [sum, norm] = saved(context);
+    const c10::DeviceGuard guard(sum.device());
+    const NormGrads made = row_norm_grad(grads[0], Tensor(), sum, norm);
+    return {made.x, made.weight, made.bias, Tensor()};
   }
 };
 
-class AddRmsNorm : public torch::autograd::Function<AddRmsNorm> {
+class AddRowNorm : public torch::autograd::Function<AddRowNorm> {
  public:
   // The sum and its norm.
   static variable_list forward(
-      AutogradContext* context, const Tensor& x, const Tensor& residual, const Tensor& weight, double eps) {
+      AutogradContext* context, const Tensor& x, const Tensor& residual, const Tensor& weight, const Bias& bias, double eps) {
     const c10::DeviceGuard guard(x.device());
-    const Tensor w = dense(weight);
-    const Normed normed = rms_norm(x, residual.contiguous(), w, eps);
-    context->save_for_backward({normed.sum, w});
-    context->saved_data["eps"] = eps;
+    const Norm norm = dense_norm(weight, bias, eps);
+    const Normed normed = row_norm(x, residual.contiguous(), norm);
+    save(context, normed.sum, norm);
     context->set_materialize_grads(false);
     return {normed.sum, normed.y};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    const auto saved = context->get_saved_variables();
-    const c10::DeviceGuard guard(saved[0].device());
-    if (!grads[1].defined()) return {grads[0], grads[0], Tensor(), Tensor()};
-    const NormGrads made = rms_norm_grad(grads[1], grads[0], saved[0], saved[1], context->saved_data["eps"].toDouble());
-    return {made.x, made.x, made.weight, Tensor()};
+    const auto [sum, norm] = saved(context);
+    const c10::DeviceGuard guard(sum.device());
+    if (!grads[1].defined()) return {grads[0], grads[0], Tensor(), Tensor(), Tensor()};
+    const NormGrads made = row_norm_grad(grads[1], grads[0], sum, norm);
+    return {made.x, made.x, made.weight, made.bias, Tensor()};
   }
 };
+
+Bias optional(const Tensor* bias) { return bias == nullptr ? Bias() : Bias(*bias); }
 
 }  // namespace
 
@@ -203,14 +236,15 @@ char* m6_group_norm(
   return guarded([&] { *out = new Tensor(GroupNorm::apply(*x, *weight, *bias, groups, eps, swish)); });
 }
 
-char* m6_rms_norm(const Tensor* x, const Tensor* weight, double eps, Tensor** out) {
-  return guarded([&] { *out = new Tensor(RmsNorm::apply(*x, *weight, eps)); });
+char* m6_row_norm(const Tensor* x, const Tensor* weight, const Tensor* bias, double eps, Tensor** out) {
+  return guarded([&] { *out = new Tensor(RowNorm::apply(*x, *weight, optional(bias), eps)); });
 }
 
-char* m6_add_rms_norm(
-    const Tensor* x, const Tensor* residual, const Tensor* weight, double eps, Tensor** sum, Tensor** out) {
+char* m6_add_row_norm(
+    const Tensor* x, const Tensor* residual, const Tensor* weight, const Tensor* bias, double eps, Tensor** sum,
+    Tensor** out) {
   return guarded([&] {
-    const auto results = AddRmsNorm::apply(*x, *residual, *weight, eps);
+    const auto results = AddRowNorm::apply(*x, *residual, *weight, optional(bias), eps);
     *sum = new Tensor(results[0]);
     *out = new Tensor(results[1]);
   });

@@ -321,6 +321,8 @@ fn span_mask(span: Span, window: Option<i64>, device: Device) -> Tensor {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
@@ -354,17 +356,47 @@ mod tests {
             .to_vec()
     }
 
-    #[test]
-    fn matches_the_definition_on_uneven_examples() {
-        tch::manual_seed(1);
-        let spans = spans();
-        let n = spans.iter().map(Span::len).sum::<i64>();
-        let [q, k, v] = [0; 3].map(|_| Tensor::randn([n, 2, 8], FLOAT));
-        let layout = Layout::new(spans.clone(), Device::Cpu).unwrap();
-        for window in [None, Some(1), Some(3), Some(100)] {
-            let out = prefix_attention(&q, &k, &v, &layout, window).unwrap();
-            let gap = (out - by_definition(&q, &k, &v, &spans, window)).abs().max().double_value(&[]);
-            assert!(gap < 1e-5, "{window:?}: {gap}");
+    /// Examples of any kind: without a prefix, without a target, empty ones, and rows of padding at the end.
+    fn any_spans() -> impl Strategy<Value = Vec<Span>> {
+        let example = prop_oneof![
+            (0i64..9, 0i64..9),
+            (0i64..9).prop_map(|prefix| (prefix, 0)),
+            (0i64..9).prop_map(|target| (0, target)),
+        ];
+        let spans = proptest::collection::vec(example, 1..7);
+        (spans, 1i64..20).prop_map(|(spans, padding)| {
+            let all = spans.into_iter().chain([(0, padding)]);
+            all.map(|(prefix, target)| Span { prefix, target }).collect()
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn matches_the_definition_on_any_examples_gradients_included(
+            spans in any_spans(),
+            window in proptest::option::of(1i64..12),
+            key_heads in prop_oneof![Just(1i64), Just(2), Just(4)],
+            seed: i64,
+        ) {
+            const HEADS: i64 = 4;
+            tch::manual_seed(seed);
+            let n = spans.iter().map(Span::len).sum::<i64>();
+            let leaves = [HEADS, key_heads, key_heads]
+                .map(|heads| Tensor::randn([n, heads, 8], FLOAT).set_requires_grad(true));
+            let probe = Tensor::randn([n, HEADS, 8], FLOAT);
+            let layout = Layout::new(spans.clone(), Device::Cpu).unwrap();
+            let [q, k, v] = &leaves;
+            let out = prefix_attention(q, k, v, &layout, window).unwrap();
+            let [k, v] = [k, v].map(|t| t.repeat_interleave_self_int(HEADS / key_heads, 1, None));
+            let exact = by_definition(q, &k, &v, &spans, window);
+            let gap = |a: &Tensor, b: &Tensor| (a - b).abs().max().double_value(&[]);
+            prop_assert!(gap(&out, &exact) < 1e-5);
+            let gradients = |y: &Tensor| {
+                Tensor::run_backward(&[(y * &probe).sum(Kind::Double)], &leaves, true, false)
+            };
+            for (ours, exact) in gradients(&out).iter().zip(gradients(&exact)) {
+                prop_assert!(gap(ours, &exact) < 1e-4);
+            }
         }
     }
 
@@ -400,6 +432,32 @@ mod tests {
         }
     }
 
+    /// The fast calls in bf16 against the reference, with query heads, key heads and their width.
+    #[cfg(feature = "cuda")]
+    #[track_caller]
+    fn compare([heads, key_heads, width]: [i64; 3], window: Option<i64>, spans: &[Span]) {
+        /// bf16 keeps eight bits.
+        const BF16_ERROR: f64 = 1e-2;
+        let n = spans.iter().map(Span::len).sum::<i64>();
+        let draw = |heads: i64| Tensor::randn([n, heads, width], FLOAT).to_kind(Kind::BFloat16);
+        let [q, k, v] = [heads, key_heads, key_heads].map(draw);
+        let probe = draw(heads);
+        let run = |device: Device, kind: Kind| {
+            let leaves = [&q, &k, &v].map(|t| t.to_device(device).to_kind(kind).set_requires_grad(true));
+            let [q, k, v] = &leaves;
+            let layout = Layout::new(spans.to_vec(), device).unwrap();
+            let out = prefix_attention(q, k, v, &layout, window).unwrap();
+            (&out * probe.to_device(device).to_kind(kind)).sum(Kind::Float).backward();
+            let host = |t: Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
+            [host(out), host(q.grad()), host(k.grad()), host(v.grad())]
+        };
+        let exact = run(Device::Cpu, Kind::Float);
+        for (fast, exact) in run(Device::Cuda(0), Kind::BFloat16).iter().zip(&exact) {
+            let gap = ((fast - exact).norm() / exact.norm()).double_value(&[]);
+            assert!(gap < BF16_ERROR, "{heads} {key_heads} {width} {window:?} {spans:?}: {gap}");
+        }
+    }
+
     /// Needs a GPU; run with `cargo test --features cuda`.
     #[cfg(feature = "cuda")]
     #[test]
@@ -407,34 +465,32 @@ mod tests {
         tch::manual_seed(3);
         let mut spans = spans();
         spans.extend((0..20).map(|i| Span { prefix: (i * 7) % 65, target: 1 + (i * 31) % 257 }));
-        let draw = |n: i64, heads: i64| Tensor::randn([n, heads, 64], FLOAT).to_kind(Kind::BFloat16);
-        /// bf16 keeps eight bits.
-        const BF16_ERROR: f64 = 1e-2;
-        let compare = |key_heads, window, spans: &[Span]| {
-            let n = spans.iter().map(Span::len).sum::<i64>();
-            let [q, k, v] = [6, key_heads, key_heads].map(|heads| draw(n, heads));
-            let probe = draw(n, 6);
-            let run = |device: Device, kind: Kind| {
-                let leaves = [&q, &k, &v].map(|t| t.to_device(device).to_kind(kind).set_requires_grad(true));
-                let [q, k, v] = &leaves;
-                let layout = Layout::new(spans.to_vec(), device).unwrap();
-                let out = prefix_attention(q, k, v, &layout, window).unwrap();
-                (&out * probe.to_device(device).to_kind(kind)).sum(Kind::Float).backward();
-                let host = |t: Tensor| t.to_device(Device::Cpu).to_kind(Kind::Double);
-                [host(out), host(q.grad()), host(k.grad()), host(v.grad())]
-            };
-            let exact = run(Device::Cpu, Kind::Float);
-            for (fast, exact) in run(Device::Cuda(0), Kind::BFloat16).iter().zip(&exact) {
-                let gap = ((fast - exact).norm() / exact.norm()).double_value(&[]);
-                assert!(gap < BF16_ERROR, "{key_heads} {window:?} {}: {gap}", spans.len());
-            }
-        };
         let common = [Span { prefix: 1, target: 1023 }, Span { prefix: 0, target: 1024 }];
         let long = [Span { prefix: 300, target: 100 }, Span { prefix: 3, target: 20 }];
         let full = [Span { prefix: 100, target: 252 }, Span { prefix: 352, target: 0 }];
         for (key_heads, window) in [(6, None), (6, Some(24)), (6, Some(400)), (2, None), (2, Some(24))] {
             for spans in [spans.as_slice(), &common, &long, &full] {
-                compare(key_heads, window, spans);
+                compare([6, key_heads, 64], window, spans);
+            }
+        }
+    }
+
+    /// Needs a GPU; run with `cargo test --features cuda`.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn fast_calls_match_the_definition_for_any_examples_and_head_widths() {
+        use proptest::strategy::ValueTree;
+        use proptest::test_runner::TestRunner;
+        let mut runner = TestRunner::deterministic();
+        let longer = (0i64..300, 0i64..300).prop_map(|(prefix, target)| Span { prefix, target });
+        for width in [32, 64, 128] {
+            for (heads, key_heads, window) in [(4, 4, None), (4, 2, None), (4, 4, Some(50)), (6, 1, Some(7))]
+            {
+                let mut spans = any_spans().new_tree(&mut runner).unwrap().current();
+                spans.extend(
+                    proptest::collection::vec(longer.clone(), 3).new_tree(&mut runner).unwrap().current(),
+                );
+                compare([heads, key_heads, width], window, &spans);
             }
         }
     }

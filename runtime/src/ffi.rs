@@ -94,16 +94,18 @@ unsafe extern "C" {
         swish: bool,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
-    pub(crate) fn m6_rms_norm(
+    pub(crate) fn m6_row_norm(
         x: *const C_tensor,
         weight: *const C_tensor,
+        bias: *const C_tensor,
         eps: f64,
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
-    pub(crate) fn m6_add_rms_norm(
+    pub(crate) fn m6_add_row_norm(
         x: *const C_tensor,
         residual: *const C_tensor,
         weight: *const C_tensor,
+        bias: *const C_tensor,
         eps: f64,
         sum: *mut *mut C_tensor,
         out: *mut *mut C_tensor,

@@ -119,8 +119,12 @@ impl LayerNorm {
 
     /// Same shape and dtype as `x`.
     pub fn forward(&self, x: &Tensor) -> Tensor {
-        let (weight, bias) = (self.weight.to_kind(x.kind()), self.bias.to_kind(x.kind()));
-        x.layer_norm(self.weight.size(), Some(&weight), Some(&bias), self.eps, true)
+        fused::layer_norm(x, &self.weight, &self.bias, self.eps)
+    }
+
+    /// `x + residual`, and its norm.
+    pub fn forward_sum(&self, x: &Tensor, residual: &Tensor) -> (Tensor, Tensor) {
+        fused::add_layer_norm(x, residual, &self.weight, &self.bias, self.eps)
     }
 }
 

@@ -14,7 +14,7 @@ use tch::{Device, Kind, Tensor};
 
 use crate::error::{Result, RuntimeError};
 use crate::ffi;
-use crate::weights::{TensorFile, write_tensors_as};
+use crate::weights::{TensorFile, is_finite, write_tensors_as};
 
 /// How a parameter starts. Drawn on the CPU from a generator seeded by the registry's seed and the name.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -187,7 +187,8 @@ impl Params {
     /// and every tensor stored as `stored`. Parameters keep their own dtype and device.
     ///
     /// # Errors
-    /// When the file cannot be read or differs; the first three differences are named and nothing is changed.
+    /// When the file cannot be read or differs: the first three differences are named and nothing is changed. When a tensor
+    /// holds what is no number.
     pub fn load(&self, path: &FilePath, stored: Kind) -> Result<()> {
         let file = TensorFile::open(path)?;
         let mut shapes = file.shapes();
@@ -212,7 +213,13 @@ impl Params {
                 problem: first_problems(&problems),
             });
         }
-        pairs.iter().try_for_each(|(target, name)| file.copy_to(name, target))
+        pairs.iter().try_for_each(|(target, name)| {
+            file.copy_to(name, target)?;
+            if is_finite(target) {
+                return Ok(());
+            }
+            Err(RuntimeError::file(path, format!("`{name}` holds what is no number")))
+        })
     }
 
     fn relative(&self, name: &str) -> String {
@@ -318,6 +325,18 @@ mod tests {
         assert!(message.contains("`h.0.weight` has shape [1], the model needs [3, 4]"), "{message}");
         assert!(message.contains("`h.0.stray` is not part of the model"), "{message}");
         assert_eq!(before, params.entries()[1].1.tensor);
+    }
+
+    #[test]
+    fn what_is_no_number_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("model.safetensors");
+        let params = sample(1);
+        let weight = params.tensors().remove("h.0.weight").unwrap();
+        let _ = weight.get(1).fill_(f64::NAN);
+        params.save(&file, Kind::Float).unwrap();
+        let message = sample(2).load(&file, Kind::Float).unwrap_err().to_string();
+        assert!(message.contains("model.safetensors: `h.0.weight` holds what is no number"), "{message}");
     }
 
     #[test]

@@ -33,11 +33,7 @@ impl Norm {
     pub fn forward_sum(&self, x: &Tensor, residual: &Tensor) -> (Tensor, Tensor) {
         match self {
             Self::Rms(norm) => norm.forward_sum(x, residual),
-            Self::Layer(norm) => {
-                let sum = x + residual;
-                let normed = norm.forward(&sum);
-                (sum, normed)
-            }
+            Self::Layer(norm) => norm.forward_sum(x, residual),
         }
     }
 }

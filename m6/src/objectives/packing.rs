@@ -78,8 +78,13 @@ pub fn lay_out(
     if let Some(tokens) = fill_to {
         if real < tokens {
             sequence.begin();
-            sequence.padding(tokens - real);
-            spans.push(Span { prefix: 0, target: (tokens - real) as i64 });
+            let padding = tokens - real;
+            sequence.padding(padding);
+            // In spans no longer than examples: a longer one would keep attention from what is fast for these.
+            let longest = spans.iter().map(|span| span.len() as usize).max().filter(|length| *length > 0);
+            let starts = (0..padding).step_by(longest.unwrap_or(padding));
+            let length = |start: usize| longest.unwrap_or(padding).min(padding - start) as i64;
+            spans.extend(starts.map(|start| Span { prefix: 0, target: length(start) }));
         }
         pad_pictures(&mut pictures);
     }
@@ -205,7 +210,10 @@ mod tests {
         let row = lay_out(VOCAB, POSITIONS, [drawing(), caption()], Some(20)).unwrap();
         let batch = row.upload(Device::Cpu).unwrap();
         assert_eq!((batch.real, batch.tokens.ids.size()), (13, vec![20]));
-        assert_eq!(batch.layout.spans().last(), Some(&Span { prefix: 0, target: 7 }));
+        assert_eq!(batch.layout.spans()[2..], [Span { prefix: 0, target: 7 }]);
+        let row = lay_out(VOCAB, POSITIONS, [drawing(), caption()], Some(29)).unwrap();
+        let padding = [7, 7, 2].map(|target| Span { prefix: 0, target });
+        assert_eq!(row.spans[2..], padding, "in spans as long as the longest example");
         assert_eq!((batch.texts.count, batch.codes.count), (3, 5));
         assert_eq!(batch.pictures.unwrap().size(), [PICTURE_BUCKET as i64, 3, 8, 8]);
     }

@@ -9,6 +9,6 @@
 #include "experts.cuh"
 #include "gates.cuh"
 #include "group_norm.cuh"
-#include "rms_norm.cuh"
+#include "row_norm.cuh"
 #include "rotary.cuh"
 #include "short_attention.cuh"

@@ -17,7 +17,7 @@ use tch::Tensor;
 
 pub use gate::{gated_sum, swiglu};
 pub use head::linear_cross_entropy;
-pub use norm::{add_rms_norm, group_norm, rms_norm};
+pub use norm::{add_layer_norm, add_rms_norm, group_norm, layer_norm, rms_norm};
 pub use product::{grouped_linear, linear};
 pub use rotary::{rotate, split_heads, split_rotate};
 

@@ -17,8 +17,8 @@ pub fn group_norm(x: &Tensor, groups: i64, weight: &Tensor, bias: &Tensor, eps: 
 /// Root-mean-square norm (Zhang and Sennrich 2019) over the last axis of `x`, computed in float32; same shape and dtype.
 pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
     #[cfg(feature = "cuda")]
-    if calls::rms_norm_fits(x) {
-        return calls::rms_norm(x, weight, eps);
+    if calls::row_norm_fits(x) {
+        return calls::row_norm(x, weight, None, eps);
     }
     x.rms_norm(weight.size(), Some(&weight.to_kind(x.kind())), eps)
 }
@@ -26,20 +26,47 @@ pub fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
 /// `x + residual`, and [`rms_norm`] of it.
 pub fn add_rms_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
     #[cfg(feature = "cuda")]
-    if calls::rms_norm_fits(x) && residual.kind() == x.kind() && residual.size() == x.size() {
-        return calls::add_rms_norm(x, residual, weight, eps);
+    if calls::add_row_norm_fits(x, residual) {
+        return calls::add_row_norm(x, residual, weight, None, eps);
     }
     let sum = x + residual;
     let normed = rms_norm(&sum, weight, eps);
     (sum, normed)
 }
 
+/// Layer norm (Ba et al. 2016) over the last axis of `x`, computed in float32; same shape and dtype.
+pub fn layer_norm(x: &Tensor, weight: &Tensor, bias: &Tensor, eps: f64) -> Tensor {
+    #[cfg(feature = "cuda")]
+    if calls::row_norm_fits(x) {
+        return calls::row_norm(x, weight, Some(bias), eps);
+    }
+    x.layer_norm(weight.size(), Some(&weight.to_kind(x.kind())), Some(&bias.to_kind(x.kind())), eps, true)
+}
+
+/// `x + residual`, and [`layer_norm`] of it.
+pub fn add_layer_norm(
+    x: &Tensor,
+    residual: &Tensor,
+    weight: &Tensor,
+    bias: &Tensor,
+    eps: f64,
+) -> (Tensor, Tensor) {
+    #[cfg(feature = "cuda")]
+    if calls::add_row_norm_fits(x, residual) {
+        return calls::add_row_norm(x, residual, weight, Some(bias), eps);
+    }
+    let sum = x + residual;
+    let normed = layer_norm(&sum, weight, bias, eps);
+    (sum, normed)
+}
+
 /// The calls of `csrc/norms.cpp`.
 #[cfg(feature = "cuda")]
 mod calls {
-    use std::ptr::null_mut;
+    use std::ptr::{null, null_mut};
 
     use tch::Tensor;
+    use torch_sys::C_tensor;
 
     use crate::ffi;
     use crate::fused::kernels::{VECTOR, is_bf16_on_gpu, made};
@@ -58,9 +85,13 @@ mod calls {
             && groups <= MAX_GROUPS
     }
 
-    pub(super) fn rms_norm_fits(x: &Tensor) -> bool {
+    pub(super) fn row_norm_fits(x: &Tensor) -> bool {
         let width = x.size().last().copied().unwrap_or(0);
         is_bf16_on_gpu(x) && width % VECTOR == 0 && width <= MAX_ROW
+    }
+
+    pub(super) fn add_row_norm_fits(x: &Tensor, residual: &Tensor) -> bool {
+        row_norm_fits(x) && residual.kind() == x.kind() && residual.size() == x.size()
     }
 
     pub(super) fn group_norm(
@@ -77,18 +108,29 @@ mod calls {
         })
     }
 
-    pub(super) fn rms_norm(x: &Tensor, weight: &Tensor, eps: f64) -> Tensor {
-        // SAFETY: as above.
-        made(|out| unsafe { ffi::m6_rms_norm(x.as_ptr(), weight.as_ptr(), eps, out) })
+    pub(super) fn row_norm(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, eps: f64) -> Tensor {
+        // SAFETY: as above; there may be no bias.
+        made(|out| unsafe { ffi::m6_row_norm(x.as_ptr(), weight.as_ptr(), pointer(bias), eps, out) })
     }
 
-    pub(super) fn add_rms_norm(x: &Tensor, residual: &Tensor, weight: &Tensor, eps: f64) -> (Tensor, Tensor) {
+    pub(super) fn add_row_norm(
+        x: &Tensor,
+        residual: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        eps: f64,
+    ) -> (Tensor, Tensor) {
         let mut sum = null_mut();
         // SAFETY: as above; both results are new.
         let normed = made(|out| unsafe {
-            ffi::m6_add_rms_norm(x.as_ptr(), residual.as_ptr(), weight.as_ptr(), eps, &mut sum, out)
+            let (x, residual, weight) = (x.as_ptr(), residual.as_ptr(), weight.as_ptr());
+            ffi::m6_add_row_norm(x, residual, weight, pointer(bias), eps, &mut sum, out)
         });
         (ffi::take(sum), normed)
+    }
+
+    fn pointer(bias: Option<&Tensor>) -> *const C_tensor {
+        bias.map_or(null(), |bias| bias.as_ptr().cast_const())
     }
 }
 
@@ -152,6 +194,43 @@ mod tests {
                 &[draw(&shape), weight],
                 |t| rms_norm(&t[0], &t[1], 1e-6),
                 |t| t[0].rms_norm([k], Some(&t[1]), 1e-6),
+            );
+        }
+    }
+
+    #[test]
+    fn layer_norm_and_its_gradients_match_float64() {
+        tch::manual_seed(8);
+        for (rows, k) in
+            [(7, 64), (1000, 128), (5, 24), (300, 896), (70, 1536), (2000, 1024), (5, 4096), (9, 8192)]
+        {
+            let weight = Tensor::randn([k], (Kind::Float, CUDA)) + 1.0;
+            let bias = Tensor::randn([k], (Kind::Float, CUDA));
+            // A mean that is large beside the deviation.
+            check(
+                &[draw(&[rows, k]) + 3.0, weight, bias],
+                |t| layer_norm(&t[0], &t[1], &t[2], 1e-5),
+                |t| t[0].layer_norm([k], Some(&t[1]), Some(&t[2]), 1e-5, false),
+            );
+        }
+    }
+
+    #[test]
+    fn a_sum_and_its_layer_norm_match_float64() {
+        tch::manual_seed(9);
+        for (rows, k) in [(70, 64), (33, 896), (700, 1536)] {
+            let weight = Tensor::randn([k], (Kind::Float, CUDA)) + 1.0;
+            let bias = Tensor::randn([k], (Kind::Float, CUDA));
+            check(
+                &[draw(&[rows, k]), draw(&[rows, k]), weight, bias],
+                |t| {
+                    let (sum, normed) = add_layer_norm(&t[0], &t[1], &t[2], &t[3], 1e-5);
+                    sum * 0.5 + normed
+                },
+                |t| {
+                    let sum = &t[0] + &t[1];
+                    &sum * 0.5 + sum.layer_norm([k], Some(&t[2]), Some(&t[3]), 1e-5, false)
+                },
             );
         }
     }

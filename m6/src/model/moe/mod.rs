@@ -279,6 +279,37 @@ mod tests {
         assert_eq!(dropped, Some(empty));
     }
 
+    /// Switch Transformer's equations 4 to 6 and ST-MoE's 5, from the router's weight on.
+    #[test]
+    fn losses_of_a_router_are_their_formulas_gradients_included() {
+        tch::manual_seed(11);
+        const TOKENS: i64 = 23;
+        let x = Tensor::randn([TOKENS, 16], FLOAT);
+        for (active, routing) in [(1, RoutingKind::Top), (3, RoutingKind::Top), (2, RoutingKind::Prototypes)]
+        {
+            let config = MoeConfig { balance_loss: 0.3, z_loss: 0.2, routing, ..config(active) };
+            let (params, moe) = build(&config, FeedForwardKind::Gelu, Device::Cpu);
+            let weight = (&params / "router").trainable().remove(0).1.tensor;
+            let loss = moe.forward(&x, TOKENS, Mode::Train).1.loss;
+            let (groups, size) = (config.groups(), config.experts / config.groups());
+            let mut expected = Tensor::zeros([], (Kind::Double, Device::Cpu));
+            for group in 0..groups {
+                let rows = weight.narrow(0, group * size, size).to_kind(Kind::Double);
+                let logits = x.to_kind(Kind::Double).matmul(&rows.tr());
+                let probs = logits.softmax(-1, Kind::Double);
+                let chosen = probs.topk(active / groups, -1, true, true).1;
+                let counts = chosen.one_hot(size).sum_dim_intlist([0, 1].as_slice(), false, Kind::Double);
+                let share = counts / (TOKENS * active) as f64;
+                let balance = (share * probs.mean_dim([0].as_slice(), false, Kind::Double)).sum(Kind::Double);
+                let z = logits.exp().sum_dim_intlist([-1].as_slice(), false, Kind::Double).log().square();
+                expected = expected + balance * (0.3 * config.experts as f64) + z.mean(Kind::Double) * 0.2;
+            }
+            assert!(gap(&loss, &expected) < 1e-5, "{active}");
+            let gradient = |loss: &Tensor| Tensor::run_backward(&[loss], &[&weight], true, false).remove(0);
+            assert!(gap(&gradient(&loss), &gradient(&expected)) < 1e-5, "{active}");
+        }
+    }
+
     #[test]
     fn a_second_choice_is_kept_with_twice_its_share_and_takes_no_place_otherwise() {
         tch::manual_seed(12);

@@ -1,4 +1,4 @@
-// Root-mean-square norm over rows of width k.
+// Root-mean-square norm and layer norm over rows of width k. The second has a bias, and takes the mean off first.
 //
 // Row n of the input begins at `n / inner * outer_stride + n % inner * k`: heads of queries and keys are normed where
 // they lie in the product they came from. A row belongs to `lanes` threads, a word to each: some lanes of a warp, or whole
@@ -27,12 +27,24 @@ __device__ float2 sums_of_row(float2 values, int lanes, float2* shares) {
   return sums;
 }
 
-}  // namespace
+// Takes the mean of a row off its values; what is not of the row stays 0. Returns the mean of `other`, of which every thread
+// has a part.
+__device__ float centre(Vector& value, bool inside, int k, int lanes, float2* shares, float other = 0.0f) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) sum += value.at[i];
+  const float2 sums = sums_of_row({sum, other}, lanes, shares);
+#pragma unroll
+  for (int i = 0; i < VECTOR; ++i) value.at[i] = inside ? value.at[i] - sums.x / k : 0.0f;
+  return sums.y / k;
+}
 
-extern "C" __global__ void __launch_bounds__(MOST_WARPS * WARP) m6_rms_norm(
-    const bf16* x, const bf16* residual, const float* weight, bf16* sum, bf16* y, int64_t n, int k, int lanes, int inner,
-    int64_t outer_stride, float eps) {
-  __shared__ float2 shares[MOST_WARPS];
+// `bias` is that of a layer norm.
+template <bool is_layer_norm>
+__device__ void row_norm(
+    const bf16* x, const bf16* residual, const float* weight, const float* bias, bf16* sum, bf16* y, int64_t n, int k,
+    int lanes, int inner, int64_t outer_stride, float eps) {
+  __shared__ float2 shares[2][MOST_WARPS];
   const int64_t row = static_cast<int64_t>(blockIdx.x) * (blockDim.x / lanes) + threadIdx.x / lanes;
   const int at = threadIdx.x % lanes * VECTOR;
   const bool inside = row < n && at < k;
@@ -46,27 +58,32 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * WARP) m6_rms_norm(
       store(sum + row * k + at, value);
     }
   }
+  if (is_layer_norm) centre(value, inside, k, lanes, shares[0]);
   float squares = 0;
 #pragma unroll
   for (int i = 0; i < VECTOR; ++i) squares += value.at[i] * value.at[i];
-  const float rstd = rsqrtf(sums_of_row({squares, 0.0f}, lanes, shares).x / k + eps);
+  const float rstd = rsqrtf(sums_of_row({squares, 0.0f}, lanes, shares[1]).x / k + eps);
   if (!inside) return;
 #pragma unroll
-  for (int i = 0; i < VECTOR; ++i) value.at[i] *= rstd * weight[at + i];
+  for (int i = 0; i < VECTOR; ++i) {
+    value.at[i] = value.at[i] * (rstd * weight[at + i]) + (is_layer_norm ? bias[at + i] : 0.0f);
+  }
   store(y + row * k + at, value);
 }
 
 // dx, to which the gradient `dsum` of the sum is added where there is one, and each block's share of dweight in
-// `dweights[block, k]`.
-extern "C" __global__ void __launch_bounds__(MOST_WARPS * WARP) m6_rms_norm_grad(
-    const bf16* dy, const bf16* dsum, const bf16* x, const float* weight, bf16* dx, float* dweights, int64_t n, int k,
+// `shares_of_grads[block, k]`; of a layer norm that of dbias too, `[block, 2, k]`.
+template <bool is_layer_norm>
+__device__ void row_norm_grad(
+    const bf16* dy, const bf16* dsum, const bf16* x, const float* weight, bf16* dx, float* shares_of_grads, int64_t n, int k,
     int lanes, int inner, int64_t outer_stride, float eps) {
+  constexpr int GRADS = is_layer_norm ? 2 : 1;
   // Calls in turn take one and the other.
   __shared__ float2 shares[2][MOST_WARPS];
   extern __shared__ float row_sums[];
   const int rows = blockDim.x / lanes, own_row = threadIdx.x / lanes;
   const int at = threadIdx.x % lanes * VECTOR;
-  Vector weights = {}, totals = {};
+  Vector weights = {}, totals[GRADS] = {};
 #pragma unroll
   for (int i = 0; i < VECTOR; ++i) weights.at[i] = at < k ? weight[at + i] : 0.0f;
   int turn = 0;
@@ -80,6 +97,14 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * WARP) m6_rms_norm_grad
       grad = load(dy + row * k + at);
       if (dsum != nullptr) past = load(dsum + row * k + at);
     }
+    float level = 0;
+    if (is_layer_norm) {
+      float weighted = 0;
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) weighted += grad.at[i] * weights.at[i];
+      level = centre(value, inside, k, lanes, shares[turn], weighted);
+      turn = 1 - turn;
+    }
     float squares = 0, product = 0;
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
@@ -92,21 +117,52 @@ extern "C" __global__ void __launch_bounds__(MOST_WARPS * WARP) m6_rms_norm_grad
     const float tilt = sums.y / k * rstd * rstd;
 #pragma unroll
     for (int i = 0; i < VECTOR; ++i) {
-      totals.at[i] += grad.at[i] * value.at[i] * rstd;
-      past.at[i] += rstd * (grad.at[i] * weights.at[i] - value.at[i] * tilt);
+      totals[0].at[i] += grad.at[i] * value.at[i] * rstd;
+      if (is_layer_norm) totals[GRADS - 1].at[i] += grad.at[i];
+      past.at[i] += rstd * (grad.at[i] * weights.at[i] - level - value.at[i] * tilt);
     }
     if (inside) store(dx + row * k + at, past);
   }
   if (at < k) {
 #pragma unroll
-    for (int i = 0; i < VECTOR; ++i) row_sums[own_row * k + at + i] = totals.at[i];
+    for (int grad = 0; grad < GRADS; ++grad) {
+#pragma unroll
+      for (int i = 0; i < VECTOR; ++i) row_sums[(own_row * GRADS + grad) * k + at + i] = totals[grad].at[i];
+    }
   }
   __syncthreads();
-  for (int column = threadIdx.x; column < k; column += blockDim.x) {
+  const int columns = GRADS * k;
+  for (int column = threadIdx.x; column < columns; column += blockDim.x) {
     float sum = 0;
-    for (int row = 0; row < rows; ++row) sum += row_sums[row * k + column];
-    dweights[static_cast<int64_t>(blockIdx.x) * k + column] = sum;
+    for (int row = 0; row < rows; ++row) sum += row_sums[row * columns + column];
+    shares_of_grads[static_cast<int64_t>(blockIdx.x) * columns + column] = sum;
   }
+}
+
+}  // namespace
+
+extern "C" __global__ void __launch_bounds__(MOST_WARPS * WARP) m6_rms_norm(
+    const bf16* x, const bf16* residual, const float* weight, const float* bias, bf16* sum, bf16* y, int64_t n, int k,
+    int lanes, int inner, int64_t outer_stride, float eps) {
+  row_norm<false>(x, residual, weight, bias, sum, y, n, k, lanes, inner, outer_stride, eps);
+}
+
+extern "C" __global__ void __launch_bounds__(MOST_WARPS * WARP) m6_layer_norm(
+    const bf16* x, const bf16* residual, const float* weight, const float* bias, bf16* sum, bf16* y, int64_t n, int k,
+    int lanes, int inner, int64_t outer_stride, float eps) {
+  row_norm<true>(x, residual, weight, bias, sum, y, n, k, lanes, inner, outer_stride, eps);
+}
+
+extern "C" __global__ void __launch_bounds__(MOST_WARPS * WARP) m6_rms_norm_grad(
+    const bf16* dy, const bf16* dsum, const bf16* x, const float* weight, bf16* dx, float* shares_of_grads, int64_t n, int k,
+    int lanes, int inner, int64_t outer_stride, float eps) {
+  row_norm_grad<false>(dy, dsum, x, weight, dx, shares_of_grads, n, k, lanes, inner, outer_stride, eps);
+}
+
+extern "C" __global__ void __launch_bounds__(MOST_WARPS * WARP) m6_layer_norm_grad(
+    const bf16* dy, const bf16* dsum, const bf16* x, const float* weight, bf16* dx, float* shares_of_grads, int64_t n, int k,
+    int lanes, int inner, int64_t outer_stride, float eps) {
+  row_norm_grad<true>(dy, dsum, x, weight, dx, shares_of_grads, n, k, lanes, inner, outer_stride, eps);
 }
 
 // The sum of the rows of `[n, k]`, `[k]`. A block for each warp of columns, whose warps share out the rows.
