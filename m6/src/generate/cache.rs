@@ -2,6 +2,8 @@
 //!
 //! Legend: `r` rows, `t` tokens, `d` model width, `h` heads, `k` head width.
 
+use std::collections::{BTreeMap, BTreeSet};
+
 use m6_data::picture::Rgb8;
 use m6_vqgan::pictures_to_tensor;
 use tch::{Device, Kind, Tensor};
@@ -116,10 +118,13 @@ impl KvCache {
         // As in Qwen, the angles that depend on a length keep those of the prefix: keys in the cache are turned already.
         let lengths = self.lengths.unsqueeze(-1).expand_as(places).flatten(0, 1);
         let rotation = transformer.rotation(&places.flatten(0, 1), &lengths, Mode::Infer);
-        let near = config.window.as_ref().map(|window| {
-            let near = self.near(places, at + t, window.size);
-            seen.map_or(near.shallow_clone(), |seen| seen.logical_and(&near))
+        let windows: BTreeSet<i64> =
+            (0..self.blocks.len()).filter_map(|index| config.window(index)).collect();
+        let near = windows.into_iter().map(|size| {
+            let near = self.near(places, at + t, size);
+            (size, seen.map_or(near.shallow_clone(), |seen| seen.logical_and(&near)))
         });
+        let near: BTreeMap<i64, Tensor> = near.collect();
         let hidden = transformer.run(x_nd, rotation.as_ref(), real, Mode::Infer, |index, heads| {
             let (q, k, v) = heads.split();
             let [q, k, v] = [q, k, v].map(|x_nhk| {
@@ -131,7 +136,7 @@ impl KvCache {
             block.values.narrow(2, at, t).copy_(&v);
             let keys = block.keys.narrow(2, 0, at + t);
             let values = block.values.narrow(2, 0, at + t);
-            let seen = if config.window(index).is_some() { near.as_ref() } else { seen };
+            let seen = config.window(index).map_or(seen, |size| near.get(&size));
             let is_grouped = config.kv_heads() < config.heads;
             let out =
                 Tensor::scaled_dot_product_attention(&q, &keys, &values, seen, 0.0, false, None, is_grouped);

@@ -27,13 +27,13 @@ pub fn tiny() -> (Params, Transformer) {
     tiny_of(&config())
 }
 
-/// The same with rotary positions, one key head for two query heads, and a window in the second block.
+/// The same with rotary positions, one key head for two query heads, and a window in each block.
 pub fn tiny_rotary() -> (Params, Transformer) {
     tiny_of(&ModelConfig {
         heads: 4,
         kv_heads: Some(2),
         rotary: Some(RotaryConfig { base: 1e4, scaling: None, logn: Some(3) }),
-        window: Some(WindowConfig::new(3, 1)),
+        window: Some(WindowConfig { last: Some(3), ..WindowConfig::new(5, 0) }),
         ..config()
     })
 }

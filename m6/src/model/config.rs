@@ -118,12 +118,17 @@ pub struct WindowConfig {
     /// Of the blocks between them every n-th is limited, beginning with the first.
     #[serde(default = "one")]
     pub every: i64,
+    /// Tokens that are seen in the last block that is limited; between it and the first they change evenly (Bai et al. 2023,
+    /// Qwen: shorter windows in lower layers). All see `size` where absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last: Option<i64>,
 }
 
 /// Bounds that keep a damaged or absurd config from asking for all memory; far above any model that is built.
 const MAX_WIDTH: i64 = 1 << 16;
 const MAX_LAYERS: i64 = 1 << 10;
 const MAX_TEXT: i64 = 1 << 20;
+const MAX_WINDOW: i64 = 1 << 32;
 /// What flash attention takes.
 const MAX_HEAD_WIDTH: i64 = 256;
 
@@ -178,7 +183,7 @@ impl ModelConfig {
 
     /// How far back block `layer` sees, where that is limited.
     pub fn window(&self, layer: usize) -> Option<i64> {
-        self.window.as_ref().filter(|window| window.limits(layer as i64)).map(|window| window.size)
+        self.window.as_ref().and_then(|window| window.of(layer as i64, self.layers))
     }
 
     /// Whether a forward pass in training leaves something to chance.
@@ -264,18 +269,23 @@ impl ModelConfig {
 impl WindowConfig {
     /// Of `size` tokens in all blocks from `from` on.
     pub fn new(size: i64, from: i64) -> Self {
-        Self { size, from, until: None, every: one() }
+        Self { size, from, until: None, every: one(), last: None }
     }
 
-    fn limits(&self, layer: i64) -> bool {
-        layer >= self.from
-            && self.until.is_none_or(|until| layer < until)
-            && (layer - self.from) % self.every == 0
+    /// How far back block `layer` of `layers` sees, where it is limited.
+    fn of(&self, layer: i64, layers: i64) -> Option<i64> {
+        let until = self.until.unwrap_or(layers);
+        let (above, steps) = (layer - self.from, (until - 1 - self.from) / self.every);
+        let is_limited = above >= 0 && layer < until && above % self.every == 0;
+        let growth = self.last.map_or(0, |last| last - self.size);
+        is_limited.then(|| self.size + growth * (above / self.every) / steps.max(1))
     }
 
     fn validate(&self, layers: i64) -> Result<(), String> {
-        if self.size < 1 {
-            return Err(format!("size = {}: expected 1 or more", self.size));
+        for (key, size) in [("size", Some(self.size)), ("last", self.last)] {
+            if let Some(size) = size.filter(|size| !(1..=MAX_WINDOW).contains(size)) {
+                return Err(format!("{key} = {size}: expected 1 to {MAX_WINDOW}"));
+            }
         }
         if !(0..layers).contains(&self.from) {
             return Err(format!("from = {}: expected 0 to {}, the last block", self.from, layers - 1));
@@ -331,6 +341,22 @@ mod tests {
         assert_eq!(limited("size = 4\nfrom = 5"), [5, 6, 7]);
         assert_eq!(limited("size = 4\nfrom = 0\nuntil = 5\nevery = 2"), [0, 2, 4]);
         assert_eq!(limited("size = 4\nfrom = 1\nevery = 3"), [1, 4, 7]);
+    }
+
+    #[test]
+    fn windows_change_evenly_to_the_last() {
+        let sizes = |window: WindowConfig| -> Vec<Option<i64>> {
+            let config = ModelConfig { window: Some(window), ..ModelConfig::new(32, 5, 4, 48, 16) };
+            config.validate().unwrap();
+            (0..5).map(|layer| config.window(layer)).collect()
+        };
+        let grown = WindowConfig { last: Some(16), ..WindowConfig::new(4, 0) };
+        assert_eq!(sizes(grown.clone()), [4, 7, 10, 13, 16].map(Some));
+        let some = WindowConfig { every: 2, from: 1, ..grown.clone() };
+        assert_eq!(sizes(some), [None, Some(4), None, Some(16), None]);
+        assert_eq!(sizes(WindowConfig { from: 4, ..grown.clone() }), [None, None, None, None, Some(4)]);
+        let shrunk = WindowConfig { size: 16, last: Some(4), ..grown };
+        assert_eq!(sizes(shrunk), [16, 13, 10, 7, 4].map(Some));
     }
 
     #[test]
