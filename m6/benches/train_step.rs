@@ -10,8 +10,8 @@
 use std::time::Instant;
 
 use m6::model::{
-    Balance, Bias, FeedForwardKind, Mode, ModelConfig, MoeConfig, RotaryConfig, RouterNoise, RoutingKind,
-    Sequence, Transformer, Vocab,
+    Balance, Bias, FeedForwardKind, Mode, ModelConfig, MoeConfig, NormKind, RotaryConfig, RouterNoise,
+    RoutingKind, Sequence, Transformer, Vocab,
 };
 use m6_runtime::attention::{Layout, Span};
 use m6_runtime::device::{device, memory, set_tf32};
@@ -34,8 +34,9 @@ fn shape(name: &str) -> Option<(ModelConfig, i64)> {
         ..ModelConfig::new(width, layers, heads, hidden, 4096)
     };
     let m6 = |hidden| ModelConfig {
+        norm: NormKind::Layer,
         qk_norm: false,
-        bias: Bias::None,
+        bias: Bias::All,
         feed_forward: FeedForwardKind::Gelu,
         ..ModelConfig::new(1024, 5, 16, hidden, 4096)
     };

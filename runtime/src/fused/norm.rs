@@ -130,7 +130,7 @@ mod calls {
     }
 
     fn pointer(bias: Option<&Tensor>) -> *const C_tensor {
-        bias.map_or(null(), |bias| bias.as_ptr().cast_const())
+        bias.map_or(null(), Tensor::as_ptr)
     }
 }
 
