@@ -4,15 +4,16 @@
     python3 tests/interop_webdataset.py target/release/m6
 
 webdataset's TarWriter writes samples with awkward names, and Python's tarfile does in the other formats of tar; `m6 data
-pack` reads these shards and writes its own; webdataset reads those. `m6 data pack` also packs a folder of files. All
-samples have to come out as they went in, in the same order. Needs webdataset, numpy and Pillow; ends with an error where
-something differs.
+pack` reads these shards and writes its own; webdataset reads those. So do shards of names, members and contents at random,
+`--rounds` of them. `m6 data pack` also packs a folder of files. All samples have to come out as they went in, in the same
+order. Needs webdataset, numpy and Pillow; ends with an error where something differs.
 """
 
 import argparse
 import io
 import json
 import pathlib
+import random
 import subprocess
 import sys
 import tarfile
@@ -54,6 +55,27 @@ def samples(longest):
         ("last", {"txt": b"not lost behind the long ones"}),
     ]
     return [(key, members) for key, members in made if len(key.encode()) <= longest]
+
+
+def random_samples(longest, rng):
+    """As `samples`, at random."""
+    letters = "abcXYZ019_- +@éß猫図ж🐱"
+
+    def name(most):
+        return "".join(rng.choices(letters, k=rng.randint(1, most))).strip() or "x"
+
+    made = {}
+    for _ in range(rng.randint(1, 20)):
+        folders = [name(60) + rng.choice(["", ".d"]) for _ in range(rng.randint(0, 3))]
+        key = "/".join([*folders, name(rng.choice([5, 120]))])
+        extensions = rng.sample(["txt", "json", "seg.png", "cls", "a.b.c", "npy", "bin"], rng.randint(1, 4))
+        sizes = [rng.choice([0, 1, 511, 512, 513, 1024, rng.randint(0, 5000)]) for _ in extensions]
+        made[key] = {extension: rng.randbytes(size) for extension, size in zip(extensions, sizes)}
+        if "txt" in made[key]:
+            made[key]["txt"] = name(300).encode()
+        if "json" in made[key]:
+            made[key]["json"] = json.dumps({"en": name(50)}).encode()
+    return [(key, members) for key, members in made.items() if len(key.encode()) <= longest]
 
 
 def with_webdataset(shard, samples):
@@ -102,7 +124,9 @@ def check(what, found, expected):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("m6", help="the program")
-    m6 = parser.parse_args().m6
+    parser.add_argument("--rounds", type=int, default=50)
+    args = parser.parse_args()
+    m6 = args.m6
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         for name, write, longest in [
@@ -115,6 +139,12 @@ def main():
             write(shard, expected)
             check(f"{name}, read by webdataset", read([shard]), expected)
             check(f"{name}, packed by m6, read by webdataset", read(pack(m6, shard, folder / name)), expected)
+            for number in range(args.rounds):
+                expected = random_samples(longest, random.Random(number))
+                if expected:
+                    write(shard, expected)
+                    out = folder / f"{name}-{number}"
+                    check(f"{name}, packed by m6, round {number}", read(pack(m6, shard, out)), expected)
 
         files = folder / "files"
         expected = [("a", {"png": picture(6), "txt": b"text"}), ("b/c d", {"png": picture(7), "json": b'{"n": 1}'})]
