@@ -12,6 +12,7 @@ order. Needs webdataset, numpy and Pillow; ends with an error where something di
 import argparse
 import io
 import json
+import os
 import pathlib
 import random
 import subprocess
@@ -79,7 +80,7 @@ def random_samples(longest, rng):
 
 
 def with_webdataset(shard, samples):
-    with open(shard, "wb") as stream, webdataset.TarWriter(stream) as writer:
+    with webdataset.TarWriter(str(shard)) as writer:
         for key, members in samples:
             writer.write({"__key__": key, **members})
 
@@ -129,13 +130,15 @@ def main():
     m6 = args.m6
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
+        os.environ["M6_CACHE"] = str(folder / "cache")
         for name, write, longest in [
             ("webdataset", with_webdataset, 1000),
+            ("gzip", with_webdataset, 1000),
             # A header has 100 bytes for a name, and 155 for the folder that it is in.
             ("ustar", with_tarfile(tarfile.USTAR_FORMAT), 90),
             ("gnu", with_tarfile(tarfile.GNU_FORMAT), 1000),
         ]:
-            expected, shard = samples(longest), folder / f"{name}.tar"
+            expected, shard = samples(longest), folder / f"{name}.{'tar.gz' if name == 'gzip' else 'tar'}"
             write(shard, expected)
             check(f"{name}, read by webdataset", read([shard]), expected)
             check(f"{name}, packed by m6, read by webdataset", read(pack(m6, shard, folder / name)), expected)

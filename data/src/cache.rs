@@ -1,6 +1,6 @@
 //! A folder of shards that were fetched from elsewhere, so that samples can be read at random places.
 //!
-//! A shard's file is named by the BLAKE3 of its url or command, and appears by rename once it is whole. It is taken to stay
+//! A shard's file is named by the BLAKE3 of its url or command, or of a compressed file's path, size and time, and appears by rename once it is whole. It is taken to stay
 //! what it is: what is there is not asked for again. Where the folder would outgrow its limit, the files that no process
 //! uses go, the least recently used first. Processes that use the folder hold a shared lock, and one that has to remove
 //! files does so only while it is alone.
@@ -129,7 +129,7 @@ impl Cache {
     }
 
     fn path_of(&self, shard: &Far) -> PathBuf {
-        self.dir.join(file_name(shard.name()))
+        self.dir.join(file_name(shard.name(), &shard.identity()))
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -198,12 +198,12 @@ impl Drop for Claim<'_> {
 }
 
 /// The file of a url or command: the hash keeps it apart from others and inside the folder, the tail is for people.
-fn file_name(name: &str) -> String {
+fn file_name(name: &str, identity: &str) -> String {
     let end = name.split('?').next().and_then(|name| name.rsplit('/').next()).unwrap_or_default();
     let plain = |c: char| if c.is_ascii_alphanumeric() || ".-_".contains(c) { c } else { '_' };
     let tail: Vec<char> = end.chars().map(plain).collect();
     let tail: String = tail[tail.len().saturating_sub(MAX_TAIL)..].iter().collect();
-    format!("{}-{tail}", blake3::hash(name.as_bytes()))
+    format!("{}-{tail}", blake3::hash(identity.as_bytes()))
 }
 
 /// Folder and limit by environment variables.
@@ -437,7 +437,7 @@ mod tests {
     proptest! {
         #[test]
         fn no_name_climbs_out_of_the_folder(name in "(pipe:|s3://b/)?(\\.\\./|/|\\.|[a-z?%图 ]|\\PC){0,80}") {
-            let name = file_name(&name);
+            let name = file_name(&name, &name);
             let mut parts = Path::new(&name).components();
             prop_assert!(matches!((parts.next(), parts.next()), (Some(Component::Normal(_)), None)));
             prop_assert!(name.len() <= 64 + 1 + MAX_TAIL && name.is_ascii());

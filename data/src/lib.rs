@@ -30,6 +30,7 @@ pub mod caption;
 pub mod error;
 pub mod filter;
 pub mod flaw;
+mod gzip;
 pub mod index_file;
 pub mod info;
 mod jpeg;

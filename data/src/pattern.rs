@@ -51,7 +51,7 @@ fn resolve_one(pattern: &str) -> Result<Vec<Source>> {
         if let Some(folder) = matches.iter().find(|path| path.is_dir()) {
             return Err(fail(format!("{0} is a folder; for its shards write {0}/*.tar", folder.display())));
         }
-        sources.extend(matches.into_iter().filter(|path| seen.insert(path.clone())).map(Source::File));
+        sources.extend(matches.into_iter().filter(|path| seen.insert(path.clone())).map(Source::of_file));
     }
     Ok(sources)
 }

@@ -53,7 +53,7 @@ impl ShardSet {
     /// (`http`, `https`, `s3`, `gs`; with the feature `remote`), a shell command that writes a shard (`pipe:COMMAND`), or a
     /// brace list of these (`data/train-{000000..000017}.tar`).
     ///
-    /// What is no file is first fetched whole into the folder that the environment variable `M6_CACHE` names, or taken from
+    /// What is no file, and what is compressed (`.tar.gz`, `.tgz`), is first fetched whole into the folder that the environment variable `M6_CACHE` names, or taken from
     /// there; see the crate's `cache` module.
     ///
     /// # Errors
@@ -371,6 +371,8 @@ pub(crate) fn sample_image_for(sample: &Sample, short_side: Option<u32>) -> Resu
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
     use crate::testing::{Members, archive, cat, shard};
 
@@ -496,6 +498,30 @@ mod tests {
     fn contents(set: &ShardSet) -> Vec<(String, Vec<Vec<u8>>)> {
         let samples = (0..set.len()).map(|index| set.sample(index).unwrap());
         samples.map(|s| (s.key.to_owned(), s.members().map(|(_, bytes)| bytes.to_vec()).collect())).collect()
+    }
+
+    #[test]
+    fn a_compressed_shard_is_the_one_in_it_and_a_new_file_a_new_shard() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
+        let compressed = dir.path().join("test.tar.gz");
+        let open = || {
+            let pattern = dir.path().join("*.tar.gz").display().to_string();
+            ShardSet::open_in(|| Ok(&cache), &[pattern], &mut |_, _, _| ())
+        };
+        let members: Members = &[("txt", b"text")];
+        let write = |bytes: &[u8]| fs::write(&compressed, crate::gzip::testing::compressed(bytes)).unwrap();
+        for samples in [&["a", "b"][..], &["a", "b", "c"]] {
+            let samples: Vec<(&str, Members)> = samples.iter().map(|key| (*key, members)).collect();
+            let path = shard(dir.path(), &samples);
+            write(&fs::read(&path).unwrap());
+            let (local, inflated) = (self::open(&path).unwrap(), open().unwrap());
+            assert_eq!((contents(&inflated), inflated.identity()), (contents(&local), local.identity()));
+            assert_eq!(inflated.shards().collect::<Vec<_>>(), [&compressed]);
+        }
+        fs::write(&compressed, b"no gzip, but long enough for a header").unwrap();
+        let error = open().unwrap_err().to_string();
+        assert!(error.contains("test.tar.gz") && error.contains("gzip: "), "{error}");
     }
 
     #[test]

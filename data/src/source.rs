@@ -1,8 +1,12 @@
-//! Where the bytes of a shard come from: a file, a url, or a command that writes them.
+//! Where the bytes of a shard come from: a file, compressed or not, a url, or a command that writes them.
 
+use std::fs;
 use std::path::PathBuf;
 
 use crate::error::Result;
+use crate::gzip;
+#[cfg(feature = "remote")]
+use crate::gzip::Inflater;
 use crate::pipe;
 #[cfg(feature = "remote")]
 use crate::remote;
@@ -17,11 +21,11 @@ const SCHEMES: [&str; 4] = ["http", "https", "s3", "gs"];
 pub(crate) enum Source {
     /// A file that is read in place.
     File(PathBuf),
-    /// One that is read from its file in the cache.
+    /// One that is read from a file in the cache.
     Far(Far),
 }
 
-/// A shard that is no file.
+/// A shard that is no file, or none that can be read in place.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub(crate) enum Far {
     /// An address, its scheme one of [`SCHEMES`].
@@ -29,9 +33,19 @@ pub(crate) enum Far {
     Url(String),
     /// `pipe:COMMAND`.
     Pipe(String),
+    /// The path of a compressed file, which cannot be read at random places.
+    Compressed(String),
 }
 
 impl Source {
+    /// A file that is there.
+    pub(crate) fn of_file(path: PathBuf) -> Self {
+        match path.to_str() {
+            Some(name) if gzip::is_compressed(name) => Self::Far(Far::Compressed(name.to_owned())),
+            _ => Self::File(path),
+        }
+    }
+
     /// The shard in the user's words.
     pub(crate) fn name(&self) -> PathBuf {
         match self {
@@ -73,13 +87,23 @@ impl Far {
         Err("this program was built without urls; build it with `--features remote`".to_owned())
     }
 
-    /// The url, or the command with its `pipe:`.
+    /// The url, the command with its `pipe:`, or the path.
     pub(crate) fn name(&self) -> &str {
         match self {
             #[cfg(feature = "remote")]
             Self::Url(url) => url,
             Self::Pipe(pipe) => pipe,
+            Self::Compressed(path) => path,
         }
+    }
+
+    /// What tells it from all others: the name, and of a file where it is and which one it is.
+    pub(crate) fn identity(&self) -> String {
+        let Self::Compressed(name) = self else { return self.name().to_owned() };
+        let path = fs::canonicalize(name).unwrap_or_else(|_| name.into());
+        let stamp = fs::metadata(name).and_then(|metadata| Ok((metadata.len(), metadata.modified()?)));
+        // Where there is none it cannot be read either, which is told then.
+        format!("{path:?} {:?}", stamp.ok())
     }
 
     /// Hands all bytes of the shard to `sink`.
@@ -89,8 +113,15 @@ impl Far {
     pub(crate) fn stream(&self, sink: Sink) -> Result<()> {
         match self {
             #[cfg(feature = "remote")]
+            Self::Url(url) if gzip::is_compressed(url) => {
+                let mut inflater = Inflater::new(url, sink);
+                remote::download(url, &mut |bytes| inflater.push(bytes))?;
+                inflater.finish()
+            }
+            #[cfg(feature = "remote")]
             Self::Url(url) => remote::download(url, sink),
             Self::Pipe(pipe) => pipe::run(pipe, pipe.strip_prefix(PIPE).unwrap_or(pipe), sink),
+            Self::Compressed(path) => gzip::read(path, sink),
         }
     }
 }
