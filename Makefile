@@ -51,7 +51,8 @@ out/parity/bin/python:
 
 parity: setup $(PYTHON) ## language models and their tokens against transformers and tiktoken
 	cargo build $(ALL)
-	$(PYTHON) m6/tests/parity/check.py $(TARGET_DIR)/release/m6
+	$(PYTHON) m6/tests/parity/check.py $(TARGET_DIR)/release/m6 --device $(if $(filter 1,$(CUDA)),cuda:0,cpu)
+	cargo test $(ALL) --lib every_gradient
 
 bench: setup ## benchmarks
 	cargo bench --workspace $(FEATURES)

@@ -10,6 +10,7 @@ use serde_json::{Map, Value};
 use crate::caption::TEXT_EXTENSIONS;
 use crate::error::{DataError, Result};
 use crate::filter::{Draft, Filter, LeftOut};
+use crate::gzip;
 use crate::key::member_path;
 use crate::loader::Loader;
 use crate::shard::{PICTURE_EXTENSIONS, ShardSet};
@@ -43,7 +44,7 @@ pub struct PackReport {
 
 /// Packs `source` into `writer`'s shards: a folder of pictures (sub-folders included) with `.txt` or `.json` files of the
 /// same name; or a jsonl file of `{"image": PATH, ...}` whose paths are relative to it and whose other keys become the
-/// sample's JSON, a text alone where a line has no `image`; or a `.txt` file of a text a line; or shards, named as for [`ShardSet::open`] with `.tar` at the end, whose samples keep their members.
+/// sample's JSON, a text alone where a line has no `image`; or a `.txt` file of a text a line; or shards, named as for [`ShardSet::open`] with `.tar`, `.tar.gz` or `.tgz` at the end, whose samples keep their members.
 /// What `filter` leaves out is not written. Pictures are read and decoded on `workers` threads (at least one). `fetching` is
 /// called as by [`ShardSet::open_with`], `progress` with (done, all) after each sample.
 ///
@@ -137,7 +138,7 @@ impl Source {
     ) -> Result<Self> {
         let candidates = if path.is_dir() {
             from_folder(path)?
-        } else if extension(path) == "tar" {
+        } else if extension(path) == "tar" || gzip::is_compressed(&path.to_string_lossy()) {
             let set = ShardSet::open_with(&[path.to_string_lossy().into_owned()], fetching)?;
             refuse_shards_in(out, &set)?;
             report.warnings = set.flaws().iter().map(ToString::to_string).collect();

@@ -71,18 +71,25 @@ def log_probabilities(model, ids):
     return logits[:-1].log_softmax(-1).gather(-1, ids[1:, None])[:, 0]
 
 
+def regenerated_problems(name, regenerated):
+    """What is made anew as something else than what is committed, a line each."""
+    for file, tolerance in [("model.safetensors", 0.0), ("golden.safetensors", TOLERANCE)]:
+        for tensor in same(load_file(regenerated / name / file), load_file(COMMITTED / name / file), tolerance):
+            yield f"{file}: `{tensor}` is made anew as something else"
+
+
 def model_problems(m6, name, regenerated, work):
     """What is wrong with one model, a line each."""
     committed, own, back = COMMITTED / name, work / f"{name}-own", work / f"{name}-back"
-    for file, tolerance in [("model.safetensors", 0.0), ("golden.safetensors", TOLERANCE)]:
-        for tensor in same(load_file(regenerated / name / file), load_file(committed / file), tolerance):
-            yield f"{file}: `{tensor}` is made anew as something else"
+    yield from regenerated_problems(name, regenerated)
     subprocess.run([m6, "convert", committed, own], check=True, stdout=subprocess.DEVNULL)
     subprocess.run([m6, "convert", own, back], check=True, stdout=subprocess.DEVNULL)
     published = [AutoConfig.from_pretrained(folder).to_dict() for folder in (committed, back)]
     for key in sorted(published[0].keys() | published[1].keys()):
         values = [without_defaults(config.get(key)) for config in published]
-        if key not in SETTLED and values[0] != values[1]:
+        # A width of heads may be said that was left to follow from the others.
+        is_told = key == "head_dim" and values[0] is None
+        if key not in SETTLED and not is_told and values[0] != values[1]:
             yield f"config.json: {key} = {values[1]}, expected {values[0]}"
     ids = load_file(committed / "golden.safetensors")["ids"]
     model = AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager")
@@ -97,6 +104,7 @@ def check_models(args, work):
     make.write(work / "made", seed=make.SEED)
     for name in make.MODELS:
         yield name, model_problems(args.m6, name, work / "made", work)
+    yield "qwen", regenerated_problems("qwen", work / "made")
 
 
 def check_tokens(args, work):

@@ -4,17 +4,21 @@
     python3 m6/tests/parity/make.py m6/tests/parity [--seed N]
 
 Writes a folder for each model: `config.json` and `model.safetensors` as `save_pretrained` writes them, and
-`golden.safetensors` with token ids, logits, the loss and its gradient for every weight, in float32 on the CPU. Needs torch,
-transformers (5.24 made the committed ones) and safetensors.
+`golden.safetensors` with token ids, logits, the loss and its gradient for every weight, in float32 on the CPU. So does
+`qwen.py`, which is no part of transformers, for Qwen's own layout. Needs torch, transformers (5.24 made the committed ones)
+and safetensors.
 """
 
 import argparse
 import copy
+import json
 import pathlib
 
 import torch
 from safetensors.torch import save_file
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2MoeConfig, Qwen2MoeForCausalLM
+
+import qwen
 
 TOKENS = 24
 SEED = 1
@@ -56,8 +60,15 @@ MODELS = {
     "qwen2-yarn": Qwen2Config(
         **SIZES, rope_parameters=dict(ROPE, rope_type="yarn", factor=4.0, original_max_position_embeddings=16)
     ),
+    # Nothing said of the width of heads, as in the published models, and keys for each of them.
+    "qwen2-heads": Qwen2Config(
+        **{key: size for key, size in SIZES.items() if key != "head_dim"}
+        | dict(hidden_size=32, num_key_value_heads=4),
+        tie_word_embeddings=False,
+    ),
     "qwen2-moe": Qwen2MoeConfig(**EXPERTS, norm_topk_prob=False, decoder_sparse_step=1),
     "qwen2-moe-sparse": Qwen2MoeConfig(**EXPERTS, norm_topk_prob=True, decoder_sparse_step=2),
+    "qwen2-moe-dense-layer": Qwen2MoeConfig(**EXPERTS, norm_topk_prob=False, mlp_only_layers=[0]),
     "qwen2-moe-window": Qwen2MoeConfig(
         **EXPERTS | dict(num_hidden_layers=3), use_sliding_window=True, sliding_window=5, max_window_layers=2
     ),
@@ -113,6 +124,16 @@ def write(out, seed):
         save_file(golden, out / name / "golden.safetensors")
         for file in (out / name).iterdir():
             file.chmod(0o644)
+    write_qwen(out / "qwen", seed)
+
+
+def write_qwen(folder, seed):
+    """Writes the model of Qwen's own layout."""
+    weights, golden = qwen.golden(seed, SPREAD, TOKENS)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(qwen.CONFIG, indent=2) + "\n")
+    save_file(weights, folder / "model.safetensors")
+    save_file(golden, folder / "golden.safetensors")
 
 
 def main():

@@ -58,17 +58,36 @@ pub fn describe(config: &Value) -> Result<Described, String> {
     let plain = |error: serde_json::Error| error.to_string();
     let Kind { model_type } = Kind::deserialize(config).map_err(plain)?;
     let (family, model, vocab_size) = match model_type.as_str() {
-        "qwen2" | "qwen2_moe" => {
+        "qwen2" => {
             let config = Qwen2::deserialize(config).map_err(plain)?;
+            (Family::Qwen2, config.model()?, config.vocab_size)
+        }
+        "qwen2_moe" => {
+            let mut all = experts_by_default();
+            merge(&mut all, config);
+            let config = Qwen2::deserialize(all).map_err(plain)?;
             (Family::Qwen2, config.model()?, config.vocab_size)
         }
         "qwen" => {
             let config = Qwen::deserialize(config).map_err(plain)?;
-            (Family::Qwen, config.model(), config.vocab_size)
+            (Family::Qwen, config.model()?, config.vocab_size)
         }
         other => return Err(format!("model_type = {other:?}: expected qwen2, qwen2_moe or qwen")),
     };
     Ok(Described { family, model, vocab_size, ids: TokenIds::deserialize(config).map_err(plain)? })
+}
+
+/// What transformers takes for keys that a Qwen2-MoE config lacks.
+fn experts_by_default() -> Value {
+    json!({
+        "num_experts": 60,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 1408,
+        "shared_expert_intermediate_size": 5632,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": false,
+        "router_aux_loss_coef": 0.001,
+    })
 }
 
 /// A `config.json` that [`describe`] reads as the same, for weights stored as `dtype`.
@@ -443,10 +462,22 @@ struct Qwen {
     use_logn_attn: bool,
     #[serde(default)]
     tie_word_embeddings: bool,
+    rotary_pct: Option<f64>,
+    no_bias: Option<bool>,
+    scale_attn_weights: Option<bool>,
 }
 
 impl Qwen {
-    fn model(&self) -> ModelConfig {
+    fn model(&self) -> Result<ModelConfig, String> {
+        let foreign = [
+            ("rotary_pct", json!(self.rotary_pct), json!(1.0)),
+            ("no_bias", json!(self.no_bias), json!(true)),
+            ("scale_attn_weights", json!(self.scale_attn_weights), json!(true)),
+        ];
+        let is_foreign = |(_, found, expected): &&(&str, Value, Value)| !found.is_null() && found != expected;
+        if let Some((key, found, expected)) = foreign.iter().find(is_foreign) {
+            return Err(format!("{key} = {found}: expected {expected}"));
+        }
         let mut model = ModelConfig::new(
             self.hidden_size,
             self.num_hidden_layers,
@@ -465,7 +496,7 @@ impl Qwen {
             scaling: self.use_dynamic_ntk.then_some(RotaryScaling::DynamicSteps { trained }),
             logn: self.use_logn_attn.then_some(trained),
         });
-        model
+        Ok(model)
     }
 }
 
@@ -533,6 +564,23 @@ mod tests {
         let rotary = described.model.rotary.unwrap();
         assert_eq!(rotary.scaling, Some(RotaryScaling::DynamicSteps { trained: 8192 }));
         assert_eq!(rotary.logn, Some(8192));
+        for (setting, message) in [
+            (r#""rotary_pct": 0.5"#, "rotary_pct = 0.5: expected 1.0"),
+            (r#""no_bias": false"#, "no_bias = false: expected true"),
+            (r#""scale_attn_weights": false"#, "scale_attn_weights = false: expected true"),
+        ] {
+            let changed = text.replace(r#""no_bias": true"#, setting);
+            assert_eq!(describe(&changed).unwrap_err(), message);
+        }
+    }
+
+    /// `Qwen2MoeConfig()` of transformers 5.24.
+    #[test]
+    fn experts_that_are_not_described_are_those_of_transformers() {
+        let config = SMALLEST.replace("\"qwen2\"", "\"qwen2_moe\"").replace("MORE", "\"num_experts\": 8");
+        let moe = describe(&config).unwrap().model.moe.unwrap();
+        assert_eq!((moe.experts, moe.active, moe.every, moe.renormalize), (8, 4, 1, false));
+        assert_eq!((moe.hidden, moe.shared, moe.balance_loss), (Some(1408), Some(5632), 0.001));
     }
 
     #[test]

@@ -17,8 +17,9 @@ use crate::error::{Error, Result};
 /// Most bytes of weights in one file, as in the folders that are published; one tensor may be larger.
 const SHARD_BYTES: usize = 5_000_000_000;
 
-/// Files beside config and weights that say how text becomes ids and how to generate; those that are there are copied.
-const COMPANIONS: [&str; 9] = [
+/// Files beside config and weights that say how text becomes ids and how to generate, and those with which transformers
+/// reads Qwen's own layout; those that are there are copied.
+const COMPANIONS: [&str; 13] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "qwen.tiktoken",
@@ -28,6 +29,10 @@ const COMPANIONS: [&str; 9] = [
     "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
+    "configuration_qwen.py",
+    "modeling_qwen.py",
+    "qwen_generation_utils.py",
+    "tokenization_qwen.py",
 ];
 
 impl LanguageModel {
