@@ -128,12 +128,14 @@ fn main() {
     let as_graph = graph.map(|graph| seconds(device, || graph.replay().expect("a step")));
     let seconds = as_graph.unwrap_or(by_kernel);
     let (tokens, parameters) = (passes * texts * length, params.count());
-    // 6 for each parameter and token, and causal attention, as the peer counts them.
+    let active = parameters - idle(&params, &config);
+    // 6 for each parameter that a token meets, and causal attention, as the peer counts them.
     let attention = 6 * config.layers * config.width * length;
-    let flops = (6 * parameters as i64 + attention) as f64 * tokens as f64;
+    let flops = (6 * active as i64 + attention) as f64 * tokens as f64;
     let report = serde_json::json!({
         "shape": name,
         "parameters": parameters,
+        "active_parameters": active,
         "tokens_per_s": tokens as f64 / seconds,
         "ms_per_step": seconds * 1e3,
         "ms_per_step_by_kernel": by_kernel * 1e3,
@@ -141,6 +143,15 @@ fn main() {
         "memory_peak_bytes": memory(device).expect("figures of the device's memory").peak,
     });
     println!("{report}");
+}
+
+/// Parameters of experts that a token does not go through.
+fn idle(params: &Params, config: &ModelConfig) -> usize {
+    let is_of_experts = |name: &str| name.contains(".experts.");
+    let of_experts = params.trainable().into_iter().filter(|(name, _)| is_of_experts(name));
+    let count: usize = of_experts.map(|(_, param)| param.tensor.numel()).sum();
+    let active = |moe: &MoeConfig| count * moe.active as usize / moe.experts as usize;
+    count - config.moe.as_ref().map_or(count, active)
 }
 
 /// Mean time of a step.

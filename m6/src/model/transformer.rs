@@ -22,7 +22,7 @@ use super::vocab::Vocab;
 #[derive(Debug)]
 enum FeedForward {
     Dense(Mlp),
-    Experts(Moe),
+    Experts(Box<Moe>),
 }
 
 #[derive(Debug)]
@@ -106,7 +106,7 @@ impl Transformer {
         let blocks = (0..config.layers).map(|i| {
             let at = params / "blocks" / i;
             let feed_forward = match config.experts(i) {
-                Some(moe) => FeedForward::Experts(Moe::new(&(&at / "moe"), config, moe, out_std)),
+                Some(moe) => FeedForward::Experts(Box::new(Moe::new(&(&at / "moe"), config, moe, out_std))),
                 None => {
                     let (kind, has_bias) = (config.feed_forward, config.bias == Bias::All);
                     FeedForward::Dense(Mlp::new(&(&at / "mlp"), kind, d, config.hidden, out_std, has_bias))

@@ -108,6 +108,11 @@ impl Upcycling {
     }
 }
 
+/// How often `dense` neurons are needed for `experts` experts of `hidden` ones.
+fn copies([dense, experts, hidden]: [usize; 3]) -> usize {
+    (experts * hidden).div_ceil(dense)
+}
+
 /// For each of `experts` experts of `hidden` neurons those of its neurons that come from one of the `dense` ones, and
 /// which: all but the share `fresh`.
 fn deal([dense, experts, hidden]: [usize; 3], fresh: f64, rng: &mut impl Rng) -> Vec<[Vec<i64>; 2]> {
@@ -116,8 +121,7 @@ fn deal([dense, experts, hidden]: [usize; 3], fresh: f64, rng: &mut impl Rng) ->
         all.shuffle(rng);
         all
     };
-    let copies = (experts * hidden).div_ceil(dense);
-    let neurons: Vec<i64> = (0..copies).flat_map(|_| shuffled(dense)).collect();
+    let neurons: Vec<i64> = (0..copies([dense, experts, hidden])).flat_map(|_| shuffled(dense)).collect();
     let kept = hidden - (fresh * hidden as f64).round() as usize;
     let dealt = neurons.chunks(hidden).take(experts).map(|neurons| {
         let places = shuffled(hidden).split_off(hidden - kept);
@@ -185,6 +189,11 @@ mod tests {
         let made = experts(&upcycled(upcycling, &params).0);
         let fresh = experts(&built(&upcycling.model, upcycling.seed).0);
         [vec![neurons(kind, of(up), of("down"))], made, fresh]
+    }
+
+    #[test]
+    fn qwen2_7b_is_copied_nine_times_for_57b_a14b() {
+        assert_eq!(copies([18_944, 64, 2560]), 9);
     }
 
     #[test]

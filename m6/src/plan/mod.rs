@@ -225,6 +225,28 @@ mod tests {
         }
     }
 
+    /// The four sizes of M6-T (Yang et al. 2021): matrices of attention and experts and the table of tokens, in billions.
+    #[test]
+    fn m6_ts_sizes_are_its_arithmetic() {
+        let sizes = [
+            (5, 32, 4096, 1.385),
+            (10, 128, 4096, 10.80),
+            (24, 512, 4096, 103.20),
+            (24, 960, 21_248, 1002.73),
+        ];
+        for (layers, experts, hidden, billions) in sizes {
+            let mut shape = preset("m6-t-1t").shape;
+            let model = &mut shape.model;
+            (model.layers, model.hidden, model.bias, model.patches) = (layers, hidden, Bias::None, None);
+            let moe = model.moe.as_mut().unwrap();
+            moe.experts = experts;
+            let table = shape.vocab.text * shape.model.width;
+            let parts = Parts::of(&shape);
+            let found = (parts.attention.parameters + parts.experts.parameters + table) as f64 / 1e9;
+            assert!((found / billions - 1.0).abs() < 5e-4, "{layers} {experts}: {found}");
+        }
+    }
+
     #[test]
     fn qwen2_without_its_tables_and_without_idle_experts() {
         let billions = |parameters: i64| (parameters as f64 / 1e7).round() / 100.0;
