@@ -27,6 +27,9 @@ mod marker {
 /// # Errors
 /// Broken bytes or too many pixels.
 pub(crate) fn decode(bytes: &[u8], short_side: Option<u32>) -> Result<Decoded> {
+    if is_cut(bytes) {
+        return Err(DataError::Picture("JPEG: cut off before the end of the image".to_owned()));
+    }
     let orientation = exif(bytes).and_then(Orientation::from_exif_chunk).unwrap_or(Orientation::NoTransforms);
     if let Some(decoded) = decode_turbo(bytes, short_side, orientation)? {
         return Ok(decoded);
@@ -122,6 +125,16 @@ fn side(pixels: usize) -> u32 {
     u32::try_from(pixels).unwrap_or(u32::MAX)
 }
 
+/// Whether a file has pixels and no end of the image after them: decoders would fill the rest with grey. No bytes of
+/// pixels look like that end (T.81, F.1.2.3).
+fn is_cut(bytes: &[u8]) -> bool {
+    const END: [u8; 2] = [0xff, marker::END_OF_IMAGE];
+    const SCAN: [u8; 2] = [0xff, marker::START_OF_SCAN];
+    // Thumbnails have ends of their own, but stand before the pixels.
+    let mut pairs = bytes.windows(2).rev();
+    pairs.find(|pair| *pair == END || *pair == SCAN).is_some_and(|pair| pair == SCAN)
+}
+
 /// The TIFF file in the first EXIF segment before the pixels.
 fn exif(bytes: &[u8]) -> Option<&[u8]> {
     const START_OF_IMAGE: [u8; 2] = [0xff, 0xd8];
@@ -183,8 +196,22 @@ mod tests {
             let expected = whole.resize(64 / part, 48 / part).unwrap();
             assert_near(&reduced.into_rgb().unwrap(), &expected, 8);
         }
-        let cut = &jpeg[..jpeg.len() / 2];
-        assert_eq!(decode(cut, Some(12)).is_err(), Rgb8::decode(cut).is_err());
+    }
+
+    /// As Pillow refuses them. A file may go on behind its end.
+    #[test]
+    fn a_cut_file_is_broken() {
+        let jpeg = encode(RgbImage::from_fn(64, 48, |x, y| {
+            image::Rgb([(x * 37 % 256) as u8, (y * 91 % 256) as u8, 90])
+        }));
+        for cut in [jpeg.len() - 1, jpeg.len() * 3 / 4, jpeg.len() / 2] {
+            for short_side in [None, Some(12), Some(40)] {
+                let refused = decode(&jpeg[..cut], short_side).err().unwrap().to_string();
+                assert!(refused.contains("cut off"), "{refused}");
+            }
+        }
+        let followed = [&jpeg[..], b"more"].concat();
+        assert_eq!(Rgb8::decode(&followed).unwrap(), Rgb8::decode(&jpeg).unwrap());
     }
 
     #[track_caller]

@@ -1,6 +1,7 @@
 //! Writes shards again with the codes of their pictures beside them.
 
 use std::collections::HashSet;
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -25,7 +26,7 @@ pub struct CodeShards<'a> {
     pub shards: &'a [String],
     /// What is encoded.
     pub views: Views,
-    /// Folder of the new shards, which have the names of the old.
+    /// Folder of the new shards, which have the names of the old without `.gz`.
     pub out: &'a Path,
 }
 
@@ -94,7 +95,7 @@ fn targets(names: &[String], out: &Path) -> Result<Vec<PathBuf>> {
     let target = |name: &String| {
         let path = Path::new(name);
         let file_name = path.file_name().filter(|_| !name.starts_with("pipe:"));
-        let target = file_name.map(|file_name| out.join(file_name)).ok_or_else(|| {
+        let target = file_name.map(|file_name| out.join(uncompressed(file_name))).ok_or_else(|| {
             Error::Usage(format!("{name}: expected a file or url, after whose name the new shard is named"))
         })?;
         if !seen.insert(target.clone()) {
@@ -107,6 +108,16 @@ fn targets(names: &[String], out: &Path) -> Result<Vec<PathBuf>> {
         Ok(target)
     };
     names.iter().map(target).collect()
+}
+
+/// The name of a shard as it is written, whatever it was read from.
+fn uncompressed(file_name: &OsStr) -> PathBuf {
+    let name = Path::new(file_name);
+    match name.extension().and_then(OsStr::to_str) {
+        Some("gz") => name.with_extension(""),
+        Some("tgz") => name.with_extension("tar"),
+        _ => name.to_owned(),
+    }
 }
 
 /// Writes down by what the codes are made, or checks that those there were made by the same.
@@ -153,4 +164,21 @@ fn write(set: &ShardSet, index: usize, new: Option<(&str, Vec<u8>)>, file: &mut 
     let old = sample.members().filter(|(extension, _)| new.is_none_or(|(new, _)| new != *extension));
     let members: Vec<(&str, &[u8])> = old.chain(new).collect();
     Ok(file.write(sample.key, &members)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shards_are_named_after_those_they_come_from_and_are_not_compressed() {
+        let targets = |names: &[&str]| {
+            let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
+            targets(&names, Path::new("out")).map_err(|error| error.to_string())
+        };
+        let found = targets(&["a/x.tar", "a/y.tar.gz", "https://host/z.tgz"]).unwrap();
+        assert_eq!(found, ["out/x.tar", "out/y.tar", "out/z.tar"].map(PathBuf::from));
+        let same = targets(&["a/x.tar", "b/x.tar.gz"]).unwrap_err();
+        assert!(same.contains("an earlier shard has the same file name"), "{same}");
+    }
 }
