@@ -5,8 +5,10 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::DataError;
+
 /// Kinds of damage.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FlawClass {
     /// A shard that cannot be read, or holds no sample.
@@ -35,7 +37,7 @@ pub enum FlawClass {
 }
 
 /// One defect of a set of shards.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flaw {
     /// Its kind.
     pub class: FlawClass,
@@ -71,6 +73,11 @@ impl FlawClass {
 impl Flaw {
     pub(crate) fn of_shard(class: FlawClass, shard: PathBuf, offset: Option<u64>, reason: String) -> Self {
         Self { class, shard, offset, key: None, reason }
+    }
+
+    /// Of a shard that cannot be used, and the reason.
+    pub fn of_unusable((shard, error): (PathBuf, DataError)) -> Self {
+        Self::of_shard(FlawClass::UnusableShard, shard, None, error.to_string())
     }
 }
 

@@ -9,7 +9,6 @@ use serde_json::Value;
 
 use crate::error::Result;
 use crate::flaw::{Flaw, FlawClass};
-use crate::key::member_path;
 use crate::loader::Loader;
 use crate::member;
 use crate::picture::Rgb8;
@@ -102,12 +101,8 @@ pub fn lint(
 }
 
 fn check(set: &ShardSet, index: usize, required: &[String], keep: bool) -> Checked {
-    let mut flaws = Vec::new();
+    let mut flaws: Vec<Flaw> = set.unsafe_name(index).into_iter().collect();
     let mut flaw = |class, reason: String| flaws.push(set.flaw(index, class, reason));
-    let mut extensions = set.extensions(index);
-    if let Some(reason) = extensions.find_map(|extension| member_path(set.key(index), extension).err()) {
-        flaw(FlawClass::UnsafeName, reason);
-    }
     for member in required {
         let mut extensions = set.extensions(index);
         if member == PICTURE {

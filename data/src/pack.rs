@@ -14,6 +14,7 @@ use crate::gzip;
 use crate::key::member_path;
 use crate::loader::Loader;
 use crate::shard::{PICTURE_EXTENSIONS, ShardSet};
+use crate::skipped::SkipLimits;
 use crate::writer::ShardWriter;
 
 /// Samples that each worker reads ahead.
@@ -139,7 +140,8 @@ impl Source {
         let candidates = if path.is_dir() {
             from_folder(path)?
         } else if extension(path) == "tar" || gzip::is_compressed(&path.to_string_lossy()) {
-            let set = ShardSet::open_with(&[path.to_string_lossy().into_owned()], fetching)?;
+            let set =
+                ShardSet::open_with(&[path.to_string_lossy().into_owned()], SkipLimits::default(), fetching)?;
             refuse_shards_in(out, &set)?;
             report.warnings = set.flaws().iter().map(ToString::to_string).collect();
             return Ok(Self::Shards(set));

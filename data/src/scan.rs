@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::SystemTime;
 
@@ -58,8 +58,8 @@ impl Stamp {
 /// How much is read of shards.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Care {
-    /// Indexes are used, and the first shard that cannot be used is the last that is tried.
-    Usual,
+    /// Indexes are used, and after so many shards in a row that cannot be used no more are tried.
+    Usual { give_up_after: u64 },
     /// Every shard is tried and all of its headers are read.
     Thorough,
 }
@@ -108,7 +108,7 @@ impl<'a> Meter<'a> {
 }
 
 /// Scans shards on several threads, since each waits for the disk or the network. Names and results in the order of the
-/// shards; with [`Care::Usual`] some behind a failure may be absent.
+/// shards; where it was given up, the rest is absent.
 ///
 /// # Errors
 /// Those of `cache`.
@@ -129,14 +129,21 @@ pub(crate) fn scan_all<'a>(
     }
     let meter = Meter::start(missing, progress);
     let next = AtomicUsize::new(0);
+    let failed_in_a_row = AtomicU64::new(0);
     let scan_some = || {
         let mut scanned = Vec::new();
         loop {
             let index = next.fetch_add(1, Ordering::Relaxed);
             let Some(source) = sources.get(index) else { return scanned };
             let result = scan(source, cache, care, &meter);
-            if result.is_err() && care == Care::Usual {
-                next.store(sources.len(), Ordering::Relaxed);
+            match (&result, care) {
+                (Ok(_), _) => failed_in_a_row.store(0, Ordering::Relaxed),
+                (Err(_), Care::Usual { give_up_after }) => {
+                    if failed_in_a_row.fetch_add(1, Ordering::Relaxed) + 1 >= give_up_after {
+                        next.store(sources.len(), Ordering::Relaxed);
+                    }
+                }
+                (Err(_), Care::Thorough) => {}
             }
             scanned.push((index, source.name(), result));
         }
@@ -159,7 +166,7 @@ fn scan<'a>(
     meter: &Meter,
 ) -> Result<Scanned> {
     let (path, may_have_index) = match source {
-        Source::File(path) => (path.clone(), care == Care::Usual),
+        Source::File(path) => (path.clone(), care != Care::Thorough),
         Source::Far(far) => {
             let path = cache()?.fetch(far, |bytes| meter.add_bytes(bytes))?;
             meter.add_shard(far);

@@ -7,10 +7,11 @@ use std::path::{Path, PathBuf};
 use crate::cache::Cache;
 use crate::error::{DataError, Result};
 use crate::flaw::{Flaw, FlawClass};
-use crate::key::split_key;
+use crate::key::{member_path, split_key};
 use crate::pattern::resolve;
 use crate::picture::{Decoded, Rgb8};
 use crate::scan::{Care, Progress, Scanned, Stamp, scan_all};
+use crate::skipped::SkipLimits;
 use crate::tar_index::Defect;
 
 /// Extensions that hold a sample's picture, in the order in which they are looked for.
@@ -57,39 +58,67 @@ impl ShardSet {
     /// there; see the crate's `cache` module.
     ///
     /// # Errors
-    /// No pattern, a pattern without a match, a shard that cannot be fetched or read, or one that holds no sample. Damage
-    /// that leaves some samples whole is reported by [`ShardSet::flaws`] instead.
+    /// No pattern, a pattern without a match, no cache where one is needed, no shard with a sample, or shards that cannot be
+    /// used beyond the default [`SkipLimits`]. Those below the limits, and damage inside of shards, are in
+    /// [`ShardSet::flaws`].
     pub fn open(patterns: &[String]) -> Result<Self> {
-        Self::open_with(patterns, |_, _, _| ())
+        Self::open_with(patterns, SkipLimits::default(), |_, _, _| ())
     }
 
-    /// As [`ShardSet::open`]. Where shards have to be fetched, `progress` is called with (done, all, bytes) as they come:
-    /// the shards that are there, all that have to be fetched, and the bytes that came so far.
+    /// As [`ShardSet::open`], with limits for shards that cannot be used: so many in a row, and a share of them. Where
+    /// shards have to be fetched, `progress` is called with (done, all, bytes) as they come: the shards that are there, all
+    /// that have to be fetched, and the bytes that came so far.
     ///
     /// # Errors
     /// Those of [`ShardSet::open`].
     pub fn open_with(
         patterns: &[String],
+        limits: SkipLimits,
         mut progress: impl FnMut(usize, usize, u64) + Send,
     ) -> Result<Self> {
-        Self::open_in(Cache::of_process, patterns, &mut progress)
+        Self::open_in(Cache::of_process, patterns, limits, &mut progress)
     }
 
     /// As [`ShardSet::open_with`], with a cache that is asked for if one is needed.
     fn open_in<'a>(
         cache: impl Fn() -> Result<&'a Cache> + Sync,
         patterns: &[String],
+        limits: SkipLimits,
         progress: Progress,
     ) -> Result<Self> {
         let mut set = Self::default();
-        for (name, scanned) in scan_all(&resolve(patterns)?, &cache, Care::Usual, progress)? {
-            set.add(name, scanned?)?;
+        let (sources, care) = (resolve(patterns)?, Care::Usual { give_up_after: limits.in_a_row });
+        let scanned = scan_all(&sources, &cache, care, progress)?;
+        let (all, tried) = (sources.len(), scanned.len());
+        let mut unusable = Vec::new();
+        for (name, scanned) in scanned {
+            match scanned.and_then(|scanned| set.add(name.clone(), scanned)) {
+                Ok(()) => {}
+                // That of no shard: the next would fail alike.
+                Err(error @ DataError::Cache(_)) => return Err(error),
+                Err(error) => unusable.push((name, error)),
+            }
         }
+        if set.is_empty()
+            && let Some((_, error)) = unusable.drain(..).next()
+        {
+            return Err(error);
+        }
+        let too_many = match tried < all {
+            true => Some(format!("{} shards in a row", limits.in_a_row)),
+            false => (unusable.len() as f64 > limits.share * all as f64).then(|| {
+                format!("{} of {all} shards, more than a share of {},", unusable.len(), limits.share)
+            }),
+        };
+        if let (Some(skipped), Some((_, last))) = (too_many, unusable.last()) {
+            return Err(DataError::TooManySkipped { skipped, last: last.to_string() });
+        }
+        set.flaws.extend(unusable.into_iter().map(Flaw::of_unusable));
         Ok(set)
     }
 
-    /// As [`ShardSet::open_with`], but a shard that cannot be used is a flaw like others and may leave the set empty, and
-    /// every header is read, whatever an index says.
+    /// As [`ShardSet::open_with`], but without limits, so that the set may be empty, and every header is read, whatever an
+    /// index says.
     ///
     /// # Errors
     /// No pattern, a pattern without a match, or no cache where one is needed.
@@ -104,9 +133,8 @@ impl ShardSet {
     ) -> Result<Self> {
         let mut set = Self::default();
         for (name, scanned) in scan_all(&resolve(patterns)?, &cache, Care::Thorough, progress)? {
-            let tried = scanned.and_then(|scanned| set.add(name.clone(), scanned));
-            if let Err(error) = tried {
-                set.flaws.push(Flaw::of_shard(FlawClass::UnusableShard, name, None, error.to_string()));
+            if let Err(error) = scanned.and_then(|scanned| set.add(name.clone(), scanned)) {
+                set.flaws.push(Flaw::of_unusable((name, error)));
             }
         }
         Ok(set)
@@ -176,6 +204,14 @@ impl ShardSet {
         }
     }
 
+    /// Why sample `index` cannot be written to another shard: a name that leaves the folder of unpacked shards or would not
+    /// be read back as it is.
+    pub fn unsafe_name(&self, index: usize) -> Option<Flaw> {
+        let reason =
+            self.extensions(index).find_map(|extension| member_path(self.key(index), extension).err())?;
+        Some(self.flaw(index, FlawClass::UnsafeName, reason))
+    }
+
     /// Whether sample `index` has a member with this (lower-case) extension, without reading it.
     pub fn has(&self, index: usize, extension: &str) -> bool {
         self.extensions(index).any(|has| has == extension)
@@ -189,6 +225,27 @@ impl ShardSet {
     /// The samples that have a picture, without reading them.
     pub fn with_picture(&self) -> Vec<usize> {
         (0..self.len()).filter(|&index| self.has_picture(index)).collect()
+    }
+
+    /// The samples that `serves` picks, and a flaw for each of the others, which lack `what`. Nothing is read.
+    ///
+    /// # Errors
+    /// None is picked, or the others are more than the limits' share.
+    pub fn serving(
+        &self,
+        serves: impl Fn(usize) -> bool,
+        what: &str,
+        limits: &SkipLimits,
+    ) -> Result<(Vec<usize>, Vec<Flaw>)> {
+        let (served, others): (Vec<usize>, Vec<usize>) = (0..self.len()).partition(|&index| serves(index));
+        let flaw = |index| self.flaw(index, FlawClass::MissingMember, format!("lacks {what}"));
+        let flaws: Vec<Flaw> = others.into_iter().map(flaw).collect();
+        match flaws.last() {
+            Some(last) if served.is_empty() || limits.passes_share(flaws.len() as u64, self.len() as u64) => {
+                Err(limits.too_many(flaws.len() as u64, self.len() as u64, last))
+            }
+            _ => Ok((served, flaws)),
+        }
     }
 
     /// Key of sample `index`.
@@ -450,7 +507,8 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
         let path = shard(dir.path(), &[("a", &[("txt", b"text")])]);
-        let set = ShardSet::open_in(|| Ok(&cache), &[cat(&path)], &mut |_, _, _| ()).unwrap();
+        let set = ShardSet::open_in(|| Ok(&cache), &[cat(&path)], SkipLimits::default(), &mut |_, _, _| ())
+            .unwrap();
         let file = File::options().write(true).open(&set.shards[0].file).unwrap();
         file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
         assert_eq!(set.sample(0).unwrap().member("txt"), Some(b"text".as_slice()), "another process used it");
@@ -507,7 +565,7 @@ mod tests {
         let compressed = dir.path().join("test.tar.gz");
         let open = || {
             let pattern = dir.path().join("*.tar.gz").display().to_string();
-            ShardSet::open_in(|| Ok(&cache), &[pattern], &mut |_, _, _| ())
+            ShardSet::open_in(|| Ok(&cache), &[pattern], SkipLimits::default(), &mut |_, _, _| ())
         };
         let members: Members = &[("txt", b"text")];
         let write = |bytes: &[u8]| fs::write(&compressed, crate::gzip::testing::compressed(bytes)).unwrap();
@@ -528,7 +586,9 @@ mod tests {
     fn a_command_is_a_shard_under_its_own_name() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
-        let open = |pattern: &str| ShardSet::open_in(|| Ok(&cache), &[pattern.to_owned()], &mut |_, _, _| ());
+        let open = |pattern: &str| {
+            ShardSet::open_in(|| Ok(&cache), &[pattern.to_owned()], SkipLimits::default(), &mut |_, _, _| ())
+        };
         let members: Members = &[("txt", b"text"), ("png", b"broken")];
         let path = shard(dir.path(), &[("a", members), ("b", members)]);
         let (local, piped) = (self::open(&path).unwrap(), open(&cat(&path)).unwrap());
@@ -564,7 +624,7 @@ mod tests {
         let told = |files: &[&PathBuf]| {
             let patterns: Vec<_> = files.iter().map(|file| cat(file)).collect();
             let mut told = Vec::new();
-            ShardSet::open_in(|| Ok(&cache), &patterns, &mut |done, all, bytes| {
+            ShardSet::open_in(|| Ok(&cache), &patterns, SkipLimits::default(), &mut |done, all, bytes| {
                 told.push((done, all, bytes))
             })
             .unwrap();
@@ -578,7 +638,12 @@ mod tests {
         assert_eq!((rest[0], rest[rest.len() - 1]), ((0, 2, 0), (2, 2, 2 * bytes)));
         assert!(rest.is_sorted(), "{rest:?}");
         assert_eq!(told(&[a, b, c]), []);
-        assert_eq!(ShardSet::open_with(&[a.display().to_string()], |_, _, _| panic!()).unwrap().len(), 1);
+        assert_eq!(
+            ShardSet::open_with(&[a.display().to_string()], SkipLimits::default(), |_, _, _| panic!())
+                .unwrap()
+                .len(),
+            1
+        );
     }
 
     #[test]
@@ -600,7 +665,13 @@ mod tests {
         for requests in [names.len(), 0] {
             let before = server.requests().len();
             let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
-            let set = ShardSet::open_in(|| Ok(&cache), &[server.url(pattern)], &mut |_, _, _| ()).unwrap();
+            let set = ShardSet::open_in(
+                || Ok(&cache),
+                &[server.url(pattern)],
+                SkipLimits::default(),
+                &mut |_, _, _| (),
+            )
+            .unwrap();
             assert_eq!((contents(&set), set.identity()), (contents(&local), local.identity()));
             assert_eq!(set.shards().next(), Some(Path::new(&server.url(&names[0]))));
             assert_eq!(server.requests().len() - before, requests);
@@ -608,7 +679,9 @@ mod tests {
 
         let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
         let absent = server.url("/absent-{0000..9999}.tar");
-        let error = ShardSet::open_in(|| Ok(&cache), &[absent], &mut |_, _, _| ()).unwrap_err().to_string();
+        let error = ShardSet::open_in(|| Ok(&cache), &[absent], SkipLimits::default(), &mut |_, _, _| ())
+            .unwrap_err()
+            .to_string();
         assert!(error.starts_with(&format!("cannot fetch {}: ", server.url("/absent-0000.tar"))), "{error}");
         assert!(server.requests().len() < names.len() + 1000, "it ends with the first that is not there");
     }

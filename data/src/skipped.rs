@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, OpenOptions};
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, PoisonError};
 
@@ -45,6 +45,18 @@ impl SkipLimits {
             return Err(format!("share = {}: expected 0 to 1", self.share));
         }
         Ok(())
+    }
+
+    pub(crate) fn passes_share(&self, skipped: u64, seen: u64) -> bool {
+        seen >= FEW && skipped as f64 > self.share * seen as f64
+    }
+
+    pub(crate) fn too_many(&self, skipped: u64, seen: u64, last: &Flaw) -> DataError {
+        let skipped = match skipped == seen {
+            true => format!("all {seen} samples"),
+            false => format!("{skipped} of {seen} samples, more than a share of {},", self.share),
+        };
+        DataError::TooManySkipped { skipped, last: last.to_string() }
     }
 }
 
@@ -115,17 +127,14 @@ impl Skipped {
             let skipped = format!("{} samples in a row", self.in_a_row);
             return Err(DataError::TooManySkipped { skipped, last: flaw.to_string() });
         }
-        if seen >= FEW && count as f64 > self.limits.share * seen as f64 {
-            return Err(DataError::TooManySkipped {
-                skipped: format!("{count} of {seen} samples, more than a share of {},", self.limits.share),
-                last: flaw.to_string(),
-            });
+        match self.limits.passes_share(count, seen) {
+            true => Err(self.limits.too_many(count, seen, &flaw)),
+            false => Ok(None),
         }
-        Ok(None)
     }
 }
 
-/// A file with a line of JSON for each sample that was skipped: what [`Flaw`] has. Made with the first.
+/// A file with a line of JSON for each shard and sample that was skipped: what [`Flaw`] has. Made with the first.
 #[derive(Debug)]
 pub struct SkipLog {
     path: PathBuf,
@@ -135,8 +144,12 @@ pub struct SkipLog {
 #[derive(Debug, Default)]
 struct Open {
     file: Option<File>,
-    /// Samples come again in every epoch.
-    logged: HashSet<(PathBuf, Option<u64>)>,
+    /// Samples come again in every epoch, shards whenever the run goes on.
+    logged: HashSet<(FlawClass, PathBuf, Option<u64>)>,
+}
+
+fn identity(flaw: &Flaw) -> (FlawClass, PathBuf, Option<u64>) {
+    (flaw.class, flaw.shard.clone(), flaw.offset)
 }
 
 impl SkipLog {
@@ -145,17 +158,54 @@ impl SkipLog {
         Self { path: path.to_owned(), open: Mutex::default() }
     }
 
+    /// Logs what was wrong before any sample was read, and gives `note` a line about each of the first.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    pub fn add_known<'a>(
+        &self,
+        flaws: impl IntoIterator<Item = &'a Flaw>,
+        note: impl Fn(&str),
+    ) -> Result<BTreeMap<FlawClass, u64>> {
+        let mut counts = BTreeMap::new();
+        for (number, flaw) in (0..).zip(flaws) {
+            if number < NAMED {
+                note(&flaw.to_string());
+            }
+            self.add(flaw)?;
+            *counts.entry(flaw.class).or_default() += 1;
+        }
+        let unnamed = counts.values().sum::<u64>().saturating_sub(NAMED);
+        if unnamed > 0 {
+            note(&format!("{unnamed} more flaws of shards and samples are in {}", self.path.display()));
+        }
+        Ok(counts)
+    }
+
     fn add(&self, flaw: &Flaw) -> Result<()> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let Open { file, logged } = &mut *open;
-        if !logged.insert((flaw.shard.clone(), flaw.offset)) {
-            return Ok(());
-        }
         let mut write = || {
             let file = match file {
                 Some(file) => file,
-                None => file.insert(OpenOptions::new().create(true).append(true).open(&self.path)?),
+                None => {
+                    let mut opened =
+                        OpenOptions::new().create(true).append(true).read(true).open(&self.path)?;
+                    let mut lines = String::new();
+                    opened.read_to_string(&mut lines)?;
+                    // A line that a crash has cut is no flaw.
+                    logged.extend(
+                        lines
+                            .lines()
+                            .filter_map(|line| serde_json::from_str(line).ok())
+                            .map(|flaw| identity(&flaw)),
+                    );
+                    file.insert(opened)
+                }
             };
+            if !logged.insert(identity(flaw)) {
+                return Ok(());
+            }
             // One write a line, so that a crash leaves at most the last line in part.
             file.write_all(format!("{}\n", serde_json::to_string(flaw)?).as_bytes())
         };
@@ -235,8 +285,19 @@ mod tests {
             (notes.len() as u64, notes[3].as_str()),
             (NAMED, "skipped: b.tar, byte 3, sample a: no picture")
         );
-        let lines = std::fs::read_to_string(path).unwrap();
+        let lines = std::fs::read_to_string(&path).unwrap();
         assert_eq!(lines.lines().count(), 20);
+        let known = [SkipLog::new(&path), SkipLog::new(&path)].map(|log| {
+            let of = |class, offset| match broken(class, offset) {
+                Err(DataError::Sample(flaw)) => flaw,
+                _ => unreachable!(),
+            };
+            let flaws = [of(FlawClass::BrokenText, 0), of(FlawClass::UnusableShard, 0)];
+            log.add_known(&flaws, |_| {}).unwrap()
+        });
+        assert_eq!(known[1], [(FlawClass::UnusableShard, 1), (FlawClass::BrokenText, 1)].into());
+        let again = std::fs::read_to_string(dir.path().join("skipped.jsonl")).unwrap();
+        assert_eq!(again.lines().count(), 21, "what is there is not logged again");
         let first = r#"{"class":"broken_text","shard":"b.tar","offset":0,"key":"a","reason":"no picture"}"#;
         assert_eq!(lines.lines().next(), Some(first));
     }

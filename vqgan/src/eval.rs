@@ -4,7 +4,7 @@ use std::num::NonZero;
 use std::path::Path;
 use std::thread::available_parallelism;
 
-use m6_data::{Rgb8, ShardSet, Transform, grid};
+use m6_data::{Rgb8, ShardSet, SkipLimits, Transform, grid};
 use m6_run::{Task, fetching};
 use m6_runtime::device::device;
 use serde::{Deserialize, Serialize};
@@ -107,8 +107,13 @@ pub fn run(dir: &Path, shards: &[String], device_name: &str, request: EvalReques
     let mut comparison = Comparison::new(inception, model.device())?;
     let side = model.config().resolution;
     let transform = Transform::centered(side as u32);
-    let shards = ShardSet::open_with(shards, fetching())?;
-    let pictures = with_picture(&shards)?;
+    // Some of a set may well be without a picture.
+    let any_share = SkipLimits { share: 1.0, ..SkipLimits::default() };
+    let shards = ShardSet::open_with(shards, SkipLimits::default(), fetching())?;
+    for flaw in shards.flaws() {
+        eprintln!("{flaw}");
+    }
+    let (pictures, _) = with_picture(&shards, &any_share)?;
     let total = limit.unwrap_or(usize::MAX).min(pictures.len()) as u64;
     let workers = available_parallelism().map_or(1, NonZero::get);
     let index = move |ordinal| pictures[ordinal as usize % pictures.len()];

@@ -1,19 +1,20 @@
 //! Decoded pictures of shards, made ahead on worker threads; broken ones are named and skipped.
 
-use m6_data::{Loader, Rgb8, ShardSet, SkipCounts, SkipLimits, SkipLog, Skipped, Transform, sample_rng};
+use m6_data::{
+    Flaw, Loader, Rgb8, ShardSet, SkipCounts, SkipLimits, SkipLog, Skipped, Transform, sample_rng,
+};
 
-use crate::error::{Result, VqganError};
+use crate::error::Result;
 
-/// The samples of `shards` that have a picture.
+/// The samples of `shards` that have a picture, and what is known to be wrong with the set: its damage, and the samples
+/// without one.
 ///
 /// # Errors
-/// When there is none.
-pub(crate) fn with_picture(shards: &ShardSet) -> Result<Vec<usize>> {
-    let found = shards.with_picture();
-    match found.is_empty() {
-        true => Err(VqganError::Pictures(format!("none of the {} samples has one", shards.len()))),
-        false => Ok(found),
-    }
+/// When there is none, or more lack one than the limits allow.
+pub(crate) fn with_picture(shards: &ShardSet, limits: &SkipLimits) -> Result<(Vec<usize>, Vec<Flaw>)> {
+    let (found, mut flaws) = shards.serving(|index| shards.has_picture(index), "a picture", limits)?;
+    flaws.splice(..0, shards.flaws().iter().cloned());
+    Ok((found, flaws))
 }
 
 /// Pictures by ordinal.
@@ -40,9 +41,14 @@ impl PictureStream {
         Ok(Self { loader, next_ordinal: first_ordinal, skipped: Skipped::default(), log: None })
     }
 
-    /// Limits and logs the pictures that cannot be read.
-    pub(crate) fn skipping(self, limits: SkipLimits, log: SkipLog) -> Self {
-        Self { skipped: Skipped::new(limits, SkipCounts::default()), log: Some(log), ..self }
+    /// Limits and logs the pictures that cannot be read, of which there were `counts` already.
+    pub(crate) fn skipping(self, limits: SkipLimits, counts: SkipCounts, log: SkipLog) -> Self {
+        Self { skipped: Skipped::new(limits, counts), log: Some(log), ..self }
+    }
+
+    /// Pictures that were looked at and could not be used.
+    pub(crate) fn counts(&self) -> &SkipCounts {
+        self.skipped.counts()
     }
 
     /// The next `count` pictures that can be read, or fewer where the ordinal `end` comes first. What is wrong with
@@ -118,7 +124,7 @@ pub(crate) mod tests {
         let dir = tempfile::tempdir().unwrap();
         let log = dir.path().join("skipped.jsonl");
         let limits = SkipLimits { share: 0.05, ..SkipLimits::default() };
-        let mut stream = stream(dir.path(), 0).skipping(limits, SkipLog::new(&log));
+        let mut stream = stream(dir.path(), 0).skipping(limits, SkipCounts::default(), SkipLog::new(&log));
         let message = stream.batch(10_000, u64::MAX, |_| {}).unwrap_err().to_string();
         assert!(message.contains(" samples, more than a share of 0.05, cannot be used"), "{message}");
         assert_eq!(std::fs::read_to_string(log).unwrap().lines().count(), 2);

@@ -9,7 +9,7 @@ use m6::{Error, Result};
 use m6_data::stats::{Duplicates, Group, PictureStats, Spread, TextStats};
 use m6_data::{
     BenchReport, Broken, DatasetInfo, DatasetStats, LintReport, Rgb8, SampleOrder, Script, ShardSet,
-    ShardWriter, Transform, bench, contact_sheet, lint, sample_image, write_indexes,
+    ShardWriter, SkipLimits, Transform, bench, contact_sheet, lint, sample_image, write_indexes,
 };
 use m6_run::{Task, fetching};
 
@@ -87,7 +87,7 @@ pub struct InfoArgs {
 
 impl InfoArgs {
     fn run(self) -> Result<()> {
-        let shards = ShardSet::open_with(&self.shards, fetching())?;
+        let shards = ShardSet::open_with(&self.shards, SkipLimits::default(), fetching())?;
         let mut task = Task::new("read", shards.len() as u64, "samples");
         let info = DatasetInfo::scan(&shards, |_, _| task.advance(1));
         task.finish();
@@ -146,7 +146,7 @@ pub struct StatsArgs {
 
 impl StatsArgs {
     fn run(self) -> Result<()> {
-        let shards = ShardSet::open_with(&self.shards, fetching())?;
+        let shards = ShardSet::open_with(&self.shards, SkipLimits::default(), fetching())?;
         let workers = self.workers.map_or_else(cores, |workers| workers as usize);
         let mut task = Task::new("read", shards.len() as u64, "samples");
         let stats = DatasetStats::scan(shards, workers, || task.advance(1))?;
@@ -249,7 +249,7 @@ impl ShowArgs {
         output::check_extension("--out", &self.out, "png")?;
         let fields = self.fields.caption_fields()?;
         output::check_writable(&self.out)?;
-        let shards = ShardSet::open_with(&self.shards, fetching())?;
+        let shards = ShardSet::open_with(&self.shards, SkipLimits::default(), fetching())?;
         for flaw in shards.flaws() {
             eprintln!("{flaw}");
         }
@@ -402,7 +402,7 @@ pub struct BenchArgs {
 
 impl BenchArgs {
     fn run(self) -> Result<()> {
-        let shards = ShardSet::open_with(&self.shards, fetching())?;
+        let shards = ShardSet::open_with(&self.shards, SkipLimits::default(), fetching())?;
         for flaw in shards.flaws() {
             eprintln!("{flaw}");
         }

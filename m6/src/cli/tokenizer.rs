@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use m6::train::texts;
 use m6::{Error, Result};
-use m6_data::{ShardSet, Tokenizer, train_bpe};
+use m6_data::{ShardSet, SkipLimits, Tokenizer, train_bpe};
 use m6_run::{Task, fetching};
 use serde_json::json;
 
@@ -57,7 +57,7 @@ impl TrainArgs {
         }
         let fields = self.fields.caption_fields()?;
         output::check_writable(&self.out)?;
-        let shards = ShardSet::open_with(&self.shards, fetching())?;
+        let shards = ShardSet::open_with(&self.shards, SkipLimits::default(), fetching())?;
         let mut task = Task::new("read captions", shards.len() as u64, "samples");
         let texts = texts(&shards, &[&fields], || task.advance(1))?;
         task.finish();

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use m6_data::order::sample_rng;
 use m6_data::picture::Rgb8;
-use m6_data::{DataError, Loader, ShardSet, Skipped, Transform};
+use m6_data::{DataError, Loader, ShardSet, SkipLimits, SkipLog, Skipped, Transform};
 use m6_run::Task as Job;
 use m6_runtime::RuntimeError;
 use m6_vqgan::{Vqgan, pictures_to_tensor, to_unit};
@@ -28,6 +28,8 @@ pub struct Views {
     pub seed: u64,
     /// Threads that decode.
     pub workers: usize,
+    /// When pictures that cannot be read are too many.
+    pub skip: SkipLimits,
 }
 
 impl Views {
@@ -50,7 +52,8 @@ impl Views {
     }
 
     /// Encodes the views of every sample of `shards` that has a picture, in order. `take` gets the number of the sample
-    /// and `[count, grid, grid]` codes end to end, or none where a view could not be made; `title` names the work.
+    /// and `[count, grid, grid]` codes end to end, or none where a view could not be made; `title` names the work. Pictures
+    /// without codes are counted once each in `skipped` and go to `log`.
     ///
     /// # Errors
     /// Those of `take`, or too many pictures are broken.
@@ -60,6 +63,7 @@ impl Views {
         vqgan: &Vqgan,
         device: Device,
         title: &str,
+        (skipped, log): (&mut Skipped, Option<&SkipLog>),
         mut take: impl FnMut(usize, Option<Vec<i16>>) -> Result<()>,
     ) -> Result<()> {
         let with_picture: Arc<[usize]> = shards.with_picture().into();
@@ -79,13 +83,17 @@ impl Views {
         }
         let loader = Loader::start(0, self.workers, 4 * BATCH, view)?;
         let mut job = Job::new(title, total as u64, "views");
-        let mut skipped = Skipped::default();
         let mut batch = Vec::with_capacity(BATCH);
         let mut waiting = Vec::with_capacity(self.count);
         let mut samples = with_picture.iter();
+        let mut whole = Ok(());
         for made in loader.take(total) {
             let (place, picture) = made?;
-            batch.push(skipped.check(picture, None, |note| eprintln!("{note}"))?);
+            batch.push(picture.map_err(|error| whole = Err(error)).ok());
+            if (place as usize + 1).is_multiple_of(self.count) {
+                let sample = std::mem::replace(&mut whole, Ok(()));
+                skipped.check(sample, log, |note| eprintln!("{note}"))?;
+            }
             if batch.len() < BATCH && place + 1 < total as u64 {
                 continue;
             }

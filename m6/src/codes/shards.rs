@@ -6,7 +6,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use m6_data::{ShardFile, ShardSet, shard_names};
+use m6_data::{DataError, Flaw, ShardFile, ShardSet, SkipCounts, SkipLog, Skipped, shard_names};
 use m6_run::{fetching, write_atomic};
 use m6_vqgan::Vqgan;
 use serde::Serialize;
@@ -18,6 +18,8 @@ use crate::error::{Error, Result};
 
 /// Beside the new shards: what their codes were made from.
 const RECIPE: &str = "codes.json";
+/// Beside them, too: what was wrong with their samples.
+const SKIPPED: &str = "skipped.jsonl";
 
 /// What [`write_code_shards`] is to write.
 #[derive(Debug)]
@@ -43,15 +45,19 @@ pub struct CodesReport {
     pub samples: usize,
     /// Samples among them that got codes.
     pub with_codes: usize,
+    /// Samples that were left out, since their names cannot be written or they could not be read.
+    pub left_out: usize,
+    /// Shards that could not be used, and why.
+    pub unusable: Vec<Flaw>,
 }
 
 /// Writes each shard into a folder again, each sample with all its members and, where it has a picture that can be read,
 /// the codes of its views ([`CodeMember`]). A shard that is there already is left as it is, so that the work can be
-/// stopped and started again, and be shared out by shards. Crops depend on the seed and the shard's name only.
+/// stopped and started again, and be shared out by shards. Crops depend on the seed and the shard's name only. Samples and
+/// pictures that cannot be used are logged in the folder's `skipped.jsonl`, and so are shards.
 ///
 /// # Errors
-/// When the folder holds shards or codes of another recipe, shards cannot be read or written, or too many pictures in a
-/// row are broken.
+/// When the folder holds shards or codes of another recipe, shards cannot be written, or too many samples cannot be used.
 pub fn write_code_shards(request: &CodeShards, vqgan: &Vqgan, device: Device) -> Result<CodesReport> {
     let CodeShards { shards, views, out } = request;
     views.check("--transform", vqgan)?;
@@ -60,32 +66,48 @@ pub fn write_code_shards(request: &CodeShards, vqgan: &Vqgan, device: Device) ->
     let targets = targets(&names, out)?;
     keep_recipe(&out.join(RECIPE), views, vqgan)?;
     let mut report = CodesReport { member: member.extension().to_owned(), ..CodesReport::default() };
+    let mut shards = Vec::new();
+    let log = SkipLog::new(&out.join(SKIPPED));
+    let mut skipped = Skipped::new(views.skip, SkipCounts::default());
     for (number, (name, target)) in (1..).zip(names.iter().zip(&targets)) {
         if target.exists() {
             report.kept += 1;
+            shards.push(target.clone());
             continue;
         }
-        let set = Arc::new(ShardSet::open_with(std::slice::from_ref(name), fetching())?);
-        for flaw in set.flaws() {
-            eprintln!("m6: {flaw}");
-        }
+        let set = match ShardSet::open_with(std::slice::from_ref(name), views.skip, fetching()) {
+            Ok(set) => Arc::new(set),
+            Err(error) => {
+                report.unusable.push(Flaw::of_unusable((name.into(), error)));
+                continue;
+            }
+        };
+        log.add_known(set.flaws(), |note| eprintln!("{note}"))?;
         let file_name = target.file_name().unwrap_or_default().to_string_lossy();
         let title = format!("encode {file_name} ({number} of {})", names.len());
         let views = Views { seed: seed_of(views.seed, &file_name), ..views.clone() };
         let mut file = ShardFile::create_in(out)?;
         let mut next = 0;
-        views.encode(&set, vqgan, device, &title, |index, codes| {
-            copy(&set, next..index, &mut file)?;
+        let mut left_out = Vec::new();
+        views.encode(&set, vqgan, device, &title, (&mut skipped, Some(&log)), |index, codes| {
             let codes = codes.map(|codes| member.write(&codes)).transpose()?;
-            report.with_codes += usize::from(codes.is_some());
+            left_out.extend(copy(&set, next..index, &mut file)?);
             next = index + 1;
-            write(&set, index, codes.map(|codes| (member.extension(), codes)), &mut file)
+            let has_codes = codes.is_some();
+            let unusable = write(&set, index, codes.map(|codes| (member.extension(), codes)), &mut file)?;
+            report.with_codes += usize::from(has_codes && unusable.is_none());
+            left_out.extend(unusable);
+            Ok(())
         })?;
-        copy(&set, next..set.len(), &mut file)?;
-        report.samples += set.len();
+        left_out.extend(copy(&set, next..set.len(), &mut file)?);
+        report.left_out += left_out.len();
+        report.samples += set.len() - left_out.len();
+        log.add_known(&left_out, |note| eprintln!("left out: {note}"))?;
         file.finish(target)?;
+        shards.push(target.clone());
     }
-    report.shards = targets;
+    log.add_known(&report.unusable, |note| eprintln!("{note}"))?;
+    report.shards = shards;
     Ok(report)
 }
 
@@ -93,7 +115,11 @@ pub fn write_code_shards(request: &CodeShards, vqgan: &Vqgan, device: Device) ->
 fn targets(names: &[String], out: &Path) -> Result<Vec<PathBuf>> {
     let mut seen = HashSet::new();
     let target = |name: &String| {
-        let path = Path::new(name);
+        let path = match name.contains("://") {
+            // A signed url has its signature behind the name.
+            true => Path::new(name.split(['?', '#']).next().unwrap_or(name)),
+            false => Path::new(name),
+        };
         let file_name = path.file_name().filter(|_| !name.starts_with("pipe:"));
         let target = file_name.map(|file_name| out.join(uncompressed(file_name))).ok_or_else(|| {
             Error::Usage(format!("{name}: expected a file or url, after whose name the new shard is named"))
@@ -153,17 +179,31 @@ fn seed_of(seed: u64, file_name: &str) -> u64 {
     seed ^ u64::from_le_bytes(bytes[0])
 }
 
-fn copy(set: &ShardSet, indices: std::ops::Range<usize>, file: &mut ShardFile) -> Result<()> {
-    indices.into_iter().try_for_each(|index| write(set, index, None, file))
+/// As [`write()`], without new members.
+fn copy(set: &ShardSet, indices: std::ops::Range<usize>, file: &mut ShardFile) -> Result<Vec<Flaw>> {
+    indices.filter_map(|index| write(set, index, None, file).transpose()).collect()
 }
 
-/// Writes a sample again; a member of the extension of the new one gives way to it.
-fn write(set: &ShardSet, index: usize, new: Option<(&str, Vec<u8>)>, file: &mut ShardFile) -> Result<()> {
-    let sample = set.sample(index)?;
+/// Writes a sample again, or says why it cannot be; a member of the extension of the new one gives way to it.
+fn write(
+    set: &ShardSet,
+    index: usize,
+    new: Option<(&str, Vec<u8>)>,
+    file: &mut ShardFile,
+) -> Result<Option<Flaw>> {
+    if let Some(flaw) = set.unsafe_name(index) {
+        return Ok(Some(flaw));
+    }
+    let sample = match set.sample(index) {
+        Ok(sample) => sample,
+        Err(DataError::Sample(flaw)) => return Ok(Some(flaw)),
+        Err(error) => return Err(error.into()),
+    };
     let new = new.as_ref().map(|(extension, bytes)| (*extension, bytes.as_slice()));
     let old = sample.members().filter(|(extension, _)| new.is_none_or(|(new, _)| new != *extension));
     let members: Vec<(&str, &[u8])> = old.chain(new).collect();
-    Ok(file.write(sample.key, &members)?)
+    file.write(sample.key, &members)?;
+    Ok(None)
 }
 
 #[cfg(test)]
@@ -176,7 +216,7 @@ mod tests {
             let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
             targets(&names, Path::new("out")).map_err(|error| error.to_string())
         };
-        let found = targets(&["a/x.tar", "a/y.tar.gz", "https://host/z.tgz"]).unwrap();
+        let found = targets(&["a/x.tar", "a/y.tar.gz", "https://host/z.tgz?at=a/b.tar"]).unwrap();
         assert_eq!(found, ["out/x.tar", "out/y.tar", "out/z.tar"].map(PathBuf::from));
         let same = targets(&["a/x.tar", "b/x.tar.gz"]).unwrap_err();
         assert!(same.contains("an earlier shard has the same file name"), "{same}");

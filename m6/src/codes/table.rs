@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use m6_data::{FlawClass, Sample, ShardSet};
+use m6_data::{FlawClass, Sample, ShardSet, SkipCounts, Skipped};
 use m6_runtime::{first_line, read_tensors, write_tensors};
 use m6_vqgan::Vqgan;
 use rand::Rng;
@@ -70,7 +70,8 @@ impl CodeTable {
         }
         views.check(&format!("data.sources.{source}.code_transform"), vqgan)?;
         let mut codes = vec![NO_CODE; expected];
-        views.encode(shards, vqgan, device, "encode pictures", |index, made| {
+        let mut skipped = Skipped::new(views.skip, SkipCounts::default());
+        views.encode(shards, vqgan, device, "encode pictures", (&mut skipped, None), |index, made| {
             if let Some(made) = made {
                 codes[index * of_sample..][..of_sample].copy_from_slice(&made);
             }

@@ -1,7 +1,7 @@
 //! Held-out samples: a picture, its style and its true names.
 
 use m6_data::caption::text;
-use m6_data::{CaptionField, Rgb8, Sample, ShardSet, sample_image};
+use m6_data::{CaptionField, Rgb8, Sample, ShardSet, SkipLimits, sample_image};
 use m6_run::fetching;
 
 use super::names::ByLanguage;
@@ -66,7 +66,7 @@ pub(super) fn json_field(key: Option<&str>, template: Option<&str>) -> CaptionFi
 /// # Errors
 /// When a pattern names no shard or a shard cannot be read.
 pub fn open_shards(patterns: &[String]) -> Result<ShardSet> {
-    let shards = ShardSet::open_with(patterns, fetching())?;
+    let shards = ShardSet::open_with(patterns, SkipLimits::default(), fetching())?;
     for flaw in shards.flaws() {
         eprintln!("m6: {flaw}");
     }

@@ -9,7 +9,7 @@ use m6_data::order::{SampleOrder, sample_rng};
 use m6_data::shard::{Sample, ShardSet};
 use m6_data::tokenizer::Tokenizer;
 use m6_data::transform::Transform;
-use m6_data::{FlawClass, SkipLimits};
+use m6_data::{Flaw, FlawClass, SkipLimits};
 use rand::Rng;
 use serde::{Deserialize, Serialize};
 
@@ -150,37 +150,30 @@ pub struct ExampleSource {
 struct Source {
     open: OpenSource,
     /// The samples that serve a task.
-    useful: Vec<u32>,
+    useful: Vec<usize>,
+    /// Damage of its shards, and the samples that serve none.
+    flaws: Vec<Flaw>,
     order: SampleOrder,
 }
 
 impl Source {
     /// # Errors
-    /// When no sample has what a task needs.
-    fn new(open: OpenSource, seed: u64) -> Result<Self> {
+    /// When no sample has what a task needs, or too many have not.
+    fn new(open: OpenSource, seed: u64, limits: &SkipLimits) -> Result<Self> {
         let serves = |index: usize| open.tasks.served().any(|task| open.has_for(index, task));
-        let useful: Vec<u32> =
-            (0..open.shards.len()).filter(|&index| serves(index)).map(|index| index as u32).collect();
-        let (name, all) = (&open.name, open.shards.len());
-        if useful.is_empty() {
-            let tasks: Vec<&str> = open.tasks.served().map(Task::name).collect();
-            return Err(Error::Usage(format!(
-                "data.sources.{name}: none of its {all} samples has the members that {} needs",
-                tasks.join(" or ")
-            )));
-        }
-        if useful.len() < all {
-            eprintln!(
-                "m6: data.sources.{name}: {} of {all} samples serve none of its tasks and are left out",
-                all - useful.len()
-            );
-        }
-        Ok(Self { order: SampleOrder::new(useful.len(), seed)?, useful, open })
+        let tasks: Vec<&str> = open.tasks.served().map(Task::name).collect();
+        let what = format!("the members that {} needs", tasks.join(" or "));
+        let (useful, mut flaws) = open
+            .shards
+            .serving(serves, &what, limits)
+            .map_err(|error| Error::Usage(format!("data.sources.{}: {error}", open.name)))?;
+        flaws.splice(..0, open.shards.flaws().iter().cloned());
+        Ok(Self { order: SampleOrder::new(useful.len(), seed)?, useful, flaws, open })
     }
 
     /// Which sample is visited.
     fn index(&self, visit: u64) -> usize {
-        self.useful[self.order.index(visit)] as usize
+        self.useful[self.order.index(visit)]
     }
 }
 
@@ -214,8 +207,15 @@ impl ExampleSource {
     /// A mixture of `sources`.
     ///
     /// # Errors
-    /// When a source is empty or cannot be mixed, or its transform does not make pictures of the model's resolution.
-    pub fn new(sources: Vec<OpenSource>, seed: u64, tokenizer: Tokenizer, model: ModelView) -> Result<Self> {
+    /// When a source is empty or cannot be mixed, its transform does not make pictures of the model's resolution, or more
+    /// of its samples than `limits` allow lack what its tasks need.
+    pub fn new(
+        sources: Vec<OpenSource>,
+        seed: u64,
+        limits: &SkipLimits,
+        tokenizer: Tokenizer,
+        model: ModelView,
+    ) -> Result<Self> {
         let side = model.resolution as u32;
         for OpenSource { name, config, .. } in &sources {
             let size = config.transform.as_ref().map(Transform::output_size);
@@ -225,7 +225,8 @@ impl ExampleSource {
                 return Err(Error::Usage(problem));
             }
         }
-        let sources = sources.into_iter().map(|open| Source::new(open, seed)).collect::<Result<Vec<_>>>()?;
+        let sources =
+            sources.into_iter().map(|open| Source::new(open, seed, limits)).collect::<Result<Vec<_>>>()?;
         let share = |source: &Source| SourceShare {
             name: source.open.name.clone(),
             weight: source.open.config.weight,
@@ -266,6 +267,17 @@ impl ExampleSource {
         let source = &self.sources[place.source];
         let index = source.index(place.visit);
         self.build(&source.open, index, task, &mut sample_rng(self.seed, ordinal))
+    }
+
+    /// What is known to be wrong with the sources before a sample is read.
+    pub fn flaws(&self) -> impl Iterator<Item = &Flaw> {
+        self.sources.iter().flat_map(|source| &source.flaws)
+    }
+
+    /// A fingerprint of the samples of each source and their order, by name.
+    pub fn identities(&self) -> BTreeMap<String, String> {
+        let identity = |source: &Source| (source.open.name.clone(), source.open.shards.identity());
+        self.sources.iter().map(identity).collect()
     }
 
     /// How often each source was gone through in the examples before `ordinal`, by name.

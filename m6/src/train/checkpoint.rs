@@ -1,5 +1,6 @@
 //! Everything that a run needs to go on as if it had never stopped.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -25,6 +26,8 @@ const STATE: &str = "state.json";
 #[serde(deny_unknown_fields)]
 struct State {
     place: Place,
+    /// Fingerprint of each source's samples, by its name.
+    data: BTreeMap<String, String>,
     /// Hash of the text tokenizer.
     tokenizer: String,
     /// Hash of the image tokenizer's weights.
@@ -35,6 +38,7 @@ struct State {
 pub(super) fn write(
     dir: &Path,
     model: &Model,
+    data: &BTreeMap<String, String>,
     optimizer: &Optimizer,
     ema: &Ema,
     window: &Window,
@@ -50,7 +54,7 @@ pub(super) fn write(
     }
     write_tensors(&dir.join(RNG), &rng)?;
     let ModelInfo { tokenizer, vqgan, .. } = model.info.clone();
-    let text = serde_json::to_string(&State { place: place.clone(), tokenizer, vqgan })
+    let text = serde_json::to_string(&State { place: place.clone(), data: data.clone(), tokenizer, vqgan })
         .expect("plain values become JSON");
     fs::write(dir.join(STATE), text).map_err(|error| Error::file(&dir.join(STATE), error))
 }
@@ -58,10 +62,11 @@ pub(super) fn write(
 /// Reads what [`write`] wrote.
 ///
 /// # Errors
-/// When a file does not fit the model, or the model has other tokenizers than it was trained with.
+/// When a file does not fit the model, the model has other tokenizers than it was trained with, or a source other samples.
 pub(super) fn read(
     dir: &Path,
     model: &Model,
+    data: &BTreeMap<String, String>,
     optimizer: &mut Optimizer,
     ema: &mut Ema,
     window: &mut Window,
@@ -79,6 +84,13 @@ pub(super) fn read(
             );
             return Err(Error::file(dir, problem));
         }
+    }
+    if let Some((name, _)) = state.data.iter().find(|(name, identity)| data.get(*name) != Some(identity)) {
+        let problem = format!(
+            "data.sources.{name}: its samples are not those with which the run was started (keys, sizes or order \
+             differ, or a shard could not be read then or now)"
+        );
+        return Err(Error::file(dir, problem));
     }
     model.params.load(&at(MODEL), Kind::Float)?;
     let named = |name: &str, error: RuntimeError| Error::file(&at(name), error);

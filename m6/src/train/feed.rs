@@ -102,8 +102,12 @@ impl Feed {
     ///
     /// # Errors
     /// When the system refuses a thread, or an example that waited cannot be made again.
-    pub fn start(source: &Arc<ExampleSource>, place: Place, recipe: Recipe, log: SkipLog) -> Result<Self> {
-        let log = Arc::new(log);
+    pub fn start(
+        source: &Arc<ExampleSource>,
+        place: Place,
+        recipe: Recipe,
+        log: Arc<SkipLog>,
+    ) -> Result<Self> {
         let workers = recipe.workers.div_ceil(place.streams.len().max(1));
         let mut streams = place
             .streams
@@ -277,7 +281,7 @@ mod tests {
             config,
         };
         let view = ModelView { vocab, max_text: 32, resolution: 16, code_order: CodeOrder::Rows };
-        let source = ExampleSource::new(vec![open], 1, tokenizer, view).unwrap();
+        let source = ExampleSource::new(vec![open], 1, &SkipLimits::default(), tokenizer, view).unwrap();
         let positions = Positions { text: 32, patch_grid: 1, code_grid: 1 };
         let recipe = Recipe {
             streams: STREAMS,
@@ -298,7 +302,7 @@ mod tests {
         recipe: Recipe,
         batches: usize,
     ) -> (Vec<Tensor>, Place) {
-        let mut feed = Feed::start(source, place, recipe, SkipLog::new(Path::new("unused"))).unwrap();
+        let mut feed = Feed::start(source, place, recipe, SkipLog::new(Path::new("unused")).into()).unwrap();
         let ids = (0..batches).map(|_| feed.next_batch(Device::Cpu).unwrap().tokens.ids).collect();
         (ids, feed.place().clone())
     }

@@ -9,11 +9,12 @@ mod texts;
 mod validation;
 mod window;
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use m6_data::tokenizer::{Tokenizer, train_bpe};
-use m6_data::{Rgb8, SkipLog};
+use m6_data::{FlawClass, Rgb8, SkipLog};
 use m6_run::{Checkpoints, MetricLog, Progress, RunDir, Schedule, StopFlag};
 use m6_runtime::device::{device, memory, set_tf32};
 use m6_runtime::optim::{Ema, Optimizer};
@@ -81,6 +82,11 @@ struct Trainer {
     optimizer: Optimizer,
     ema: Ema,
     source: Arc<ExampleSource>,
+    /// Which samples the sources have.
+    data: BTreeMap<String, String>,
+    skip_log: Arc<SkipLog>,
+    /// Flaws of the sources that were found when they were opened.
+    known_flaws: BTreeMap<FlawClass, u64>,
     validation: Option<Validation>,
     checkpoints: Checkpoints,
     log: MetricLog,
@@ -97,7 +103,13 @@ impl Trainer {
         let checkpoints = Checkpoints::new(run.checkpoints(), config.keep)?;
         let resumed = checkpoints.latest()?;
         let vqgan = Vqgan::load(&config.vqgan, device)?;
-        let opening = Opening { run: run.path(), seed: config.seed, workers: config.data.workers, device };
+        let opening = Opening {
+            run: run.path(),
+            seed: config.seed,
+            workers: config.data.workers,
+            skip: config.data.skip,
+            device,
+        };
         let sources = config
             .data
             .sources
@@ -106,8 +118,13 @@ impl Trainer {
             .collect::<Result<Vec<_>>>()?;
         let tokenizer = open_tokenizer(&config, &run, &sources, resumed.is_some())?;
         let model = Model::new(&config.model, tokenizer, vqgan, device, config.seed)?;
-        let source =
-            ExampleSource::new(sources, config.seed, model.tokenizer.clone(), ModelView::of(&model))?;
+        let source = ExampleSource::new(
+            sources,
+            config.seed,
+            &config.data.skip,
+            model.tokenizer.clone(),
+            ModelView::of(&model),
+        )?;
         let validation =
             config.validation.as_ref().map(|v| Validation::open(&config, v, &opening, &model)).transpose()?;
 
@@ -120,12 +137,13 @@ impl Trainer {
             // A prompt that the model cannot take is found now and not at the first drawing.
             samples.request(config.seed).prefixes(&model)?;
         }
+        let data = source.identities();
         let mut optimizer = Optimizer::new(&model.params, config.optimizer);
         let mut ema = Ema::new(&model.params, config.ema);
         let mut window = Window::new(device);
         let (step, place) = match &resumed {
             Some((step, dir)) => {
-                (*step, checkpoint::read(dir, &model, &mut optimizer, &mut ema, &mut window)?)
+                (*step, checkpoint::read(dir, &model, &data, &mut optimizer, &mut ema, &mut window)?)
             }
             None => (0, Place::start(0..config.schedule.accumulation as usize)),
         };
@@ -137,10 +155,17 @@ impl Trainer {
             source.samples(),
             config.schedule.steps
         ));
+        let skip_log = SkipLog::new(&run.skipped());
+        let note = |line: &str| progress.note(line);
+        let known_flaws = skip_log.add_known(source.flaws(), note)?;
+        skip_log.add_known(validation.iter().flat_map(Validation::flaws), note)?;
         Ok(Self {
             config,
             device,
             run,
+            skip_log: Arc::new(skip_log),
+            known_flaws,
+            data,
             model,
             optimizer,
             ema,
@@ -173,8 +198,7 @@ impl Trainer {
             positions: self.model.transformer.positions(),
             device: self.device,
         };
-        let log = SkipLog::new(&self.run.skipped());
-        let mut feed = Feed::start(&self.source, self.place.clone(), recipe, log)?;
+        let mut feed = Feed::start(&self.source, self.place.clone(), recipe, self.skip_log.clone())?;
         while self.step < plan.steps && !stop.requested() {
             self.optimizer.zero_grad()?;
             for _ in 0..plan.accumulation {
@@ -240,6 +264,11 @@ impl Trainer {
             skipped.iter().map(|(class, count)| (format!("skipped_samples/{}", class.name()), *count as f64)),
         );
         row.extend(
+            self.known_flaws
+                .iter()
+                .map(|(class, count)| (format!("known_flaws/{}", class.name()), *count as f64)),
+        );
+        row.extend(
             self.source
                 .epochs(self.place.examples())
                 .map(|(name, epochs)| (format!("epochs/{name}"), epochs)),
@@ -288,9 +317,9 @@ impl Trainer {
     }
 
     fn save(&mut self) -> Result<()> {
-        let Self { model, optimizer, ema, window, place, .. } = &*self;
+        let Self { model, data, optimizer, ema, window, place, .. } = &*self;
         self.checkpoints
-            .save(self.step, |dir| checkpoint::write(dir, model, optimizer, ema, window, place))?;
+            .save(self.step, |dir| checkpoint::write(dir, model, data, optimizer, ema, window, place))?;
         Ok(())
     }
 }

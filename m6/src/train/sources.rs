@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use m6_data::ShardSet;
+use m6_data::{ShardSet, SkipLimits};
 use m6_run::fetching;
 use m6_vqgan::Vqgan;
 use tch::Device;
@@ -18,6 +18,7 @@ pub(super) struct Opening<'a> {
     pub run: &'a Path,
     pub seed: u64,
     pub workers: usize,
+    pub skip: SkipLimits,
     pub device: Device,
 }
 
@@ -33,10 +34,7 @@ impl Opening<'_> {
         tasks: TasksConfig,
         vqgan: &Vqgan,
     ) -> Result<OpenSource> {
-        let shards = Arc::new(ShardSet::open_with(&config.shards, fetching())?);
-        for flaw in shards.flaws() {
-            eprintln!("m6: {flaw}");
-        }
+        let shards = Arc::new(ShardSet::open_with(&config.shards, self.skip, fetching())?);
         let codes = match &config.code_transform {
             _ if tasks.weight(Task::TextToImage) == 0.0 => None,
             Some(transform) => {
@@ -45,6 +43,7 @@ impl Opening<'_> {
                     count: config.code_views,
                     seed: self.seed,
                     workers: self.workers,
+                    skip: self.skip,
                 };
                 let recipe = TableRecipe { source: name, shards: &shards, views };
                 Some(Codes::Table(CodeTable::open_or_make(self.run, &recipe, vqgan, self.device)?))

@@ -1,6 +1,6 @@
 //! Losses on held-out data, task by task, with the averaged weights.
 
-use m6_data::{Item, RowPacker, Skipped, Transform};
+use m6_data::{Flaw, Item, RowPacker, Skipped, Transform};
 use tch::{Device, Kind, Tensor};
 
 use super::config::{TrainConfig, ValidationConfig};
@@ -43,9 +43,19 @@ impl Validation {
             ..source.clone()
         };
         let source = opening.open(name, held_out, shares, &model.vqgan)?;
-        let source =
-            ExampleSource::new(vec![source], config.seed, model.tokenizer.clone(), ModelView::of(model))?;
+        let source = ExampleSource::new(
+            vec![source],
+            config.seed,
+            &config.data.skip,
+            model.tokenizer.clone(),
+            ModelView::of(model),
+        )?;
         Ok(Self { source, tasks, examples: settings.examples, tokens: config.schedule.tokens })
+    }
+
+    /// What is known to be wrong with the shards.
+    pub(super) fn flaws(&self) -> impl Iterator<Item = &Flaw> {
+        self.source.flaws()
     }
 
     /// Mean cross-entropy of each task's targets, in nats a token; samples that cannot be used are left out.

@@ -10,7 +10,7 @@ mod step;
 
 use std::path::{Path, PathBuf};
 
-use m6_data::{SampleOrder, ShardSet, SkipLog};
+use m6_data::{SampleOrder, ShardSet, SkipCounts, SkipLog};
 use m6_run::config::Loaded;
 use m6_run::{Checkpoints, MetricLog, Progress, RunDir, StopFlag, fetching};
 use m6_runtime::device::{device, memory};
@@ -29,7 +29,7 @@ use crate::loss::ReconstructionLoss;
 use crate::model::{Dtype, Vqgan};
 use crate::pictures::{pictures_to_tensor, to_unit};
 use crate::stream::{PictureStream, with_picture};
-use state::State;
+use state::{Position, State};
 use step::{Plan, Stepper, Updated};
 
 /// Folder of the finished model inside of the run.
@@ -77,29 +77,30 @@ fn train(
     if device.is_cuda() {
         tch::Cuda::cudnn_set_benchmark(true);
     }
-    let shards = ShardSet::open_with(&config.data.shards, fetching())?;
+    let shards = ShardSet::open_with(&config.data.shards, config.data.skip, fetching())?;
     let validation = validation_pictures(config)?;
     let run = RunDir::open_or_create(&config.run, &loaded.table, &FREE_KEYS)?;
     let checkpoints = Checkpoints::new(run.checkpoints(), config.keep)?;
     let mut state = State::new(config, device)?;
     let resumed = checkpoints.latest()?;
-    let (mut step, first_ordinal) = match &resumed {
-        Some((step, dir)) => (*step, state.load(dir)?),
-        None => (0, 0),
+    let data = shards.identity();
+    let (mut step, position) = match &resumed {
+        Some((step, dir)) => (*step, state.load(dir, &data)?),
+        None => (0, Position { next_ordinal: 0, samples: SkipCounts::default(), data: data.clone() }),
     };
     let mut metrics = MetricLog::open(&run, resumed.as_ref().map(|(step, _)| *step))?;
     let mut progress = Progress::new(config.schedule.steps, step);
-    for flaw in shards.flaws() {
-        progress.note(&flaw.to_string());
-    }
+    let log = SkipLog::new(&run.skipped());
+    let (usable, flaws) = with_picture(&shards, &config.data.skip)?;
+    let known_flaws = log.add_known(&flaws, |line| progress.note(line))?;
     progress.note(&format!(
         "{:.2} M parameters on {device:?}, {} samples, from step {step} of {}",
         state.parameters() as f64 / 1e6,
-        shards.len(),
+        usable.len(),
         config.schedule.steps
     ));
-    let mut pictures = training_stream(config, shards, first_ordinal)?;
-    pictures = pictures.skipping(config.data.skip, SkipLog::new(&run.skipped()));
+    let pictures = training_stream(config, shards, usable, position.next_ordinal)?;
+    let mut pictures = pictures.skipping(config.data.skip, position.samples, log);
     let reconstruction =
         ReconstructionLoss::new(config.model.resolution, config.loss, config.lpips.as_ref(), device)?;
     let schedule = config.schedule();
@@ -142,6 +143,18 @@ fn train(
                 values.iter().map(|(name, value)| (name.as_str(), *value)).collect();
             let memory_peak = memory(device)?.peak as f64;
             row.extend([("lr", lr), ("images_per_second", rate), ("memory_peak_bytes", memory_peak)]);
+            let skipped = pictures.counts();
+            row.push(("skipped_samples", skipped.total() as f64));
+            let flaws = [("skipped_samples", &skipped.skipped), ("known_flaws", &known_flaws)];
+            let by_class: Vec<(String, f64)> = flaws
+                .into_iter()
+                .flat_map(|(what, counts)| {
+                    counts
+                        .iter()
+                        .map(move |(class, count)| (format!("{what}/{}", class.name()), *count as f64))
+                })
+                .collect();
+            row.extend(by_class.iter().map(|(name, count)| (name.as_str(), *count)));
             metrics.scalars(step, &row)?;
         }
         if step % config.validation.every == 0 && step < steps {
@@ -154,7 +167,12 @@ fn train(
         }
         stopped = stop(step);
         if step % config.checkpoint_every == 0 || step == steps || stopped {
-            checkpoints.save(step, |dir| state.save(dir, pictures.next_ordinal()))?;
+            let position = Position {
+                next_ordinal: pictures.next_ordinal(),
+                samples: pictures.counts().clone(),
+                data: data.clone(),
+            };
+            checkpoints.save(step, |dir| state.save(dir, &position))?;
         }
     }
 
@@ -178,8 +196,12 @@ fn export(state: &mut State, dir: &Path) -> Result<Vqgan> {
     Vqgan::load(dir, state.model.device())
 }
 
-fn training_stream(config: &TrainConfig, shards: ShardSet, first_ordinal: u64) -> Result<PictureStream> {
-    let pictures = with_picture(&shards)?;
+fn training_stream(
+    config: &TrainConfig,
+    shards: ShardSet,
+    pictures: Vec<usize>,
+    first_ordinal: u64,
+) -> Result<PictureStream> {
     let order = SampleOrder::new(pictures.len(), config.seed)?;
     let DataConfig { transform, workers, .. } = &config.data;
     let ahead = BATCHES_AHEAD * config.schedule.batch;
@@ -189,8 +211,11 @@ fn training_stream(config: &TrainConfig, shards: ShardSet, first_ordinal: u64) -
 
 /// The held-out pictures, bytes `[n, 3, h, w]`.
 fn validation_pictures(config: &TrainConfig) -> Result<Tensor> {
-    let shards = ShardSet::open_with(&config.validation.shards, fetching())?;
-    let pictures = with_picture(&shards)?;
+    let shards = ShardSet::open_with(&config.validation.shards, config.data.skip, fetching())?;
+    let (pictures, _) = with_picture(&shards, &config.data.skip)?;
+    for flaw in shards.flaws() {
+        eprintln!("{flaw}");
+    }
     let count = config.validation.samples.min(pictures.len());
     let ahead = (0, config.data.workers, count);
     let transform = config.validation.transform.clone();

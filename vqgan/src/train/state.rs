@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 
+use m6_data::SkipCounts;
 use m6_run::write_atomic;
 use m6_runtime::optim::{Ema, Optimizer};
 use m6_runtime::{Params, read_tensors, write_tensors};
@@ -25,10 +26,15 @@ const POSITION: &str = "position.json";
 
 /// Where in the data a run is. Random numbers need no state: those of a step follow from the seed and the step, those
 /// of a sample from the seed and its ordinal.
-#[derive(Debug, Default, Serialize, Deserialize)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Position {
-    next_ordinal: u64,
+pub(super) struct Position {
+    /// Ordinal of the next sample.
+    pub(super) next_ordinal: u64,
+    /// Samples that could not be used so far.
+    pub(super) samples: SkipCounts,
+    /// Fingerprint of the samples and their order.
+    pub(super) data: String,
 }
 
 /// Model, averages, optimizers, codebook, discriminator.
@@ -71,7 +77,7 @@ impl State {
     }
 
     /// Writes a checkpoint into `dir`.
-    pub(super) fn save(&self, dir: &Path, next_ordinal: u64) -> Result<()> {
+    pub(super) fn save(&self, dir: &Path, position: &Position) -> Result<()> {
         self.params.save(&dir.join(MODEL), Kind::Float)?;
         self.codebook.params.save(&dir.join(CODEBOOK_USAGE), Kind::Float)?;
         write_tensors(&dir.join(OPTIMIZER), &self.optimizer.state())?;
@@ -81,13 +87,21 @@ impl State {
             write_tensors(&dir.join(DISCRIMINATOR_OPTIMIZER), &critic.optimizer.state())?;
         }
         let path = dir.join(POSITION);
-        let json = serde_json::to_vec(&Position { next_ordinal })
-            .map_err(|error| VqganError::model(&path, error))?;
+        let json = serde_json::to_vec(position).map_err(|error| VqganError::model(&path, error))?;
         Ok(write_atomic(path, &json)?)
     }
 
-    /// Takes the checkpoint in `dir`; returns the ordinal of the next sample.
-    pub(super) fn load(&mut self, dir: &Path) -> Result<u64> {
+    /// Takes the checkpoint in `dir`, of a run on the samples that have the fingerprint `data`.
+    pub(super) fn load(&mut self, dir: &Path, data: &str) -> Result<Position> {
+        let path = dir.join(POSITION);
+        let json = fs::read(&path).map_err(|error| VqganError::model(&path, error))?;
+        let position: Position =
+            serde_json::from_slice(&json).map_err(|error| VqganError::model(&path, error))?;
+        if position.data != data {
+            let problem = "data.shards: the samples are not those with which the run was started (keys, sizes or order \
+                           differ, or a shard could not be read then or now)";
+            return Err(VqganError::model(&path, problem));
+        }
         self.params.load(&dir.join(MODEL), Kind::Float)?;
         self.codebook.params.load(&dir.join(CODEBOOK_USAGE), Kind::Float)?;
         self.optimizer.load_state(read_tensors(&dir.join(OPTIMIZER))?)?;
@@ -96,10 +110,6 @@ impl State {
             critic.params.load(&dir.join(DISCRIMINATOR), Kind::Float)?;
             critic.optimizer.load_state(read_tensors(&dir.join(DISCRIMINATOR_OPTIMIZER))?)?;
         }
-        let path = dir.join(POSITION);
-        let json = fs::read(&path).map_err(|error| VqganError::model(&path, error))?;
-        let position: Position =
-            serde_json::from_slice(&json).map_err(|error| VqganError::model(&path, error))?;
-        Ok(position.next_ordinal)
+        Ok(position)
     }
 }
