@@ -309,6 +309,84 @@ fn broken_samples_are_skipped_named_and_counted() {
     assert_eq!(scene.run(&["vqgan", "train", "vqgan.toml", "--set", "run=new"]).code, Some(FAILURE));
 }
 
+/// The last value of a metric of a run.
+fn metric(scene: &Scene, run: &str, name: &str) -> Option<f64> {
+    let rows = fs::read_to_string(scene.path(run).join("metrics.jsonl")).unwrap();
+    rows.lines().rev().find_map(|line| serde_json::from_str::<Value>(line).unwrap()[name].as_f64())
+}
+
+/// The classes in a run's log of what was skipped.
+fn logged_classes(scene: &Scene, run: &str) -> Vec<Value> {
+    let log = fs::read_to_string(scene.path(run).join("skipped.jsonl")).unwrap();
+    log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["class"].clone()).collect()
+}
+
+#[test]
+fn shards_that_cannot_be_read_are_left_out_and_counted_until_they_are_too_many() {
+    let scene = Scene::with_tokenizer();
+    fs::write(scene.path("shards/unreadable.tar"), [7; 3000]).unwrap();
+    let lone = Sample::new("alone", &[("cls", b"1")]);
+    scene.write_shard("more", samples().into_iter().chain([lone]));
+    fs::rename(scene.path("more/train-000000.tar"), scene.path("shards/useless.tar")).unwrap();
+    for command in [&["train", "train.toml"][..], &["vqgan", "train", "vqgan.toml"]] {
+        let line = command.join(" ");
+        let words = ["1 of 3 shards, more than a share of 0.1, cannot be used", "shards/unreadable.tar"];
+        let run = "run=refused";
+        assert_all_refused(&scene, &[(&format!("{line} --set {run}"), WRONG_USE, &words)]);
+        let allowed = ["--set", "run=allowed", "--set", "data.skip.share=0.4", "--set", "schedule.steps=6"];
+        for _ in 0..2 {
+            let finished = scene.run(&[&command[..], &allowed].concat());
+            assert_eq!(finished.code, Some(0), "{line}:\n{}", finished.stderr);
+            assert!(finished.stderr.contains("sample alone: lacks "), "{}", finished.stderr);
+        }
+        assert_eq!(metric(&scene, "allowed", "known_flaws/unusable_shard"), Some(1.0), "{line}");
+        assert_eq!(metric(&scene, "allowed", "known_flaws/missing_member"), Some(1.0), "{line}");
+        let classes = logged_classes(&scene, "allowed");
+        assert_eq!(classes, ["unusable_shard", "missing_member"], "each is logged once");
+        fs::remove_dir_all(scene.path("allowed")).unwrap();
+    }
+    let info = scene.run(&["data", "info", "shards/*.tar"]);
+    assert_eq!(info.code, Some(WRONG_USE), "{}", info.stderr);
+}
+
+#[test]
+fn a_run_does_not_go_on_with_other_samples() {
+    let scene = Scene::with_tokenizer();
+    let commands = [&["train", "train.toml"][..], &["vqgan", "train", "vqgan.toml"]];
+    for (command, run) in commands.into_iter().zip(["language", "pictures"]) {
+        let run = format!("run={run}");
+        let command = [command, &["--set", &run, "--set", "checkpoint_every=1"]].concat();
+        let mut running = scene.start(&command);
+        running.wait_for_path(&scene.path(&run[4..]).join("checkpoints/step-00000002"));
+        running.kill();
+        running.finish();
+        let shard = fs::read(scene.path("shards/train-000000.tar")).unwrap();
+        scene.write_shard("shards", samples().into_iter().skip(1));
+        let finished = scene.run(&command);
+        let words = ["data.s", "samples", "not those with which the run was started"];
+        assert_refused(&command.join(" "), &finished, FAILURE, &words);
+        fs::write(scene.path("shards/train-000000.tar"), shard).unwrap();
+        scene.succeed(&[&command[..], &["--set", "checkpoint_every=50"]].concat());
+    }
+}
+
+#[test]
+fn examples_longer_than_a_row_are_skipped_and_long_texts_cut() {
+    let scene = Scene::with_tokenizer();
+    let steps = ["train", "train.toml", "--set", "schedule.steps=6", "--set", "model.max_text=4"];
+    scene.succeed(&steps);
+    assert!(metric(&scene, "run", "cut_texts") > Some(0.0));
+    assert_eq!(metric(&scene, "run", "skipped_samples"), Some(0.0));
+
+    // Less than the codes of a picture.
+    let short = ["--set", "schedule.tokens=16", "--set", "run=short", "--set", "data.skip.share=1.0"];
+    let finished = scene.run(&[&steps[..], &short].concat());
+    assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+    assert!(finished.stderr.contains("more than schedule.tokens = 16"), "{}", finished.stderr);
+    assert!(metric(&scene, "short", "skipped_samples/unfit") > Some(0.0));
+    assert!(logged_classes(&scene, "short").iter().all(|class| class == "unfit"));
+}
+
 #[test]
 fn truncated_shards_are_used_up_to_the_cut() {
     let scene = Scene::with_tokenizer();

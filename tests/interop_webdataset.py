@@ -53,6 +53,7 @@ def samples(longest):
         (LONG, {"png": picture(4), "seg.png": picture(5)}),
         ("folder/" + "é" * 60, {"txt": b"more bytes than characters"}),
         (LONGER, {"txt": b"longer than any header"}),
+        ("__dunder__", {"txt": b"no metadata"}),
         ("last", {"txt": b"not lost behind the long ones"}),
     ]
     return [(key, members) for key, members in made if len(key.encode()) <= longest]
@@ -79,10 +80,13 @@ def random_samples(longest, rng):
     return [(key, members) for key, members in made.items() if len(key.encode()) <= longest]
 
 
-def with_webdataset(shard, samples):
-    with webdataset.TarWriter(str(shard)) as writer:
-        for key, members in samples:
-            writer.write({"__key__": key, **members})
+def with_webdataset(compress):
+    def write(shard, samples):
+        with webdataset.TarWriter(str(shard), compress=compress) as writer:
+            for key, members in samples:
+                writer.write({"__key__": key, **members})
+
+    return write
 
 
 def with_tarfile(form):
@@ -132,13 +136,16 @@ def main():
         folder = pathlib.Path(folder)
         os.environ["M6_CACHE"] = str(folder / "cache")
         for name, write, longest in [
-            ("webdataset", with_webdataset, 1000),
-            ("gzip", with_webdataset, 1000),
+            ("webdataset", with_webdataset(False), 1000),
+            ("gzip", with_webdataset("gz"), 1000),
+            ("bzip2", with_webdataset("bz2"), 1000),
+            ("xz", with_webdataset("xz"), 1000),
             # A header has 100 bytes for a name, and 155 for the folder that it is in.
             ("ustar", with_tarfile(tarfile.USTAR_FORMAT), 90),
             ("gnu", with_tarfile(tarfile.GNU_FORMAT), 1000),
         ]:
-            expected, shard = samples(longest), folder / f"{name}.{'tar.gz' if name == 'gzip' else 'tar'}"
+            # Compression is told by the content.
+            expected, shard = samples(longest), folder / f"{name}.tar"
             write(shard, expected)
             check(f"{name}, read by webdataset", read([shard]), expected)
             check(f"{name}, packed by m6, read by webdataset", read(pack(m6, shard, folder / name)), expected)

@@ -422,3 +422,28 @@ fn a_language_model_learns_pictures() {
         assert!(refused.stderr.contains(problem), "{}", refused.stderr);
     }
 }
+
+#[test]
+fn shards_with_a_broken_picture_are_measured_indexed_and_shown() {
+    let scene = Scene::new();
+    let broken = Sample::new("broken", &[("png", b"no picture"), ("json", br#"{"en": "a", "zh": "b"}"#)]);
+    scene.write_shard("shards", samples().into_iter().chain([broken]));
+    let pictures = samples().len();
+    let stats = one(scene.json(&["data", "stats", "shards/*.tar", "--json"]));
+    assert_eq!((&stats["samples"], &stats["broken"]["count"]), (&json!(pictures + 1), &json!(1)));
+    assert_eq!(stats["pictures"]["short_side"]["count"], json!(pictures));
+    let table = scene.succeed(&["data", "stats", "shards/*.tar"]);
+    assert!(table.contains("short side in pixels") && table.contains("broken: 1 samples"), "{table}");
+
+    let before = one(scene.json(&["data", "info", "shards/*.tar", "--json"]));
+    let index = one(scene.json(&["data", "index", "shards/*.tar", "--json"]));
+    assert_eq!(index["written"], json!(["shards/train-000000.idx"]));
+    assert!(scene.path("shards/train-000000.idx").is_file());
+    assert_eq!(one(scene.json(&["data", "info", "shards/*.tar", "--json"])), before);
+
+    let shown = scene.run(&["data", "show", "shards/*.tar", "--field", "json:en", "-o", "sheet.png"]);
+    assert_eq!(shown.code, Some(0), "{}", shown.stderr);
+    assert!(shown.stdout.contains(&format!("{pictures} of {} samples", pictures + 1)), "{}", shown.stdout);
+    assert!(shown.stderr.contains("sample broken: broken picture"), "{}", shown.stderr);
+    m6_data::Rgb8::decode(&fs::read(scene.path("sheet.png")).unwrap()).unwrap();
+}

@@ -1,12 +1,12 @@
 //! Names of members: which sample they belong to, and as what.
 
 /// webdataset's rule: the key is the path up to the first dot of its file name, the rest is the extension. Hidden files,
-/// files without a dot and `__meta__` files belong to no sample.
+/// files without a dot and, in no folder, those named `__...__` belong to no sample.
 pub(crate) fn split_key(path: &str) -> Option<(&str, String)> {
     let name_at = path.rfind('/').map_or(0, |slash| slash + 1);
     let dot = name_at + path[name_at..].find('.')?;
     let name = &path[name_at..dot];
-    let meta = name.starts_with("__") && name.ends_with("__");
+    let meta = name_at == 0 && path.starts_with("__") && path.ends_with("__");
     (!name.is_empty() && !meta).then(|| (&path[..dot], path[dot + 1..].to_lowercase()))
 }
 
@@ -53,6 +53,8 @@ mod tests {
         assert_eq!(split("a/b.c/d.seg.PNG"), Some(("a/b.c/d".into(), "seg.png".into())));
         assert_eq!(split("no_extension"), None);
         assert_eq!(split("a/.hidden"), None);
-        assert_eq!(split("__index__.json"), None);
+        assert_eq!(split("__index__.json"), Some(("__index__".into(), "json".into())));
+        assert_eq!(split("a/__meta.x__"), Some(("a/__meta".into(), "x__".into())));
+        assert_eq!(split("__meta.x__"), None);
     }
 }

@@ -407,6 +407,53 @@ mod tests {
         assert!(error.contains("65536x65536 is more than"), "{error}");
     }
 
+    #[test]
+    fn a_jpeg_that_is_a_bomb_is_refused_too() {
+        let mut bytes = include_bytes!("../tests/restarts.jpg").to_vec();
+        // A frame's header: marker, length, precision, height and width.
+        let frame = bytes.windows(2).position(|pair| pair == [0xff, 0xc0]).unwrap();
+        bytes[frame + 5..frame + 9].fill(0xff);
+        for side in [None, Some(64)] {
+            let error = Decoded::for_side(&bytes, side).map(drop).unwrap_err().to_string();
+            assert!(error.contains("65535x65535 is more than"), "{error}");
+        }
+    }
+
+    fn pixel(picture: &Rgb8, x: u32, y: u32) -> [u8; 3] {
+        let at = 3 * (y * picture.width + x) as usize;
+        std::array::from_fn(|colour| picture.pixels[at + colour])
+    }
+
+    /// Values that Pillow reads; see `tests/pictures.py`.
+    #[test]
+    fn inks_become_colours() {
+        let cmyk = [[255, 255, 255], [46, 190, 164], [245, 35, 135], [57, 57, 57]];
+        let ycck = [[0, 134, 0], [89, 215, 24], [0, 0, 175], [0, 34, 0]];
+        let files: [(&[u8], _); 2] =
+            [(include_bytes!("../tests/cmyk.jpg"), cmyk), (include_bytes!("../tests/ycck.jpg"), ycck)];
+        for (bytes, expected) in files {
+            let picture = Rgb8::decode(bytes).unwrap();
+            assert_eq!((picture.width, picture.height), (32, 32));
+            let found = [(8, 8), (24, 8), (8, 24), (24, 24)].map(|(x, y)| pixel(&picture, x, y));
+            let furthest = found.iter().flatten().zip(expected.iter().flatten()).map(|(a, b)| a.abs_diff(*b));
+            assert!(furthest.max() <= Some(2), "{found:?} for {expected:?}");
+        }
+    }
+
+    #[test]
+    fn png_and_webp_are_turned_upright() {
+        let files: [&[u8]; 2] =
+            [include_bytes!("../tests/turned.png"), include_bytes!("../tests/turned.webp")];
+        for bytes in files {
+            let picture = Rgb8::decode(bytes).unwrap();
+            // A quarter to the right: what was below on the left is above on the left.
+            assert_eq!((picture.width, picture.height), (24, 32));
+            assert_eq!(pixel(&picture, 2, 2), [0, 0, 250]);
+            assert_eq!(pixel(&picture, 20, 2), [250, 0, 0]);
+            assert_eq!(pixel(&picture, 20, 30), [0, 250, 0]);
+        }
+    }
+
     fn crc32(bytes: &[u8]) -> u32 {
         let step = |crc: u32| if crc & 1 == 1 { crc >> 1 ^ 0xedb8_8320 } else { crc >> 1 };
         !bytes.iter().fold(!0, |crc, &b| (0..8).fold(crc ^ u32::from(b), |crc, _| step(crc)))

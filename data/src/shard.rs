@@ -54,7 +54,7 @@ impl ShardSet {
     /// (`http`, `https`, `s3`, `gs`; with the feature `remote`), a shell command that writes a shard (`pipe:COMMAND`), or a
     /// brace list of these (`data/train-{000000..000017}.tar`).
     ///
-    /// What is no file, and what is compressed (`.tar.gz`, `.tgz`), is first fetched whole into the folder that the environment variable `M6_CACHE` names, or taken from
+    /// What is no file, and what is compressed (gzip, bzip2 or xz, whatever its name), is first fetched whole into the folder that the environment variable `M6_CACHE` names, or taken from
     /// there; see the crate's `cache` module.
     ///
     /// # Errors
@@ -192,7 +192,7 @@ impl ShardSet {
     }
 
     /// A flaw of sample `index`.
-    pub(crate) fn flaw(&self, index: usize, class: FlawClass, reason: String) -> Flaw {
+    pub fn flaw(&self, index: usize, class: FlawClass, reason: String) -> Flaw {
         let entry = &self.samples[index];
         let offset = entry.members.iter().map(|member| member.offset).min();
         Flaw {
@@ -521,7 +521,7 @@ mod tests {
     fn a_shard_without_samples_is_an_error_and_one_sample_is_enough() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.tar");
-        archive(&path, &[("README", b"no dot"), (".hidden", b""), ("__index__.json", b"{}")]);
+        archive(&path, &[("README", b"no dot"), (".hidden", b""), ("__index.json__", b"{}")]);
         let of_others = std::fs::read(&path).unwrap();
         for (bytes, reason) in [
             (&[][..], "holds no whole sample (at byte 0: no end-of-archive mark"),
@@ -568,16 +568,36 @@ mod tests {
             ShardSet::open_in(|| Ok(&cache), &[pattern], SkipLimits::default(), &mut |_, _, _| ())
         };
         let members: Members = &[("txt", b"text")];
-        let write = |bytes: &[u8]| fs::write(&compressed, crate::gzip::testing::compressed(bytes)).unwrap();
         for samples in [&["a", "b"][..], &["a", "b", "c"]] {
             let samples: Vec<(&str, Members)> = samples.iter().map(|key| (*key, members)).collect();
             let path = shard(dir.path(), &samples);
-            write(&fs::read(&path).unwrap());
-            let (local, inflated) = (self::open(&path).unwrap(), open().unwrap());
-            assert_eq!((contents(&inflated), inflated.identity()), (contents(&local), local.identity()));
-            assert_eq!(inflated.shards().collect::<Vec<_>>(), [&compressed]);
+            for (format, bytes) in crate::compressed::testing::compressed(&fs::read(&path).unwrap()) {
+                fs::write(&compressed, bytes).unwrap();
+                let piped = ShardSet::open_in(
+                    || Ok(&cache),
+                    &[cat(&compressed)],
+                    SkipLimits::default(),
+                    &mut |_, _, _| (),
+                );
+                let local = self::open(&path).unwrap();
+                for inflated in [open().unwrap(), piped.unwrap()] {
+                    assert_eq!(contents(&inflated), contents(&local), "{format}");
+                    assert_eq!(inflated.identity(), local.identity());
+                }
+                assert_eq!(open().unwrap().shards().collect::<Vec<_>>(), [&compressed]);
+                fs::remove_dir_all(dir.path().join("cache")).unwrap();
+                fs::create_dir(dir.path().join("cache")).unwrap();
+            }
         }
-        fs::write(&compressed, b"no gzip, but long enough for a header").unwrap();
+
+        // The archive's end and the mark of the compression's are lost.
+        let path = shard(dir.path(), &[("a", &[("bin", &[7; 5000])]), ("b", members)]);
+        let archive = fs::read(&path).unwrap();
+        let [(_, gzip), ..] = crate::compressed::testing::compressed(&archive[..8192]);
+        fs::write(&compressed, &gzip[..gzip.len() - 8]).unwrap();
+        let cut = open().unwrap();
+        assert_eq!((cut.len(), cut.flaws().len()), (2, 1), "{:?}", cut.flaws());
+        fs::write(&compressed, [&gzip[..10], &[0xff; 100]].concat()).unwrap();
         let error = open().unwrap_err().to_string();
         assert!(error.contains("test.tar.gz") && error.contains("gzip: "), "{error}");
     }

@@ -3,10 +3,8 @@
 use std::fs;
 use std::path::PathBuf;
 
+use crate::compressed::{self, Inflater};
 use crate::error::Result;
-use crate::gzip;
-#[cfg(feature = "remote")]
-use crate::gzip::Inflater;
 use crate::pipe;
 #[cfg(feature = "remote")]
 use crate::remote;
@@ -41,7 +39,7 @@ impl Source {
     /// A file that is there.
     pub(crate) fn of_file(path: PathBuf) -> Self {
         match path.to_str() {
-            Some(name) if gzip::is_compressed(name) => Self::Far(Far::Compressed(name.to_owned())),
+            Some(name) if compressed::is_compressed(&path) => Self::Far(Far::Compressed(name.to_owned())),
             _ => Self::File(path),
         }
     }
@@ -113,15 +111,18 @@ impl Far {
     pub(crate) fn stream(&self, sink: Sink) -> Result<()> {
         match self {
             #[cfg(feature = "remote")]
-            Self::Url(url) if gzip::is_compressed(url) => {
+            Self::Url(url) => {
                 let mut inflater = Inflater::new(url, sink);
                 remote::download(url, &mut |bytes| inflater.push(bytes))?;
                 inflater.finish()
             }
-            #[cfg(feature = "remote")]
-            Self::Url(url) => remote::download(url, sink),
-            Self::Pipe(pipe) => pipe::run(pipe, pipe.strip_prefix(PIPE).unwrap_or(pipe), sink),
-            Self::Compressed(path) => gzip::read(path, sink),
+            Self::Pipe(pipe) => {
+                let mut inflater = Inflater::new(pipe, sink);
+                let command = pipe.strip_prefix(PIPE).unwrap_or(pipe);
+                pipe::run(pipe, command, &mut |bytes| inflater.push(bytes))?;
+                inflater.finish()
+            }
+            Self::Compressed(path) => compressed::read(path, sink),
         }
     }
 }

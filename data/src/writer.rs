@@ -184,7 +184,7 @@ mod tests {
             ("a", ""),
             ("a", "b/txt"),
             ("a", "t\0xt"),
-            ("__meta__", "txt"),
+            ("__meta", "x__"),
             ("../a", "txt"),
             (&long, "txt"),
             ("/a", "txt"),

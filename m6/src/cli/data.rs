@@ -8,8 +8,9 @@ use std::path::{Path, PathBuf};
 use m6::{Error, Result};
 use m6_data::stats::{Duplicates, Group, PictureStats, Spread, TextStats};
 use m6_data::{
-    BenchReport, Broken, DatasetInfo, DatasetStats, LintReport, Rgb8, SampleOrder, Script, ShardSet,
-    ShardWriter, SkipLimits, Transform, bench, contact_sheet, lint, sample_image, write_indexes,
+    BenchReport, Broken, CaptionFields, DatasetInfo, DatasetStats, LintReport, Rgb8, SampleOrder, Script,
+    ShardSet, ShardWriter, SkipLimits, Skipped, Transform, bench, contact_sheet, lint, sample_image,
+    write_indexes,
 };
 use m6_run::{Task, fetching};
 
@@ -255,23 +256,33 @@ impl ShowArgs {
         }
         let order = SampleOrder::new(shards.len(), self.seed)?;
         let count = self.count.min(shards.len() as u64);
-        let items = (0..count).map(|ordinal| {
-            let sample = shards.sample(order.index(ordinal))?;
-            let mut labels: Vec<String> =
-                fields.all(&sample)?.into_iter().map(|caption| caption.text).collect();
-            if labels.is_empty() {
-                labels.push(sample.key.to_owned());
-            }
-            let picture = match sample.picture() {
-                Some(_) => sample_image(&sample)?,
-                None => Rgb8::filled(SHEET_TILE, SHEET_TILE, WHITE),
-            };
-            Ok::<_, Error>((picture, labels))
-        });
-        let items = items.collect::<Result<Vec<_>>>()?;
+        let mut skipped = Skipped::default();
+        let mut items = Vec::new();
+        for ordinal in 0..count {
+            let made = item(&shards, order.index(ordinal), &fields);
+            items.extend(skipped.check(made, None, |note| eprintln!("{note}"))?);
+        }
+        if items.is_empty() {
+            return Err(Error::Usage("none of the samples can be shown".to_owned()));
+        }
+        let shown = items.len();
         contact_sheet(&items, SHEET_COLUMNS, SHEET_TILE)?.save_png(&self.out)?;
-        output::line(format_args!("{}  {count} of {} samples", self.out.display(), shards.len()))
+        output::line(format_args!("{}  {shown} of {} samples", self.out.display(), shards.len()))
     }
+}
+
+/// What a sheet shows of a sample: its picture, and its texts or else its key.
+fn item(shards: &ShardSet, index: usize, fields: &CaptionFields) -> m6_data::Result<(Rgb8, Vec<String>)> {
+    let sample = shards.sample(index)?;
+    let mut labels: Vec<String> = fields.all(&sample)?.into_iter().map(|caption| caption.text).collect();
+    if labels.is_empty() {
+        labels.push(sample.key.to_owned());
+    }
+    let picture = match sample.picture() {
+        Some(_) => sample_image(&sample)?,
+        None => Rgb8::filled(SHEET_TILE, SHEET_TILE, WHITE),
+    };
+    Ok((picture, labels))
 }
 
 #[derive(Debug, clap::Args)]

@@ -23,7 +23,7 @@ use rand::Rng;
 use serde::{Deserialize, Serialize};
 
 pub use packing::{Batch, HostBatch, Targets, lay_out};
-pub use source::{DataConfig, ExampleSource, ModelView, OpenSource, SourceConfig};
+pub use source::{DataConfig, Drawn, ExampleSource, ModelView, OpenSource, SourceConfig};
 pub use text_to_image::{TextToImage, null_prompt};
 
 use crate::model::{Language, Sequence, Special, Vocab};

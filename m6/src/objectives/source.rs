@@ -137,6 +137,15 @@ impl OpenSource {
     }
 }
 
+/// An example of an [`ExampleSource`].
+#[derive(Debug)]
+pub struct Drawn {
+    /// The example.
+    pub example: Example,
+    /// Whether its text was cut to the longest that the model takes.
+    pub is_cut: bool,
+}
+
 /// Builds examples by their place in the run; shared by the loader's threads.
 pub struct ExampleSource {
     sources: Vec<Source>,
@@ -241,7 +250,7 @@ impl ExampleSource {
     ///
     /// # Errors
     /// When the sample's picture is broken or it lacks a caption.
-    pub fn example(&self, ordinal: u64) -> Result<Example> {
+    pub fn example(&self, ordinal: u64) -> Result<Drawn> {
         let mut rng = sample_rng(self.seed, ordinal);
         let place = self.mixture.place(ordinal);
         let source = &self.sources[place.source];
@@ -262,7 +271,7 @@ impl ExampleSource {
     ///
     /// # Errors
     /// As for [`ExampleSource::example`].
-    pub fn example_of(&self, ordinal: u64, task: Task) -> Result<Example> {
+    pub fn example_of(&self, ordinal: u64, task: Task) -> Result<Drawn> {
         let place = self.mixture.place(ordinal);
         let source = &self.sources[place.source];
         let index = source.index(place.visit);
@@ -280,6 +289,13 @@ impl ExampleSource {
         self.sources.iter().map(identity).collect()
     }
 
+    /// A flaw of the sample at `ordinal`.
+    pub fn flaw(&self, ordinal: u64, class: FlawClass, reason: String) -> Flaw {
+        let place = self.mixture.place(ordinal);
+        let source = &self.sources[place.source];
+        source.open.shards.flaw(source.index(place.visit), class, reason)
+    }
+
     /// How often each source was gone through in the examples before `ordinal`, by name.
     pub fn epochs(&self, ordinal: u64) -> impl Iterator<Item = (&str, f64)> {
         let visits = self.mixture.visits(ordinal);
@@ -289,7 +305,7 @@ impl ExampleSource {
             .map(|(source, visits)| (source.open.name.as_str(), visits as f64 / source.useful.len() as f64))
     }
 
-    fn build(&self, source: &OpenSource, index: usize, task: Task, rng: &mut impl Rng) -> Result<Example> {
+    fn build(&self, source: &OpenSource, index: usize, task: Task, rng: &mut impl Rng) -> Result<Drawn> {
         let OpenSource { config, tasks, shards, codes, .. } = source;
         let (vocab, captions, prompts) = (self.model.vocab, &config.captions, config.prompts());
         let sample = shards.sample(index)?;
@@ -297,31 +313,41 @@ impl ExampleSource {
             Some(transform) => Ok::<_, Error>(transform.load(&sample, rng)?),
             None => Err(sample.error(FlawClass::Unfit, "is of a source without a transform").into()),
         };
-        Ok(match task {
+        let mut is_cut = false;
+        let mut text = |fields, rng: &mut _| {
+            let (language, mut ids) = self.text(&sample, fields, rng)?;
+            // The target has room for its begin and end, too.
+            let longest = self.model.max_text as usize - 1;
+            is_cut |= ids.len() > longest;
+            ids.truncate(longest);
+            Ok::<_, Error>((language, ids))
+        };
+        let example = match task {
             Task::LanguageModelling => {
-                let (language, ids) = self.text(&sample, prompts, rng)?;
+                let (language, ids) = text(prompts, rng)?;
                 language_modelling::example(language, ids)
             }
             Task::TextDenoising => {
-                let (language, ids) = self.text(&sample, prompts, rng)?;
+                let (language, ids) = text(prompts, rng)?;
                 text_denoising::example(vocab, language, ids, rng)
             }
             Task::Captioning => {
-                let (language, ids) = self.text(&sample, captions, rng)?;
+                let (language, ids) = text(captions, rng)?;
                 captioning::example(picture(rng)?, language, ids)
             }
             Task::ImageDenoising => {
-                let (language, ids) = self.text(&sample, captions, rng)?;
+                let (language, ids) = text(captions, rng)?;
                 image_denoising::example(vocab, picture(rng)?, language, ids, rng)
             }
             Task::TextToImage => {
-                let (_, prompt) = self.text(&sample, prompts, rng)?;
+                let (_, prompt) = text(prompts, rng)?;
                 let codes = codes.as_ref();
                 let codes = codes.ok_or_else(|| sample.error(FlawClass::MissingMember, "has no codes"))?;
                 let codes = codes.draw(&sample, index, rng)?;
                 tasks.text_to_image.example(vocab, prompt, &codes, self.model.code_order, rng)
             }
-        })
+        };
+        Ok(Drawn { example, is_cut })
     }
 
     /// Samples of all sources that serve a task.
@@ -329,7 +355,7 @@ impl ExampleSource {
         self.sources.iter().map(|source| source.useful.len()).sum()
     }
 
-    /// A caption as ids, cut to what fits between a target's begin and end.
+    /// A caption as ids.
     fn text(
         &self,
         sample: &Sample,
@@ -339,12 +365,11 @@ impl ExampleSource {
         let caption = fields
             .pick(sample, rng)?
             .ok_or_else(|| sample.error(FlawClass::Unfit, "all its captions are empty"))?;
-        let mut ids: Vec<i64> = self.tokenizer.encode(&caption.text)?.into_iter().map(i64::from).collect();
+        let ids: Vec<i64> = self.tokenizer.encode(&caption.text)?.into_iter().map(i64::from).collect();
         if ids.is_empty() {
             let reason = "its caption has no token in the vocabulary";
             return Err(sample.error(FlawClass::Unfit, reason).into());
         }
-        ids.truncate(self.model.max_text as usize - 1);
         Ok((language(&caption), ids))
     }
 }

@@ -6,13 +6,13 @@ use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use m6_data::{FlawClass, Item, Loader, RowPacker, SkipCounts, SkipLimits, SkipLog, Skipped};
+use m6_data::{DataError, FlawClass, Item, Loader, RowPacker, SkipCounts, SkipLimits, SkipLog, Skipped};
 use serde::{Deserialize, Serialize};
 use tch::Device;
 
 use crate::error::{Error, Result};
 use crate::model::{Positions, Vocab};
-use crate::objectives::{Batch, Example, ExampleSource, HostBatch, lay_out};
+use crate::objectives::{Batch, Drawn, Example, ExampleSource, HostBatch, lay_out};
 
 /// Examples that each worker makes ahead.
 const EXAMPLES_AHEAD: usize = 64;
@@ -38,6 +38,8 @@ struct StreamPlace {
     waiting: Vec<u64>,
     /// Samples that could not be used so far.
     samples: SkipCounts,
+    /// Examples so far whose text was cut to the longest that the model takes.
+    cut_texts: u64,
 }
 
 impl Place {
@@ -49,6 +51,11 @@ impl Place {
     /// Examples that were looked at.
     pub fn examples(&self) -> u64 {
         self.streams.values().map(|stream| stream.position).sum()
+    }
+
+    /// Examples whose text was cut to the longest that the model takes.
+    pub fn cut_texts(&self) -> u64 {
+        self.streams.values().map(|stream| stream.cut_texts).sum()
     }
 
     /// Samples that could not be used, by what is wrong with them.
@@ -181,11 +188,31 @@ fn take_turns(streams: &mut [Stream], sender: &SyncSender<Result<Packed>>) {
 /// The examples of a stream on their way into rows.
 struct Stream {
     number: usize,
-    loader: Loader<Result<Item<Example>>>,
+    loader: Loader<Result<Item<Drawn>>>,
     packer: RowPacker<Example>,
     skipped: Skipped,
+    cut_texts: u64,
     log: Arc<SkipLog>,
     recipe: Recipe,
+}
+
+/// Puts down how long an example is.
+///
+/// # Errors
+/// Names its sample where it is longer than a row of `budget` tokens.
+pub(super) fn measured(
+    source: &ExampleSource,
+    place: u64,
+    drawn: Drawn,
+    patches: usize,
+    budget: usize,
+) -> Result<Item<Drawn>> {
+    let tokens = drawn.example.tokens(patches);
+    if tokens > budget {
+        let reason = format!("its example has {tokens} tokens, more than schedule.tokens = {budget}");
+        return Err(DataError::Sample(source.flaw(place, FlawClass::Unfit, reason)).into());
+    }
+    Ok(Item { ordinal: place, tokens, value: drawn })
 }
 
 /// The value, or `None` for a sample that cannot be used; see [`Skipped::check`].
@@ -198,6 +225,12 @@ pub(super) fn check<T>(skipped: &mut Skipped, made: Result<T>, log: Option<&Skip
     Ok(skipped.check(made, log, |note| eprintln!("{note}"))?)
 }
 
+/// An example for a row, which does not care how it was made.
+pub(super) fn bare(item: Item<Drawn>) -> Item<Example> {
+    let Item { ordinal, tokens, value } = item;
+    Item { ordinal, tokens, value: value.example }
+}
+
 impl Stream {
     fn start(
         source: Arc<ExampleSource>,
@@ -207,17 +240,20 @@ impl Stream {
         recipe: &Recipe,
         log: Arc<SkipLog>,
     ) -> Result<Self> {
-        let (patches, streams) = (recipe.positions.patches(), recipe.streams as u64);
-        let make = move |ordinal: u64| -> Result<Item<Example>> {
-            let value = source.example(ordinal * streams + number as u64)?;
-            Ok(Item { ordinal, tokens: value.tokens(patches), value })
+        let (patches, streams, budget) = (recipe.positions.patches(), recipe.streams as u64, recipe.tokens);
+        let make = move |ordinal: u64| -> Result<Item<Drawn>> {
+            let place = ordinal * streams + number as u64;
+            let item = measured(&source, place, source.example(place)?, patches, budget)?;
+            Ok(Item { ordinal, ..item })
         };
-        let waiting: Vec<_> = place.waiting.iter().map(|&ordinal| make(ordinal)).collect::<Result<_>>()?;
+        let waiting: Vec<_> =
+            place.waiting.iter().map(|&ordinal| Ok(bare(make(ordinal)?))).collect::<Result<_>>()?;
         Ok(Self {
             number,
             loader: Loader::start(place.position, workers, EXAMPLES_AHEAD * workers, make)?,
             packer: RowPacker::resume(recipe.tokens, waiting),
             skipped: Skipped::new(recipe.skip, place.samples.clone()),
+            cut_texts: place.cut_texts,
             log,
             recipe: *recipe,
         })
@@ -230,13 +266,15 @@ impl Stream {
             let (ordinal, made) =
                 self.loader.next().ok_or_else(|| Error::Usage("the loader has stopped".into()))??;
             let Some(item) = check(&mut self.skipped, made, Some(&self.log))? else { continue };
-            if let Some(row) = self.packer.push(item) {
+            self.cut_texts += u64::from(item.value.is_cut);
+            if let Some(row) = self.packer.push(bare(item)) {
                 let examples = row.into_iter().map(|item| item.value);
                 let fill_to = device.is_cuda().then_some(tokens);
                 let batch = lay_out(vocab, positions, examples, fill_to)?;
                 let waiting = self.packer.waiting().collect();
                 let samples = self.skipped.counts().clone();
-                let place = StreamPlace { position: ordinal + 1, waiting, samples };
+                let cut_texts = self.cut_texts;
+                let place = StreamPlace { position: ordinal + 1, waiting, samples, cut_texts };
                 return Ok(Packed { stream: self.number, batch, place });
             }
         }
@@ -247,7 +285,7 @@ impl Stream {
 mod tests {
     use std::path::Path;
 
-    use m6_data::{ShardSet, ShardWriter, train_bpe};
+    use m6_data::{ShardSet, ShardWriter, Tokenizer, train_bpe};
     use tch::Tensor;
 
     use super::*;
@@ -256,11 +294,11 @@ mod tests {
 
     const STREAMS: usize = 4;
 
-    /// A source of short texts; its shards are in the folder.
-    fn source() -> (tempfile::TempDir, Arc<ExampleSource>, Recipe) {
+    /// A source of so many short texts; its shards are in the folder.
+    fn source(texts: usize) -> (tempfile::TempDir, Arc<ExampleSource>, Recipe) {
         let dir = tempfile::tempdir().unwrap();
         let texts: Vec<String> =
-            (0..23).map(|i| format!("text {i} of {}", "many ".repeat(i % 5 + 1))).collect();
+            (0..texts).map(|i| format!("text {i} of {}", "many ".repeat(i % 5 + 1))).collect();
         let mut writer = ShardWriter::create(dir.path(), "texts", u64::MAX).unwrap();
         for (i, text) in texts.iter().enumerate() {
             writer.write(&i.to_string(), &[("txt", text.as_bytes())]).unwrap();
@@ -295,44 +333,122 @@ mod tests {
         (dir, Arc::new(source), recipe)
     }
 
-    /// The ids of the next batches, and where the feed is then.
+    /// The ids of the next updates' batches, made by so many processes with every so manieth stream each, and where the
+    /// run is then.
     fn take(
         source: &Arc<ExampleSource>,
-        place: Place,
+        place: &Place,
         recipe: Recipe,
-        batches: usize,
+        (ranks, updates): (usize, usize),
     ) -> (Vec<Tensor>, Place) {
-        let mut feed = Feed::start(source, place, recipe, SkipLog::new(Path::new("unused")).into()).unwrap();
-        let ids = (0..batches).map(|_| feed.next_batch(Device::Cpu).unwrap().tokens.ids).collect();
-        (ids, feed.place().clone())
+        let mut batches = BTreeMap::new();
+        let mut streams = BTreeMap::new();
+        for rank in 0..ranks {
+            let own = place.streams.iter().filter(|(stream, _)| *stream % ranks == rank);
+            let own = Place { streams: own.map(|(stream, place)| (*stream, place.clone())).collect() };
+            let log = SkipLog::new(Path::new("unused"));
+            let mut feed = Feed::start(source, own.clone(), recipe, log.into()).unwrap();
+            for update in 0..updates {
+                for stream in own.streams.keys() {
+                    batches.insert((update, *stream), feed.next_batch(Device::Cpu).unwrap().tokens.ids);
+                }
+            }
+            streams.extend(feed.place().clone().streams);
+        }
+        (batches.into_values().collect(), Place { streams })
+    }
+
+    /// Runs as often as there are parts, each with its own number of processes and of workers.
+    fn take_in_parts(
+        source: &Arc<ExampleSource>,
+        recipe: Recipe,
+        parts: &[(usize, usize)],
+    ) -> (Vec<Tensor>, Place) {
+        let mut place = Place::start(0..recipe.streams);
+        let mut all = Vec::new();
+        for (workers, part) in (1..).zip(parts) {
+            let (batches, next) = take(source, &place, Recipe { workers, ..recipe }, *part);
+            all.extend(batches);
+            place = next;
+        }
+        (all, place)
+    }
+
+    fn copies(tensors: &[Tensor]) -> Vec<Tensor> {
+        tensors.iter().map(Tensor::shallow_clone).collect()
     }
 
     #[test]
     fn the_batches_of_an_update_do_not_depend_on_the_processes_that_share_them() {
         const UPDATES: usize = 12;
-        let (_dir, source, recipe) = source();
-        let (alone, end) = take(&source, Place::start(0..STREAMS), recipe, UPDATES * STREAMS);
+        let (_dir, source, recipe) = source(23);
+        let (alone, end) = take_in_parts(&source, recipe, &[(1, UPDATES)]);
         assert!(end.examples() > 2 * 23, "into the third epoch");
         for (i, batch) in alone.iter().enumerate() {
             assert!(!alone[..i].contains(batch), "batch {i} comes twice");
         }
-        // Two processes, of which each has every other stream, stop in mid-epoch; one goes on.
-        for stop in [1, 5] {
-            let mut updates: Vec<Vec<Vec<Tensor>>> = (0..stop).map(|_| Vec::new()).collect();
-            let mut streams = BTreeMap::new();
-            for rank in 0..2 {
-                let (batches, place) =
-                    take(&source, Place::start((rank..STREAMS).step_by(2)), recipe, stop * STREAMS / 2);
-                for (update, batches) in updates.iter_mut().zip(batches.chunks(STREAMS / 2)) {
-                    update.push(batches.iter().map(Tensor::shallow_clone).collect::<Vec<_>>());
-                }
-                streams.extend(place.streams);
-            }
-            let (rest, place) = take(&source, Place { streams }, recipe, (UPDATES - stop) * STREAMS);
-            let together =
-                updates.iter().flat_map(|ranks| (0..STREAMS).map(|stream| &ranks[stream % 2][stream / 2]));
-            assert!(together.chain(&rest).eq(&alone), "stopped after {stop}");
-            assert_eq!(place, end);
+        for parts in [&[(2, 1), (1, 11)][..], &[(1, 2), (2, 3), (4, 4), (1, 1), (2, 2)]] {
+            assert_eq!(parts.iter().map(|(_, updates)| updates).sum::<usize>(), UPDATES);
+            assert_eq!(take_in_parts(&source, recipe, parts), (copies(&alone), end.clone()), "{parts:?}");
         }
+    }
+
+    #[test]
+    fn one_sample_serves_more_processes_than_there_are_samples() {
+        let (_dir, source, recipe) = source(1);
+        let (alone, end) = take_in_parts(&source, recipe, &[(1, 5)]);
+        assert_eq!(take_in_parts(&source, recipe, &[(4, 2), (2, 1), (4, 2)]), (alone, end));
+    }
+
+    #[test]
+    fn a_run_goes_on_from_the_edge_of_an_epoch() {
+        const BATCHES: usize = 60;
+        let (_dir, source, recipe) = source(23);
+        let recipe = Recipe { streams: 1, ..recipe };
+        let (whole, end) = take_in_parts(&source, recipe, &[(1, BATCHES)]);
+        let at_an_edge = |updates: &usize| {
+            let (_, place) = take_in_parts(&source, recipe, &[(1, *updates)]);
+            place.examples().is_multiple_of(23)
+        };
+        let edge = (1..BATCHES).find(at_an_edge).expect("an update that ends with an epoch");
+        assert_eq!(take_in_parts(&source, recipe, &[(1, edge), (1, BATCHES - edge)]), (whole, end));
+    }
+
+    #[test]
+    fn rows_of_the_emoji_are_full() {
+        const BATCHES: usize = 40;
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
+        let shards = vec![root.join("datasets/emoji/train-*.tar").display().to_string()];
+        let config: SourceConfig = toml::from_str(&format!(
+            "shards = {shards:?}\ncaptions = [{{ member = \"json\", key = \"en\" }}, {{ member = \"json\", key = \"zh\" }}]\n\
+             transform = \"resize:72 | random_crop:64\"\n\
+             tasks = {{ language_modelling = 1.0, text_denoising = 1.0, captioning = 2.0 }}"
+        ))
+        .unwrap();
+        let open = OpenSource {
+            name: "emoji".into(),
+            tasks: config.tasks.clone().unwrap(),
+            shards: ShardSet::open(&shards).unwrap().into(),
+            codes: None,
+            config,
+        };
+        let tokenizer = Tokenizer::load(&root.join("models/emoji/tokenizer.json")).unwrap();
+        let vocab = Vocab { text: tokenizer.vocab_size() as i64, codes: 4 };
+        let view = ModelView { vocab, max_text: 64, resolution: 64, code_order: CodeOrder::Rows };
+        let source = ExampleSource::new(vec![open], 1, &SkipLimits::default(), tokenizer, view).unwrap();
+        let recipe = Recipe {
+            streams: 1,
+            workers: 2,
+            skip: SkipLimits::default(),
+            tokens: 1024,
+            vocab,
+            positions: Positions { text: 64, patch_grid: 4, code_grid: 1 },
+            device: Device::Cpu,
+        };
+        let log = SkipLog::new(Path::new("unused"));
+        let mut feed = Feed::start(&source.into(), Place::start(0..1), recipe, log.into()).unwrap();
+        let real: i64 = (0..BATCHES).map(|_| feed.next_batch(Device::Cpu).unwrap().real).sum();
+        let fill = real as f64 / (BATCHES * recipe.tokens) as f64;
+        assert!(fill > 0.97, "{fill}");
     }
 }

@@ -257,6 +257,7 @@ impl Trainer {
             ("fill".into(), report.tokens_per_batch / self.config.schedule.tokens as f64),
             ("data_wait".into(), feed.take_waited().as_secs_f64() / report.seconds),
             ("skipped_samples".into(), skipped.values().sum::<u64>() as f64),
+            ("cut_texts".into(), self.place.cut_texts() as f64),
             ("memory_peak_bytes".into(), memory(self.device)?.peak as f64),
         ];
         row.extend(report.tasks.iter().map(|(task, loss)| (format!("loss/{}", task.name()), *loss)));

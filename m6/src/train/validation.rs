@@ -4,7 +4,7 @@ use m6_data::{Flaw, Item, RowPacker, Skipped, Transform};
 use tch::{Device, Kind, Tensor};
 
 use super::config::{TrainConfig, ValidationConfig};
-use super::feed::check;
+use super::feed::{bare, check, measured};
 use super::loss::losses;
 use super::sources::Opening;
 use crate::error::Result;
@@ -84,9 +84,11 @@ impl Validation {
         let has_one = (0..self.source.samples() as u64).any(|ordinal| self.source.has_for(ordinal, task));
         let ordinals = (0..).filter(|&ordinal| self.source.has_for(ordinal, task));
         for ordinal in ordinals.take(if has_one { self.examples as usize } else { 0 }) {
-            let Some(value) = check(skipped, self.source.example_of(ordinal, task), None)? else { continue };
-            let tokens = value.tokens(positions.patches());
-            if let Some(row) = packer.push(Item { ordinal, tokens, value }) {
+            let drawn = self.source.example_of(ordinal, task);
+            let made = drawn
+                .and_then(|drawn| measured(&self.source, ordinal, drawn, positions.patches(), self.tokens));
+            let Some(item) = check(skipped, made, None)? else { continue };
+            if let Some(row) = packer.push(bare(item)) {
                 score(row)?;
             }
         }
