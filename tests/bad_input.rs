@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 
 use m6_data::{Array, Element, Rgb8};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::scene::{Finished, Member, Sample, Scene, finish, samples};
 
@@ -332,7 +332,7 @@ fn shards_that_cannot_be_read_are_left_out_and_counted_until_they_are_too_many()
         let line = command.join(" ");
         let words = ["1 of 3 shards, more than a share of 0.1, cannot be used", "shards/unreadable.tar"];
         let run = "run=refused";
-        assert_all_refused(&scene, &[(&format!("{line} --set {run}"), WRONG_USE, &words)]);
+        assert_all_refused(&scene, &[(&format!("{line} --set {run}"), FAILURE, &words)]);
         let allowed = ["--set", "run=allowed", "--set", "data.skip.share=0.4", "--set", "schedule.steps=6"];
         for _ in 0..2 {
             let finished = scene.run(&[&command[..], &allowed].concat());
@@ -346,7 +346,7 @@ fn shards_that_cannot_be_read_are_left_out_and_counted_until_they_are_too_many()
         fs::remove_dir_all(scene.path("allowed")).unwrap();
     }
     let info = scene.run(&["data", "info", "shards/*.tar"]);
-    assert_eq!(info.code, Some(WRONG_USE), "{}", info.stderr);
+    assert_eq!(info.code, Some(FAILURE), "{}", info.stderr);
 }
 
 #[test]
@@ -373,7 +373,11 @@ fn a_run_does_not_go_on_with_other_samples() {
 #[test]
 fn examples_longer_than_a_row_are_skipped_and_long_texts_cut() {
     let scene = Scene::with_tokenizer();
-    let steps = ["train", "train.toml", "--set", "schedule.steps=6", "--set", "model.max_text=4"];
+    let names = json!({ "en": "many words ".repeat(50), "zh": "很多字".repeat(50) }).to_string();
+    let png = samples().remove(0).members.remove(0).1;
+    let wordy = Sample::new("wordy", &[("png", &png), ("json", names.as_bytes())]);
+    scene.write_shard("shards", samples().into_iter().chain([wordy]));
+    let steps = ["train", "train.toml", "--set", "schedule.steps=6", "--set", "tokenizer.train=270"];
     scene.succeed(&steps);
     assert!(metric(&scene, "run", "cut_texts") > Some(0.0));
     assert_eq!(metric(&scene, "run", "skipped_samples"), Some(0.0));

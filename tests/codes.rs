@@ -154,7 +154,7 @@ fn training_reads_codes_from_its_samples() {
     config("coded");
     let finished = scene.run(&train);
     assert_eq!(finished.code, Some(0), "{}", finished.stderr);
-    assert!(finished.stderr.contains("sample text: lacks the members that "), "{}", finished.stderr);
+    assert!(finished.stderr.contains("sample picture: lacks the members that "), "{}", finished.stderr);
     let rows = fs::read_to_string(scene.path("run/metrics.jsonl")).unwrap();
     let row: Value = rows.lines().map(|line| serde_json::from_str(line).unwrap()).next().unwrap();
     assert!(row["loss/text_to_image"].as_f64().is_some_and(f64::is_finite), "{row}");

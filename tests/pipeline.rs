@@ -430,7 +430,7 @@ fn shards_with_a_broken_picture_are_measured_indexed_and_shown() {
     scene.write_shard("shards", samples().into_iter().chain([broken]));
     let pictures = samples().len();
     let stats = one(scene.json(&["data", "stats", "shards/*.tar", "--json"]));
-    assert_eq!((&stats["samples"], &stats["broken"]["count"]), (&json!(pictures + 1), &json!(1)));
+    assert_eq!((&stats["samples"], &stats["broken"]), (&json!(pictures + 1), &json!(1)));
     assert_eq!(stats["pictures"]["short_side"]["count"], json!(pictures));
     let table = scene.succeed(&["data", "stats", "shards/*.tar"]);
     assert!(table.contains("short side in pixels") && table.contains("broken: 1 samples"), "{table}");

@@ -76,7 +76,7 @@ impl Flaw {
     }
 
     /// Of a shard that cannot be used, and the reason.
-    pub fn of_unusable((shard, error): (PathBuf, DataError)) -> Self {
+    pub fn of_unusable(shard: PathBuf, error: &DataError) -> Self {
         Self::of_shard(FlawClass::UnusableShard, shard, None, error.to_string())
     }
 }

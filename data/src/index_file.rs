@@ -31,14 +31,14 @@ const WORDS: usize = 4;
 pub struct IndexReport {
     /// The index files, in the order of the shards.
     pub written: Vec<PathBuf>,
-    /// Shards that have no index because the format cannot say what they hold, one line each.
+    /// Shards that have no index because they cannot be read or the format cannot say what they hold, one line each.
     pub skipped: Vec<String>,
 }
 
 /// Writes an index beside each shard named by `patterns`; `progress` is called with (done, all) after each shard.
 ///
 /// # Errors
-/// No pattern, one that names no file, a shard that cannot be read, or an index that cannot be written.
+/// No pattern, one that names no file, or an index that cannot be written.
 pub fn write_indexes(patterns: &[String], mut progress: impl FnMut(usize, usize)) -> Result<IndexReport> {
     let shards = resolve(patterns)?.into_iter().map(|source| match source {
         Source::File(path) => Ok(path),
@@ -50,9 +50,8 @@ pub fn write_indexes(patterns: &[String], mut progress: impl FnMut(usize, usize)
     let shards = shards.collect::<Result<Vec<_>>>()?;
     let mut report = IndexReport::default();
     for (done, shard) in shards.iter().enumerate() {
-        let file = File::open(shard).map_err(DataError::io("open", shard))?;
-        let index = TarIndex::read(file).map_err(DataError::io("read", shard))?;
-        match to_text(&index) {
+        let index = File::open(shard).and_then(TarIndex::read).map_err(|error| error.to_string());
+        match index.and_then(|index| to_text(&index)) {
             Ok(text) => {
                 let path = path_of(shard);
                 write_atomic(&path, text.as_bytes())?;

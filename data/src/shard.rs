@@ -99,10 +99,8 @@ impl ShardSet {
                 Err(error) => unusable.push((name, error)),
             }
         }
-        if set.is_empty()
-            && let Some((_, error)) = unusable.drain(..).next()
-        {
-            return Err(error);
+        if set.is_empty() && !unusable.is_empty() {
+            return Err(unusable.swap_remove(0).1);
         }
         let too_many = match tried < all {
             true => Some(format!("{} shards in a row", limits.in_a_row)),
@@ -113,7 +111,7 @@ impl ShardSet {
         if let (Some(skipped), Some((_, last))) = (too_many, unusable.last()) {
             return Err(DataError::TooManySkipped { skipped, last: last.to_string() });
         }
-        set.flaws.extend(unusable.into_iter().map(Flaw::of_unusable));
+        set.flaws.extend(unusable.into_iter().map(|(name, error)| Flaw::of_unusable(name, &error)));
         Ok(set)
     }
 
@@ -134,7 +132,7 @@ impl ShardSet {
         let mut set = Self::default();
         for (name, scanned) in scan_all(&resolve(patterns)?, &cache, Care::Thorough, progress)? {
             if let Err(error) = scanned.and_then(|scanned| set.add(name.clone(), scanned)) {
-                set.flaws.push(Flaw::of_unusable((name, error)));
+                set.flaws.push(Flaw::of_unusable(name, &error));
             }
         }
         Ok(set)
@@ -518,6 +516,34 @@ mod tests {
     }
 
     #[test]
+    fn shards_that_cannot_be_used_are_flaws_up_to_a_share() {
+        let dir = tempfile::tempdir().unwrap();
+        let good = shard(&dir.path().join("good"), &[("a", &[("txt", b"x")]), ("b", &[("png", b"x")])]);
+        let names = ["0", "1", "2"].map(|name| dir.path().join(name));
+        names.iter().for_each(|name| fs::write(name, [7; 2000]).unwrap());
+        let open = |files: &[&PathBuf], share| {
+            let patterns: Vec<_> = files.iter().map(|file| file.display().to_string()).collect();
+            ShardSet::open_with(&patterns, SkipLimits { in_a_row: 100, share }, |_, _, _| ())
+        };
+        let [a, b, c] = &names;
+        let set = open(&[a, &good, b], 0.7).unwrap();
+        let found: Vec<_> = set.flaws().iter().map(|flaw| (flaw.class, &flaw.shard)).collect();
+        assert_eq!(found, [(FlawClass::UnusableShard, a), (FlawClass::UnusableShard, b)]);
+        assert_eq!(set.len(), 2);
+        let error = open(&[a, &good, b], 0.6).unwrap_err().to_string();
+        assert!(error.starts_with("2 of 3 shards, more than a share of 0.6, cannot be used; "), "{error}");
+        let error = open(&[a, b, c], 1.0).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("shards \"{}\"", a.display())), "{error}");
+
+        let limits = SkipLimits::default();
+        let (served, flaws) = set.serving(|index| set.has(index, "txt"), "a text", &limits).unwrap();
+        assert_eq!((served, flaws.len()), (vec![0], 1));
+        assert_eq!((flaws[0].class, flaws[0].reason.as_str()), (FlawClass::MissingMember, "lacks a text"));
+        let error = set.serving(|_| false, "a video", &limits).unwrap_err().to_string();
+        assert!(error.starts_with("all 2 samples cannot be used; the last: "), "{error}");
+    }
+
+    #[test]
     fn a_shard_without_samples_is_an_error_and_one_sample_is_enough() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("x.tar");
@@ -593,7 +619,7 @@ mod tests {
         // The archive's end and the mark of the compression's are lost.
         let path = shard(dir.path(), &[("a", &[("bin", &[7; 5000])]), ("b", members)]);
         let archive = fs::read(&path).unwrap();
-        let [(_, gzip), ..] = crate::compressed::testing::compressed(&archive[..8192]);
+        let [(_, gzip), ..] = crate::compressed::testing::compressed(&archive[..archive.len() - 1024]);
         fs::write(&compressed, &gzip[..gzip.len() - 8]).unwrap();
         let cut = open().unwrap();
         assert_eq!((cut.len(), cut.flaws().len()), (2, 1), "{:?}", cut.flaws());

@@ -78,7 +78,7 @@ pub fn write_code_shards(request: &CodeShards, vqgan: &Vqgan, device: Device) ->
         let set = match ShardSet::open_with(std::slice::from_ref(name), views.skip, fetching()) {
             Ok(set) => Arc::new(set),
             Err(error) => {
-                report.unusable.push(Flaw::of_unusable((name.into(), error)));
+                report.unusable.push(Flaw::of_unusable(name.into(), &error));
                 continue;
             }
         };
