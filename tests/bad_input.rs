@@ -335,7 +335,7 @@ fn shards_that_cannot_be_read_are_left_out_and_counted_until_they_are_too_many()
         assert_all_refused(&scene, &[(&format!("{line} --set {run}"), FAILURE, &words)]);
         let allowed = ["--set", "run=allowed", "--set", "data.skip.share=0.4", "--set", "schedule.steps=6"];
         for _ in 0..2 {
-            let finished = scene.run(&[&command[..], &allowed].concat());
+            let finished = scene.run(&[command, &allowed].concat());
             assert_eq!(finished.code, Some(0), "{line}:\n{}", finished.stderr);
             assert!(finished.stderr.contains("sample alone: lacks "), "{}", finished.stderr);
         }

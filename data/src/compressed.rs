@@ -97,7 +97,7 @@ enum State {
     /// The first bytes, too few to tell.
     Starting(Vec<u8>),
     Plain,
-    Compressed(Format, Decoder),
+    Compressed(Format, Box<Decoder>),
 }
 
 /// Hands on to a sink the bytes that it gets, or what they stand for where they are compressed.
@@ -128,7 +128,7 @@ impl<'a> Inflater<'a> {
                 }
                 let first = std::mem::take(first);
                 self.state = match Format::of(&first) {
-                    Some(format) => State::Compressed(format, format.decoder()),
+                    Some(format) => State::Compressed(format, Box::new(format.decoder())),
                     None => State::Plain,
                 };
                 self.push(&first)

@@ -333,8 +333,8 @@ mod tests {
         (dir, Arc::new(source), recipe)
     }
 
-    /// The ids of the next updates' batches, made by so many processes with every so manieth stream each, and where the
-    /// run is then.
+    /// The ids of the next updates' batches, made by `ranks` processes with every `ranks`-th stream each, and where
+    /// the run is then.
     fn take(
         source: &Arc<ExampleSource>,
         place: &Place,
