@@ -74,7 +74,7 @@ bench: setup ## benchmarks
 
 fuzz: ## a minute of any bytes for each parser; needs nightly Rust and cargo-fuzz
 	python3 fuzz/seeds.py
-	set -e; targets=$$(cargo +nightly fuzz list); \
+	set -e; export M6_CACHE=$$(mktemp -d) M6_CACHE_LIMIT=16M; trap 'rm -r $$M6_CACHE' EXIT; targets=$$(cargo +nightly fuzz list); \
 	for target in $$targets; do cargo +nightly fuzz run $$target -- -max_total_time=60; done
 
 clean: ## remove what was built and the demo's output; .libtorch stays

@@ -121,6 +121,7 @@ fn codes_that_cannot_be_made_are_refused() {
         assert!(words.iter().all(|word| finished.stderr.contains(word)), "{args:?}: {}", finished.stderr);
     };
     refused(&codes("resize:16", &[]), &["--transform", "16 x 16"]);
+    refused(&codes("resize:16", &["--skip-share", "2"]), &["--skip-share = 2: expected 0 to 1"]);
     let fits = "resize:17 | random_crop:16";
     let with = |from: &'static str, to: &'static str| -> Vec<&str> {
         codes(fits, &[]).into_iter().map(|word| if word == from { to } else { word }).collect()

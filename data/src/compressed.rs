@@ -1,5 +1,6 @@
 //! Compressed shards, told by their first bytes as Python's `tarfile` does for webdataset: gzip, bzip2 and xz.
 
+use std::fmt::Display;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
@@ -10,9 +11,12 @@ use liblzma::write::XzDecoder;
 
 use crate::error::{DataError, Result};
 use crate::sink::Sink;
+use crate::tar_index::BLOCK;
 
 /// How many of the first bytes tell the format.
 const MAGIC_BYTES: usize = 10;
+/// Zeros that end an archive: two blocks.
+const END_OF_ARCHIVE: usize = 2 * BLOCK as usize;
 /// Bytes that are read from a file at a time.
 const CHUNK: usize = 1 << 16;
 
@@ -68,11 +72,12 @@ enum Decoder {
 }
 
 impl Decoder {
-    fn write_all(&mut self, bytes: &[u8]) -> std::io::Result<()> {
+    /// Takes some of the bytes and says how many.
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
         match self {
-            Self::Gzip(decoder) => decoder.write_all(bytes),
-            Self::Bzip2(decoder) => decoder.write_all(bytes),
-            Self::Xz(decoder) => decoder.write_all(bytes),
+            Self::Gzip(decoder) => decoder.write(bytes),
+            Self::Bzip2(decoder) => decoder.write(bytes),
+            Self::Xz(decoder) => decoder.write(bytes),
         }
     }
 
@@ -106,11 +111,13 @@ pub(crate) struct Inflater<'a> {
     name: &'a str,
     state: State,
     sink: Sink<'a>,
+    /// Zero bytes at the end of what was handed on.
+    zeros: usize,
 }
 
 impl<'a> Inflater<'a> {
     pub(crate) fn new(name: &'a str, sink: Sink<'a>) -> Self {
-        Self { name, state: State::Starting(Vec::new()), sink }
+        Self { name, state: State::Starting(Vec::new()), sink, zeros: 0 }
     }
 
     /// Takes the next bytes.
@@ -118,8 +125,6 @@ impl<'a> Inflater<'a> {
     /// # Errors
     /// They are damaged, or those of the sink.
     pub(crate) fn push(&mut self, bytes: &[u8]) -> Result<()> {
-        // In short stretches, because a few bytes may stand for very many.
-        const STRETCH: usize = 1 << 12;
         match &mut self.state {
             State::Starting(first) => {
                 first.extend_from_slice(bytes);
@@ -134,14 +139,22 @@ impl<'a> Inflater<'a> {
                 self.push(&first)
             }
             State::Plain => (self.sink)(bytes),
-            State::Compressed(format, decoder) => bytes.chunks(STRETCH).try_for_each(|stretch| {
-                let written = decoder.write_all(stretch);
-                let inflated = decoder.take();
-                if !inflated.is_empty() {
+            State::Compressed(format, decoder) => {
+                let (format, mut rest) = (*format, bytes);
+                // Handed on after each write, because a few bytes may stand for very many.
+                while !rest.is_empty() {
+                    let written = decoder.write(rest);
+                    let inflated = decoder.take();
+                    self.zeros = zeros_at_end(self.zeros, &inflated);
                     (self.sink)(&inflated)?;
+                    match written {
+                        Ok(0) => return Err(failed(self.name, format, "bytes behind its end")),
+                        Ok(taken) => rest = &rest[taken..],
+                        Err(error) => return Err(failed(self.name, format, error)),
+                    }
                 }
-                written.map_err(|error| DataError::fetch(self.name, format!("{}: {error}", format.name())))
-            }),
+                Ok(())
+            }
         }
     }
 
@@ -149,17 +162,36 @@ impl<'a> Inflater<'a> {
     /// found to be cut.
     ///
     /// # Errors
-    /// Those of the sink.
+    /// The archive has its end and the compression none that fits, or those of the sink.
     pub(crate) fn finish(self) -> Result<()> {
         match self.state {
             State::Starting(first) => (self.sink)(&first),
             State::Plain => Ok(()),
-            State::Compressed(_, mut decoder) => {
-                let _ = decoder.finish();
-                (self.sink)(&decoder.take())
+            State::Compressed(format, mut decoder) => {
+                let finished = decoder.finish();
+                let inflated = decoder.take();
+                (self.sink)(&inflated)?;
+                match finished {
+                    Err(error) if zeros_at_end(self.zeros, &inflated) >= END_OF_ARCHIVE => {
+                        Err(failed(self.name, format, error))
+                    }
+                    _ => Ok(()),
+                }
             }
         }
     }
+}
+
+/// As many zeros as end `bytes`, together with the `before` where they are nothing else.
+fn zeros_at_end(before: usize, bytes: &[u8]) -> usize {
+    match bytes.iter().rev().position(|&byte| byte != 0) {
+        Some(zeros) => zeros,
+        None => before.saturating_add(bytes.len()),
+    }
+}
+
+fn failed(shard: &str, format: Format, reason: impl Display) -> DataError {
+    DataError::fetch(shard, format!("{}: {reason}", format.name()))
 }
 
 /// Hands what is in a compressed file to `sink`.
@@ -252,6 +284,33 @@ mod tests {
                 }
                 Ok(bytes) => assert_ne!(bytes, text, "{format}: noise is stored as it is"),
             }
+        }
+    }
+
+    #[test]
+    fn a_whole_archive_under_a_checksum_that_does_not_fit_is_damaged() {
+        let archive = [&b"a member"[..], &[0; 1024]].concat();
+        let [(_, mut gzip), ..] = compressed(&archive);
+        assert_eq!(inflated(&gzip, 7).unwrap(), archive);
+        let checksum = gzip.len() - 8;
+        gzip[checksum] ^= 1;
+        assert!(inflated(&gzip, 7).unwrap_err().to_string().contains("shard.tar: gzip: "));
+    }
+
+    #[test]
+    fn a_bomb_is_handed_on_in_parts() {
+        const BYTES: usize = 200 << 20;
+        for (format, bomb) in compressed(&vec![0; BYTES]) {
+            let (mut all, mut most) = (0, 0);
+            let mut sink = |bytes: &[u8]| {
+                all += bytes.len();
+                most = most.max(bytes.len());
+                Ok(())
+            };
+            let mut inflater = Inflater::new("shard.tar", &mut sink);
+            inflater.push(&bomb).unwrap();
+            inflater.finish().unwrap();
+            assert!(all == BYTES && most <= 48 << 20, "{format}: {} bytes gave {most} at once", bomb.len());
         }
     }
 

@@ -56,6 +56,8 @@ pub struct CodesArgs {
 
 impl CodesArgs {
     pub fn run(self) -> Result<()> {
+        let skip = SkipLimits { in_a_row: self.skip_in_a_row, share: self.skip_share };
+        skip.validate().map_err(|problem| Error::Usage(format!("--skip-{}", problem.replace('_', "-"))))?;
         let device = device(&self.device)?;
         let vqgan = Vqgan::load(&self.vqgan, device)?;
         output::check_writable(&self.out.join("codes.json"))?;
@@ -64,9 +66,8 @@ impl CodesArgs {
             count: self.views as usize,
             seed: self.seed,
             workers: cores(),
-            skip: SkipLimits { in_a_row: self.skip_in_a_row, share: self.skip_share },
+            skip,
         };
-        views.skip.validate().map_err(|problem| Error::Usage(format!("--skip: {problem}")))?;
         let request = CodeShards { shards: &self.shards, views, out: &self.out };
         let report = write_code_shards(&request, &vqgan, device)?;
         if self.json {

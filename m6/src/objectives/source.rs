@@ -24,7 +24,7 @@ use crate::model::{CodeOrder, Language, Model, Vocab};
 pub struct DataConfig {
     /// Threads that decode and tokenise.
     pub workers: usize,
-    /// When samples that cannot be used end the run.
+    /// When samples or shards that cannot be used end the run.
     #[serde(default)]
     pub skip: SkipLimits,
     /// The sources by name, mixed by their weights.

@@ -12,7 +12,7 @@ use tch::Device;
 
 use crate::error::{Error, Result};
 use crate::model::{Positions, Vocab};
-use crate::objectives::{Batch, Drawn, Example, ExampleSource, HostBatch, lay_out};
+use crate::objectives::{Batch, Drawn, ExampleSource, HostBatch, lay_out};
 
 /// Examples that each worker makes ahead.
 const EXAMPLES_AHEAD: usize = 64;
@@ -189,7 +189,7 @@ fn take_turns(streams: &mut [Stream], sender: &SyncSender<Result<Packed>>) {
 struct Stream {
     number: usize,
     loader: Loader<Result<Item<Drawn>>>,
-    packer: RowPacker<Example>,
+    packer: RowPacker<Drawn>,
     skipped: Skipped,
     cut_texts: u64,
     log: Arc<SkipLog>,
@@ -225,12 +225,6 @@ pub(super) fn check<T>(skipped: &mut Skipped, made: Result<T>, log: Option<&Skip
     Ok(skipped.check(made, log, |note| eprintln!("{note}"))?)
 }
 
-/// An example for a row, which does not care how it was made.
-pub(super) fn bare(item: Item<Drawn>) -> Item<Example> {
-    let Item { ordinal, tokens, value } = item;
-    Item { ordinal, tokens, value: value.example }
-}
-
 impl Stream {
     fn start(
         source: Arc<ExampleSource>,
@@ -246,8 +240,7 @@ impl Stream {
             let item = measured(&source, place, source.example(place)?, patches, budget)?;
             Ok(Item { ordinal, ..item })
         };
-        let waiting: Vec<_> =
-            place.waiting.iter().map(|&ordinal| Ok(bare(make(ordinal)?))).collect::<Result<_>>()?;
+        let waiting: Vec<_> = place.waiting.iter().map(|&ordinal| make(ordinal)).collect::<Result<_>>()?;
         Ok(Self {
             number,
             loader: Loader::start(place.position, workers, EXAMPLES_AHEAD * workers, make)?,
@@ -267,8 +260,8 @@ impl Stream {
                 self.loader.next().ok_or_else(|| Error::Usage("the loader has stopped".into()))??;
             let Some(item) = check(&mut self.skipped, made, Some(&self.log))? else { continue };
             self.cut_texts += u64::from(item.value.is_cut);
-            if let Some(row) = self.packer.push(bare(item)) {
-                let examples = row.into_iter().map(|item| item.value);
+            if let Some(row) = self.packer.push(item) {
+                let examples = row.into_iter().map(|item| item.value.example);
                 let fill_to = device.is_cuda().then_some(tokens);
                 let batch = lay_out(vocab, positions, examples, fill_to)?;
                 let waiting = self.packer.waiting().collect();
@@ -293,6 +286,7 @@ mod tests {
     use crate::objectives::{ModelView, OpenSource, SourceConfig};
 
     const STREAMS: usize = 4;
+    const RESOLUTION: i64 = 64;
 
     /// A source of so many short texts; its shards are in the folder.
     fn source(texts: usize) -> (tempfile::TempDir, Arc<ExampleSource>, Recipe) {
@@ -306,31 +300,47 @@ mod tests {
         let shards: Vec<String> =
             writer.finish().unwrap().iter().map(|path| path.display().to_string()).collect();
         let tokenizer = train_bpe(texts.into_iter(), 300).unwrap();
+        let config =
+            "captions = [{ member = \"txt\" }]\ntasks = { language_modelling = 1.0, text_denoising = 1.0 }";
+        let positions = Positions { text: 32, patch_grid: 1, code_grid: 1 };
+        let (source, recipe) = open(&shards, config, tokenizer, positions);
+        let recipe = Recipe { streams: STREAMS, tokens: 64, ..recipe };
+        (dir, source, recipe)
+    }
+
+    /// A source, and one stream of rows of it.
+    fn open(
+        shards: &[String],
+        config: &str,
+        tokenizer: Tokenizer,
+        positions: Positions,
+    ) -> (Arc<ExampleSource>, Recipe) {
+        let config: SourceConfig = toml::from_str(&format!("shards = {shards:?}\n{config}")).unwrap();
         let vocab = Vocab { text: tokenizer.vocab_size() as i64, codes: 4 };
-        let config: SourceConfig = toml::from_str(&format!(
-            "shards = {shards:?}\ncaptions = [{{ member = \"txt\" }}]\ntasks = {{ language_modelling = 1.0, text_denoising = 1.0 }}"
-        ))
-        .unwrap();
         let open = OpenSource {
-            name: "texts".into(),
+            name: "source".into(),
             tasks: config.tasks.clone().unwrap(),
-            shards: ShardSet::open(&shards).unwrap().into(),
+            shards: ShardSet::open(shards).unwrap().into(),
             codes: None,
             config,
         };
-        let view = ModelView { vocab, max_text: 32, resolution: 16, code_order: CodeOrder::Rows };
+        let view = ModelView {
+            vocab,
+            max_text: positions.text,
+            resolution: RESOLUTION,
+            code_order: CodeOrder::Rows,
+        };
         let source = ExampleSource::new(vec![open], 1, &SkipLimits::default(), tokenizer, view).unwrap();
-        let positions = Positions { text: 32, patch_grid: 1, code_grid: 1 };
         let recipe = Recipe {
-            streams: STREAMS,
+            streams: 1,
             workers: 2,
             skip: SkipLimits::default(),
-            tokens: 64,
+            tokens: 1024,
             vocab,
             positions,
             device: Device::Cpu,
         };
-        (dir, Arc::new(source), recipe)
+        (source.into(), recipe)
     }
 
     /// The ids of the next updates' batches, made by `ranks` processes with every `ranks`-th stream each, and where
@@ -419,34 +429,15 @@ mod tests {
         const BATCHES: usize = 40;
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("..");
         let shards = vec![root.join("datasets/emoji/train-*.tar").display().to_string()];
-        let config: SourceConfig = toml::from_str(&format!(
-            "shards = {shards:?}\ncaptions = [{{ member = \"json\", key = \"en\" }}, {{ member = \"json\", key = \"zh\" }}]\n\
-             transform = \"resize:72 | random_crop:64\"\n\
-             tasks = {{ language_modelling = 1.0, text_denoising = 1.0, captioning = 2.0 }}"
-        ))
-        .unwrap();
-        let open = OpenSource {
-            name: "emoji".into(),
-            tasks: config.tasks.clone().unwrap(),
-            shards: ShardSet::open(&shards).unwrap().into(),
-            codes: None,
-            config,
-        };
+        let config = r#"
+            captions = [{ member = "json", key = "en" }, { member = "json", key = "zh" }]
+            transform = "resize:72 | random_crop:64"
+            tasks = { language_modelling = 1.0, text_denoising = 1.0, captioning = 2.0 }"#;
         let tokenizer = Tokenizer::load(&root.join("models/emoji/tokenizer.json")).unwrap();
-        let vocab = Vocab { text: tokenizer.vocab_size() as i64, codes: 4 };
-        let view = ModelView { vocab, max_text: 64, resolution: 64, code_order: CodeOrder::Rows };
-        let source = ExampleSource::new(vec![open], 1, &SkipLimits::default(), tokenizer, view).unwrap();
-        let recipe = Recipe {
-            streams: 1,
-            workers: 2,
-            skip: SkipLimits::default(),
-            tokens: 1024,
-            vocab,
-            positions: Positions { text: 64, patch_grid: 4, code_grid: 1 },
-            device: Device::Cpu,
-        };
+        let positions = Positions { text: 64, patch_grid: 4, code_grid: 1 };
+        let (source, recipe) = open(&shards, config, tokenizer, positions);
         let log = SkipLog::new(Path::new("unused"));
-        let mut feed = Feed::start(&source.into(), Place::start(0..1), recipe, log.into()).unwrap();
+        let mut feed = Feed::start(&source, Place::start(0..1), recipe, log.into()).unwrap();
         let real: i64 = (0..BATCHES).map(|_| feed.next_batch(Device::Cpu).unwrap().real).sum();
         let fill = real as f64 / (BATCHES * recipe.tokens) as f64;
         assert!(fill > 0.97, "{fill}");

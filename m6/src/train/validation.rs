@@ -4,12 +4,12 @@ use m6_data::{Flaw, Item, RowPacker, Skipped, Transform};
 use tch::{Device, Kind, Tensor};
 
 use super::config::{TrainConfig, ValidationConfig};
-use super::feed::{bare, check, measured};
+use super::feed::{check, measured};
 use super::loss::losses;
 use super::sources::Opening;
 use crate::error::Result;
 use crate::model::{Mode, Model};
-use crate::objectives::{Example, ExampleSource, ModelView, SourceConfig, Task, lay_out};
+use crate::objectives::{Drawn, ExampleSource, ModelView, SourceConfig, Task, lay_out};
 
 /// Held-out examples.
 pub(super) struct Validation {
@@ -71,8 +71,8 @@ impl Validation {
         let (vocab, positions) = (transformer.vocab(), transformer.positions());
         let mut packer = RowPacker::new(self.tokens);
         let mut sums = Tensor::zeros([2], (Kind::Float, device));
-        let mut score = |row: Vec<Item<Example>>| -> Result<()> {
-            let row = row.into_iter().map(|item| item.value);
+        let mut score = |row: Vec<Item<Drawn>>| -> Result<()> {
+            let row = row.into_iter().map(|item| item.value.example);
             let fill_to = device.is_cuda().then_some(self.tokens);
             let batch = lay_out(vocab, positions, row, fill_to)?.upload(device)?;
             let result = losses(transformer, &batch, Mode::Infer)?;
@@ -88,7 +88,7 @@ impl Validation {
             let made = drawn
                 .and_then(|drawn| measured(&self.source, ordinal, drawn, positions.patches(), self.tokens));
             let Some(item) = check(skipped, made, None)? else { continue };
-            if let Some(row) = packer.push(bare(item)) {
+            if let Some(row) = packer.push(item) {
                 score(row)?;
             }
         }
