@@ -17,6 +17,7 @@ use serde::Serialize;
 use crate::atomic_file::write_atomic;
 use crate::error::{DataError, Result};
 use crate::key::split_key;
+use crate::lines::Lines;
 use crate::pattern::resolve;
 use crate::source::Source;
 use crate::tar_index::{BLOCK, Member, TarIndex, is_header_of_file};
@@ -40,12 +41,14 @@ pub struct IndexReport {
 /// # Errors
 /// No pattern, one that names no file, or an index that cannot be written.
 pub fn write_indexes(patterns: &[String], mut progress: impl FnMut(usize, usize)) -> Result<IndexReport> {
-    let shards = resolve(patterns)?.into_iter().map(|source| match source {
-        Source::File(path) => Ok(path),
-        Source::Far(far) => {
-            let reason = "an index stands beside a file, and this is none".to_owned();
-            Err(DataError::Pattern { pattern: far.name().to_owned(), reason })
-        }
+    let shards = resolve(patterns)?.into_iter().map(|source| {
+        let pattern = source.name().display().to_string();
+        let reason = match source {
+            Source::File(path) if Lines::of_file(&pattern).is_none() => return Ok(path),
+            Source::File(_) => "an index is of an archive, and this is a text".to_owned(),
+            Source::Far(_) => "an index stands beside a file, and this is none".to_owned(),
+        };
+        Err(DataError::Pattern { pattern, reason })
     });
     let shards = shards.collect::<Result<Vec<_>>>()?;
     let mut report = IndexReport::default();

@@ -35,6 +35,7 @@ pub mod index_file;
 pub mod info;
 mod jpeg;
 mod key;
+mod lines;
 pub mod lint;
 pub mod loader;
 pub mod member;

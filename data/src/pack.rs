@@ -45,9 +45,10 @@ pub struct PackReport {
 
 /// Packs `source` into `writer`'s shards: a folder of pictures (sub-folders included) with `.txt` or `.json` files of the
 /// same name; or a jsonl file of `{"image": PATH, ...}` whose paths are relative to it and whose other keys become the
-/// sample's JSON, a text alone where a line has no `image`; or a `.txt` file of a text a line; or shards, named as for [`ShardSet::open`] with `.tar` at the end or compressed, whose samples keep their members.
-/// What `filter` leaves out is not written. Pictures are read and decoded on `workers` threads (at least one). `fetching` is
-/// called as by [`ShardSet::open_with`], `progress` with (done, all) after each sample.
+/// sample's JSON, a text alone where a line has no `image`; or shards, named as for [`ShardSet::open`] with `.tar` or `.txt`
+/// at the end or compressed, whose samples keep their members. What `filter` leaves out is not written. Pictures are read
+/// and decoded on `workers` threads (at least one). `fetching` is called as by [`ShardSet::open_with`], `progress` with
+/// (done, all) after each sample.
 ///
 /// A sample with a broken picture or text is skipped and named in the report.
 ///
@@ -125,8 +126,8 @@ struct Candidate {
     name: String,
     /// The picture, if it has one, and the texts next to it.
     files: Vec<PathBuf>,
-    /// Extension and bytes of a member that is no file: a line of text, or what a line of jsonl has beside its picture.
-    line: Option<(&'static str, Vec<u8>)>,
+    /// What a line of jsonl has beside its picture.
+    json: Option<String>,
 }
 
 impl Source {
@@ -139,14 +140,12 @@ impl Source {
     ) -> Result<Self> {
         let candidates = if path.is_dir() {
             from_folder(path)?
-        } else if extension(path) == "tar" || compressed::is_compressed(path) {
+        } else if ["tar", "txt"].contains(&extension(path).as_str()) || compressed::is_compressed(path) {
             let set =
                 ShardSet::open_with(&[path.to_string_lossy().into_owned()], SkipLimits::default(), fetching)?;
             refuse_shards_in(out, &set)?;
             report.warnings = set.flaws().iter().map(ToString::to_string).collect();
             return Ok(Self::Shards(set));
-        } else if extension(path) == "txt" {
-            from_text(path)?
         } else {
             from_jsonl(path, &mut report.skipped)?
         };
@@ -192,7 +191,7 @@ impl Source {
 fn refuse_shards_in(out: &Path, set: &ShardSet) -> Result<()> {
     let absolute = |path: &Path| path.canonicalize().map_err(DataError::io("read", path));
     let out = absolute(out)?;
-    for shard in set.files() {
+    for shard in set.files().filter(|shard| extension(shard) == "tar") {
         if absolute(shard)?.parent() == Some(&out) {
             let reason = "its folder is that of the new shards, expected another".to_owned();
             return Err(DataError::Pack { path: shard.to_path_buf(), reason });
@@ -209,7 +208,7 @@ impl Candidate {
             Err(error) => Err(format!("cannot read {}: {error}", path.display())),
         };
         let mut members = self.files.iter().map(read).collect::<std::result::Result<Vec<_>, _>>()?;
-        members.extend(self.line.iter().map(|(extension, bytes)| ((*extension).to_owned(), bytes.clone())));
+        members.extend(self.json.iter().map(|json| ("json".to_owned(), json.clone().into_bytes())));
         Ok(members)
     }
 }
@@ -223,7 +222,7 @@ fn from_folder(root: &Path) -> Result<Vec<Candidate>> {
         let name = picture.display().to_string();
         let texts = TEXT_EXTENSIONS.map(|extension| picture.with_extension(extension));
         let files = [picture].into_iter().chain(texts.into_iter().filter(|path| path.exists())).collect();
-        Candidate { key, name, files, line: None }
+        Candidate { key, name, files, json: None }
     };
     Ok(pictures.into_iter().map(candidate).collect())
 }
@@ -265,18 +264,6 @@ fn find_files(folder: &Path, extensions: &[&str], files: &mut Vec<PathBuf>) -> R
     Ok(())
 }
 
-fn from_text(source: &Path) -> Result<Vec<Candidate>> {
-    let text = std::fs::read_to_string(source).map_err(DataError::io("read", source))?;
-    let lines = (1..).zip(text.lines().map(str::trim)).filter(|(_, line)| !line.is_empty());
-    let candidate = |(number, line): (usize, &str)| Candidate {
-        key: format!("{number:08}"),
-        name: format!("{} line {number}", source.display()),
-        files: Vec::new(),
-        line: Some(("txt", line.as_bytes().to_vec())),
-    };
-    Ok(lines.map(candidate).collect())
-}
-
 fn from_jsonl(source: &Path, skipped: &mut Vec<String>) -> Result<Vec<Candidate>> {
     let text = std::fs::read_to_string(source).map_err(DataError::io("read", source))?;
     let folder = source.parent().unwrap_or(Path::new(""));
@@ -295,9 +282,8 @@ fn from_jsonl(source: &Path, skipped: &mut Vec<String>) -> Result<Vec<Candidate>
             Ok((picture, record)) => {
                 let name = picture.as_ref().map_or(name, |picture| picture.display().to_string());
                 let files = picture.into_iter().collect();
-                let json = || ("json", Value::from(record.clone()).to_string().into_bytes());
-                let line = (!record.is_empty()).then(json);
-                candidates.push(Candidate { key: format!("{number:08}"), name, files, line });
+                let json = (!record.is_empty()).then(|| Value::from(record).to_string());
+                candidates.push(Candidate { key: format!("{number:08}"), name, files, json });
             }
             Err(reason) => skipped.push(format!("{name}: {reason}")),
         }
@@ -443,7 +429,7 @@ mod tests {
         let text = |index| set.sample(index).unwrap().member("txt").unwrap().to_vec();
         assert_eq!(
             (set.key(1), text(0), text(1)),
-            ("00000003", b"one".to_vec(), "\u{4e8c}".as_bytes().to_vec())
+            ("corpus/00000003", b"one".to_vec(), "\u{4e8c}".as_bytes().to_vec())
         );
     }
 

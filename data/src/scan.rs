@@ -11,6 +11,7 @@ use std::time::SystemTime;
 use crate::cache::Cache;
 use crate::error::{DataError, Result};
 use crate::index_file;
+use crate::lines;
 use crate::source::{Far, Source};
 use crate::tar_index::TarIndex;
 
@@ -176,14 +177,21 @@ fn scan<'a>(
     let name = source.name();
     let file = File::open(&path).map_err(DataError::io("open", &name))?;
     let stamp = Stamp::of(&file, matches!(source, Source::File(_))).map_err(DataError::io("read", &name))?;
+    let unreadable = || DataError::io("read", &name);
+    if let Some(text) = source.lines() {
+        let members = lines::read(text, &file).map_err(unreadable())?;
+        let index = TarIndex { members, defects: Vec::new() };
+        return Ok(Scanned { file: path, stamp, index, unused_index: None });
+    }
     let indexed = if may_have_index { index_file::read(&path, &file) } else { Ok(None) };
     let (members, unused_index) = match indexed {
         Ok(members) => (members, None),
         Err(reason) => (None, Some(reason)),
     };
-    let index = match members {
+    let mut index = match members {
         Some(members) => TarIndex { members, defects: Vec::new() },
-        None => TarIndex::read(file).map_err(DataError::io("read", &name))?,
+        None => TarIndex::read(&file).map_err(unreadable())?,
     };
+    index.members = lines::expand(index.members, &file).map_err(unreadable())?;
     Ok(Scanned { file: path, stamp, index, unused_index })
 }

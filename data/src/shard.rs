@@ -52,10 +52,11 @@ struct MemberEntry {
 impl ShardSet {
     /// Opens and indexes the shards named by `patterns`, in the order given. Each is a file, a glob (`data/*.tar`), a url
     /// (`http`, `https`, `s3`, `gs`; with the feature `remote`), a shell command that writes a shard (`pipe:COMMAND`), or a
-    /// brace list of these (`data/train-{000000..000017}.tar`).
+    /// brace list of these (`data/train-{000000..000017}.tar`). A shard is an archive, or by its name (`.txt`, `.jsonl`) a
+    /// text whose lines are its samples; lines of a `jsonl` in an archive are samples too.
     ///
-    /// What is no file, and what is compressed (gzip, bzip2 or xz, whatever its name), is first fetched whole into the folder that the environment variable `M6_CACHE` names, or taken from
-    /// there; see the crate's `cache` module.
+    /// What is no file, and what is compressed (gzip, bzip2 or xz, whatever its name), is first fetched whole into the
+    /// folder that the environment variable `M6_CACHE` names, or taken from there; see the crate's `cache` module.
     ///
     /// # Errors
     /// No pattern, a pattern without a match, no cache where one is needed, no shard with a sample, or shards that cannot be
@@ -324,7 +325,7 @@ impl ShardSet {
             let reason = match index.defects.last() {
                 Some(defect) => format!("{} holds no whole sample ({defect})", name.display()),
                 None => format!(
-                    "{} holds no sample (expected members such as KEY.webp and KEY.json)",
+                    "{} holds no sample (expected members such as KEY.webp and KEY.json, or lines of text)",
                     name.display()
                 ),
             };

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::compressed::{self, Inflater};
 use crate::error::Result;
+use crate::lines::Lines;
 use crate::pipe;
 #[cfg(feature = "remote")]
 use crate::remote;
@@ -41,6 +42,17 @@ impl Source {
         match path.to_str() {
             Some(name) if compressed::is_compressed(&path) => Self::Far(Far::Compressed(name.to_owned())),
             _ => Self::File(path),
+        }
+    }
+
+    /// What it holds if it is no archive, by its name; a command always writes an archive.
+    pub(crate) fn lines(&self) -> Option<Lines<'_>> {
+        match self {
+            Self::File(path) => path.to_str().and_then(Lines::of_file),
+            #[cfg(feature = "remote")]
+            Self::Far(Far::Url(url)) => url.split('?').next().and_then(Lines::of_file),
+            Self::Far(Far::Pipe(_)) => None,
+            Self::Far(Far::Compressed(path)) => Lines::of_file(path),
         }
     }
 
@@ -130,6 +142,16 @@ impl Far {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn names_of_texts() {
+        let text = |far: Far| Source::Far(far).lines().is_some();
+        assert!(text(Far::Compressed("a/words.txt.gz".to_owned())));
+        assert!(!text(Far::Compressed("a.tar.gz".to_owned())));
+        assert!(!text(Far::Pipe("pipe:cat words.txt".to_owned())));
+        #[cfg(feature = "remote")]
+        assert!(text(Far::Url("https://host/words.jsonl?signature=a.tar".to_owned())));
+    }
 
     #[test]
     fn only_known_schemes_are_urls() {

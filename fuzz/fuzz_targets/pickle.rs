@@ -6,7 +6,7 @@ use pickle::{Pickle, Value};
 
 // Not through its crate, which would bring libtorch.
 #[allow(dead_code)]
-#[path = "../../vqgan/src/weights/pickle.rs"]
+#[path = "../../runtime/src/pickle.rs"]
 mod pickle;
 
 fuzz_target!(|bytes: &[u8]| {

@@ -18,9 +18,12 @@ pub mod nn;
 pub mod optim;
 mod params;
 mod permute;
+mod pickle;
 mod shards;
+mod torch_file;
 #[cfg(test)]
 mod traps;
+mod weight_file;
 mod weights;
 
 pub use cuda_graph::CudaGraph;
@@ -28,4 +31,5 @@ pub use error::{Result, RuntimeError, first_line};
 pub use params::{Group, Init, Param, Params, first_problems, named_seed};
 pub use permute::Permutation;
 pub use shards::TensorShards;
+pub use weight_file::WeightFile;
 pub use weights::{TensorFile, is_finite, read_tensors, write_tensors, write_tensors_as};

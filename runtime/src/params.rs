@@ -222,7 +222,11 @@ impl Params {
         })
     }
 
-    fn relative(&self, name: &str) -> String {
+    /// The name of a parameter under this cursor, without what all of them begin with.
+    ///
+    /// # Panics
+    /// `name` does not begin so.
+    pub fn relative(&self, name: &str) -> String {
         if self.prefix.is_empty() { name.to_string() } else { name[self.prefix.len() + 1..].to_string() }
     }
 }

@@ -36,7 +36,8 @@ const SPREAD_COLUMNS: [&str; 6] = ["count", "min", "5 %", "median", "95 %", "max
 #[command(
     after_help = "Shards are files, globs, urls (http, https, s3, gs; in a build with the feature `remote`), commands \
     that write a shard (`pipe:COMMAND`), or lists of these such as `train-{000..017}.tar`, in all commands that read shards \
-    and in configs. Credentials come from the environment, such as AWS_ACCESS_KEY_ID or GOOGLE_APPLICATION_CREDENTIALS.\n\n\
+    and in configs. Each is a tar archive, or by its name a .txt or .jsonl whose lines are samples, compressed or not. \
+    Credentials come from the environment, such as AWS_ACCESS_KEY_ID or GOOGLE_APPLICATION_CREDENTIALS.\n\n\
     Urls and commands are fetched once and kept:\n  \
     M6_CACHE        their folder; the default is m6/shards in $XDG_CACHE_HOME or ~/.cache\n  \
     M6_CACHE_LIMIT  what it may hold, in bytes or such as 20G; the default is 100G"

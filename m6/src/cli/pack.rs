@@ -37,8 +37,8 @@ use super::output;
     left out when no text stays. Samples without a picture pass the rules for pictures, those without a text those for \
     texts. Earlier are samples that were not left out.")]
 pub struct PackArgs {
-    /// A folder of pictures, sub-folders included; a jsonl or txt file; or shards, as a glob or list that ends in .tar,
-    /// .tar.gz or .tgz
+    /// A folder of pictures, sub-folders included; a jsonl file; or shards, as a glob or list that ends in .tar, .tar.gz,
+    /// .tgz or .txt
     source: PathBuf,
     /// Folder for the shards
     out: PathBuf,

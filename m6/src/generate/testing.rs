@@ -73,7 +73,7 @@ fn config() -> ModelConfig {
     ModelConfig {
         any_order: true,
         code_order: CodeOrder::CoarseToFine,
-        patches: Some(PatchConfig { resolution: i64::from(SIDE), channels: vec![16, 16] }),
+        patches: Some(PatchConfig::convolutions(i64::from(SIDE), &[16, 16])),
         ..ModelConfig::new(32, 2, 2, 48, 16)
     }
 }

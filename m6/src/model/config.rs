@@ -1,5 +1,7 @@
 //! The transformer's settings, saved as `config.json` beside its weights.
 
+use std::path::Path;
+
 use m6_vision::PatchConfig;
 use serde::{Deserialize, Serialize};
 
@@ -236,6 +238,25 @@ impl ModelConfig {
         self.patches
             .as_ref()
             .map_or(Ok(()), |patches| patches.validate().map_err(|problem| format!("patches.{problem}")))
+    }
+
+    /// Whether there are weights for a network that comes trained: in a `file` of their own, or in the model that a run
+    /// starts from (`init`).
+    ///
+    /// # Errors
+    /// What is wrong, in one line naming the key `extractor`.
+    pub fn check_extractor(&self, file: Option<&Path>, init: bool) -> Result<(), String> {
+        let trained = self.patches.as_ref().and_then(PatchConfig::trained).map(u32::from);
+        match (trained, file) {
+            (Some(layers), None) if !init => Err(format!(
+                "extractor is missing: expected a file with the weights of a ResNet-{layers}, such as torchvision's"
+            )),
+            (None, Some(file)) => Err(format!(
+                "extractor = {}: expected none, since model.patches takes no trained network",
+                file.display()
+            )),
+            _ => Ok(()),
+        }
     }
 
     /// Flash attention and grouped products want rows of whole 16-byte words in bf16.

@@ -19,6 +19,8 @@ pub struct Extension {
     pub(super) model: ModelConfig,
     /// Folder of the image tokenizer.
     pub vqgan: PathBuf,
+    /// Weights of the network that its patches take trained, if they do.
+    pub(super) extractor: Option<PathBuf>,
     /// Seed of all that is new.
     pub(super) seed: u64,
     /// The file that says it.
@@ -30,21 +32,26 @@ pub struct Extension {
 struct Run {
     model: ModelConfig,
     vqgan: PathBuf,
+    extractor: Option<PathBuf>,
 }
 
 impl Extension {
-    /// To what the config of a training run starts from: its keys `model` and `vqgan`.
+    /// To what the config of a training run starts from: its keys `model`, `vqgan` and `extractor`.
     ///
     /// # Errors
     /// When it cannot be read, or describes no stack or one that sees no pictures.
     pub fn open(path: &Path, seed: u64) -> Result<Self> {
-        let Run { model, vqgan } = m6_run::config::load::<Run>(path, &[])?.config;
-        let extension = Self { model, vqgan, seed, file: path.display().to_string() };
+        let Run { model, vqgan, extractor } = m6_run::config::load::<Run>(path, &[])?.config;
+        let extension = Self { model, vqgan, extractor, seed, file: path.display().to_string() };
         extension.model.validate().map_err(|problem| extension.error(&problem))?;
-        match extension.model.patches {
-            Some(_) => Ok(extension),
-            None => Err(extension.error("patches is missing: expected how pictures are seen")),
+        if extension.model.patches.is_none() {
+            return Err(extension.error("patches is missing: expected how pictures are seen"));
         }
+        extension
+            .model
+            .check_extractor(extension.extractor.as_deref(), false)
+            .map_err(|problem| Error::Usage(format!("{}: {problem}", extension.file)))?;
+        Ok(extension)
     }
 
     /// Whether a language model with these settings can become that.
@@ -120,9 +127,9 @@ mod tests {
     }
 
     fn extension(tied: bool) -> Extension {
-        let patches = Some(PatchConfig { resolution: 8, channels: vec![16, 16] });
+        let patches = Some(PatchConfig::convolutions(8, &[16, 16]));
         let model = ModelConfig { patches, any_order: true, dropout: 0.1, max_text: 32, ..language(tied) };
-        Extension { model, vqgan: PathBuf::new(), seed: 2, file: "train.toml".into() }
+        Extension { model, vqgan: PathBuf::new(), extractor: None, seed: 2, file: "train.toml".into() }
     }
 
     fn logits(transformer: &Transformer) -> Tensor {

@@ -10,7 +10,7 @@ use m6_vqgan::Vqgan;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind};
 
-use super::{ModelConfig, Transformer, Upcycling, Vocab};
+use super::{ModelConfig, PATCHES, Transformer, Upcycling, Vocab};
 use crate::error::{Error, Result};
 
 const CONFIG: &str = "config.json";
@@ -117,6 +117,14 @@ impl Model {
     /// Side of the pictures that it sees, in pixels.
     pub fn resolution(&self) -> i64 {
         resolution(&self.info.model).expect("a model without patches is not opened")
+    }
+
+    /// Takes the weights of the network that its patches take trained; see [`m6_vision::load_trained`].
+    ///
+    /// # Errors
+    /// When the file cannot be read or is of another network.
+    pub fn load_extractor(&self, file: &Path) -> Result<()> {
+        Ok(m6_vision::load_trained(&(&self.params / PATCHES), file)?)
     }
 
     /// Takes the weights of another model folder of the same settings and tokenizers.

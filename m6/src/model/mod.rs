@@ -31,5 +31,7 @@ pub use transformer::{Hidden, Mode, Transformer, compute_kind};
 pub use upcycle::Upcycling;
 pub use vocab::{Language, Special, Vocab};
 
+/// What the names of the patch encoder's tensors begin with.
+const PATCHES: &str = "patches";
 /// Initial width of matrices and tables (GPT-2).
 const INIT_STD: f64 = 0.02;

@@ -9,7 +9,7 @@ use m6_runtime::{Init, Params};
 use m6_vision::{PatchConfig, PatchEncoder};
 use tch::{Device, Kind, Tensor};
 
-use super::INIT_STD;
+use super::{INIT_STD, PATCHES};
 use super::attention::{Attend, Attention, Heads};
 use super::config::{Bias, ModelConfig};
 use super::mlp::Mlp;
@@ -129,7 +129,7 @@ impl Transformer {
             rotary: config.rotary.as_ref().map(|settings| rotary(settings, config.head_width())),
             aim_table: config.any_order.then(|| table("aims", positions.aim_rows())),
             segment_table: has_pictures.then(|| table("segments", SEGMENTS)),
-            patches: config.patches.as_ref().map(|c| PatchEncoder::new(&(params / "patches"), c, d)),
+            patches: config.patches.as_ref().map(|c| PatchEncoder::new(&(params / PATCHES), c, d)),
             norm: Norm::new(&(params / "norm"), config),
             text_head: (!config.tied).then(|| head("text_head", vocab.text_rows())),
             code_head: (!vocab.is_language()).then(|| head("code_head", vocab.code_rows())),

@@ -1,7 +1,7 @@
 //! How many parameters a stack has: the arithmetic of [`Transformer::new`](crate::model::Transformer::new), without a
 //! tensor.
 
-use m6_vision::PatchConfig;
+use m6_vision::{Extractor, PatchConfig};
 use serde::Serialize;
 
 use super::shape::Shape;
@@ -108,7 +108,7 @@ pub(super) fn hidden_matrices(shape: &Shape) -> i64 {
     };
     let projections = d * (queries_keys_values(model) + model.heads * model.head_width());
     let project =
-        model.patches.as_ref().and_then(|patches| patches.channels.last()).map_or(0, |last| last * d);
+        model.patches.as_ref().map_or(0, |patches| patches.features() * d);
     model.layers * projections + (0..model.layers).map(fed).sum::<i64>() + project
 }
 
@@ -180,16 +180,25 @@ fn heads(shape: &Shape) -> i64 {
     (text + codes) * shape.model.width
 }
 
+/// Without a network that comes trained.
 fn patches(config: &PatchConfig, width: i64) -> i64 {
-    let mut input = 3;
-    let mut sum = 0;
-    for &output in &config.channels {
+    let extractor = match &config.extractor {
         // Kernel and bias, then weight and bias of the norm.
-        sum += KERNEL * input * output + 3 * output;
-        input = output;
-    }
-    sum + (input + 1) * width
+        Extractor::Convolutions(channels) => {
+            layers(channels).map(|(input, output)| KERNEL * input * output + 3 * output).sum()
+        }
+        Extractor::Linear(_) | Extractor::Resnet(_) => 0,
+    };
+    extractor + (config.features() + 1) * width
 }
+
+/// Channels that each convolution takes and gives.
+pub(super) fn layers(channels: &[i64]) -> impl Iterator<Item = (i64, i64)> {
+    std::iter::once(COLOURS).chain(channels.iter().copied()).zip(channels.iter().copied())
+}
+
+/// Values of a pixel.
+pub(super) const COLOURS: i64 = 3;
 
 /// Values of a convolution's window.
 pub(super) const KERNEL: i64 = 9;

@@ -5,7 +5,7 @@
 //! gradients come while activations go, so that a step may need a little less. What the driver, the allocator and the
 //! image tokenizer need is not in it.
 
-use m6_vision::PatchConfig;
+use m6_vision::{Extractor, PatchConfig};
 use serde::Serialize;
 
 use super::count::{self, Parts};
@@ -96,8 +96,11 @@ fn setup(subject: &Subject, memory: Option<u64>, precision: Precision, gpus: i64
         _ => BF16 * count::largest_block(&shape.model),
     };
     let each = precision.bytes() * all;
+    let patches = shape.model.patches.as_ref();
+    let frozen = patches.and_then(PatchConfig::trained).map_or(0, |network| FLOAT * network.parameters());
     let states =
-        [each, gradients(subject, precision, &parts), moments(subject, precision, all), each].map(share);
+        [each + frozen, gradients(subject, precision, &parts), moments(subject, precision, all), each]
+            .map(share);
     let [weights, gradients, optimizer, averages] = states;
     let sum = states.iter().sum::<i64>() + copies;
     let activations_per_token = activations(shape, recompute);
@@ -187,10 +190,16 @@ fn fed(model: &ModelConfig, layer: i64) -> i64 {
 fn picture(config: &PatchConfig) -> i64 {
     /// What a convolution, its norm and its activation give.
     const OUTPUTS: i64 = 3;
-    let sides = (1..).map(|halvings| config.resolution >> halvings);
-    let values: i64 = config.channels.iter().zip(sides).map(|(channels, side)| channels * side * side).sum();
-    let colours = 3 * config.resolution * config.resolution;
-    BF16 * (colours + OUTPUTS * values)
+    let kept = match &config.extractor {
+        Extractor::Convolutions(channels) => {
+            let sides = (1..).map(|halvings| config.resolution >> halvings);
+            OUTPUTS * channels.iter().zip(sides).map(|(channels, side)| channels * side * side).sum::<i64>()
+        }
+        // The pixels, in another order.
+        Extractor::Linear(_) => 0,
+        Extractor::Resnet(_) => config.features() * config.grid().pow(2),
+    };
+    BF16 * (count::COLOURS * config.resolution.pow(2) + kept)
 }
 
 #[cfg(test)]

@@ -5,6 +5,7 @@ mod memory;
 mod report;
 mod shape;
 
+use m6_vision::{Extractor, PatchConfig};
 use serde::Serialize;
 
 pub use count::{Count, Parts};
@@ -75,7 +76,7 @@ impl Flops {
             length,
             forward_per_token,
             training_per_token: PASSES * forward_per_token,
-            training_per_picture: PASSES * picture(model),
+            training_per_picture: model.patches.as_ref().map_or(0.0, |patches| picture(patches, model.width)),
         }
     }
 }
@@ -93,15 +94,21 @@ fn seen(model: &ModelConfig, layer: i64, length: i64) -> f64 {
     }
 }
 
-fn picture(model: &ModelConfig) -> f64 {
-    let Some(patches) = &model.patches else { return 0.0 };
-    let (mut side, mut input, mut products) = (patches.resolution, 3, 0);
-    for &output in &patches.channels {
-        side /= 2;
-        products += count::KERNEL * input * output * side * side;
-        input = output;
-    }
-    2.0 * (products + input * model.width * side * side) as f64
+/// Of training with a picture.
+fn picture(patches: &PatchConfig, width: i64) -> f64 {
+    let project = patches.features() * width * patches.grid().pow(2);
+    // A network that comes trained is passed forward alone.
+    let (trained, frozen) = match &patches.extractor {
+        Extractor::Convolutions(channels) => {
+            let products = |(halvings, (input, output)): (u32, (i64, i64))| {
+                count::KERNEL * input * output * (patches.resolution >> halvings).pow(2)
+            };
+            ((1..).zip(count::layers(channels)).map(products).sum(), 0)
+        }
+        Extractor::Linear(_) => (0, 0),
+        Extractor::Resnet(depth) => (0, depth.products(patches.resolution)),
+    };
+    2.0 * (PASSES * (project + trained) as f64 + frozen as f64)
 }
 
 #[cfg(test)]
@@ -135,7 +142,7 @@ mod tests {
     /// Small stacks that between them have every setting with a parameter to it.
     fn families() -> Vec<Shape> {
         let plain = ModelConfig::new(32, 3, 4, 48, 16);
-        let patches = Some(m6_vision::PatchConfig { resolution: 32, channels: vec![16, 32] });
+        let patches = Some(PatchConfig::convolutions(32, &[16, 32]));
         let moe: MoeConfig =
             toml::from_str("experts = 6\nactive = 2\nevery = 1\nbalance_loss = 0\nz_loss = 0").unwrap();
         let qwen2 = ModelConfig {
@@ -308,7 +315,7 @@ mod tests {
         let mut model = ModelConfig::new(1 << 16, 1 << 10, 1 << 8, 1 << 16, 1 << 20);
         model.any_order = true;
         model.tied = false;
-        model.patches = Some(m6_vision::PatchConfig { resolution: 1 << 13, channels: vec![1 << 16; 8] });
+        model.patches = Some(PatchConfig::convolutions(1 << 13, &[1 << 16; 8]));
         let moe = "experts = 16384\nactive = 16384\nevery = 1\nshared = 65536\nbalance_loss = 0\nz_loss = 0";
         model.moe = Some(toml::from_str(moe).unwrap());
         let shape = Shape { model, vocab: Vocab { text: 1 << 24, codes: 1 << 24 }, code_grid: 1 << 12 };

@@ -25,6 +25,10 @@ pub struct TrainConfig {
     /// A model folder whose weights are the start, in place of fresh ones.
     #[serde(default)]
     pub init: Option<PathBuf>,
+    /// Weights of the network that `model.patches` takes trained, under torchvision's names. Not read where the run starts
+    /// from a model, which has them.
+    #[serde(default)]
+    pub extractor: Option<PathBuf>,
     /// Text tokenizer.
     pub tokenizer: TokenizerConfig,
     /// The transformer.
@@ -212,6 +216,7 @@ impl TrainConfig {
         if !(0.0..=1.0).contains(&self.schedule.min_ratio) {
             return usage(format!("schedule.min_ratio = {}: expected 0 to 1", self.schedule.min_ratio));
         }
+        self.model.check_extractor(self.extractor.as_deref(), self.init.is_some()).map_err(Error::Usage)?;
         self.optimizer.validate().map_err(|problem| Error::Usage(format!("optimizer.{problem}")))?;
         if let Some(samples) = &self.samples {
             samples

@@ -112,7 +112,7 @@ mod tests {
     }
 
     fn dense() -> ModelConfig {
-        let patches = Some(PatchConfig { resolution: 8, channels: vec![16, 16] });
+        let patches = Some(PatchConfig::convolutions(8, &[16, 16]));
         ModelConfig { patches, ..ModelConfig::new(16, 3, 2, 24, 8) }
     }
 

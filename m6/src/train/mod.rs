@@ -130,8 +130,10 @@ impl Trainer {
 
         // Only now, since codes of the pictures were chosen in float32 as it is.
         set_tf32(true)?;
-        if let (Some(dir), None) = (&config.init, &resumed) {
-            model.load_weights(dir)?;
+        match (&resumed, &config.init, &config.extractor) {
+            (None, Some(dir), _) => model.load_weights(dir)?,
+            (None, None, Some(file)) => model.load_extractor(file)?,
+            _ => {}
         }
         if let Some(samples) = &config.samples {
             // A prompt that the model cannot take is found now and not at the first drawing.

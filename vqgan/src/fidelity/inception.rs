@@ -4,11 +4,11 @@
 
 use std::path::Path;
 
+use m6_runtime::WeightFile;
 use tch::{Device, Kind, Tensor};
 
 use crate::config::COLOURS;
 use crate::error::{Result, VqganError};
-use crate::weights::WeightFile;
 
 /// Side of the pictures that the network takes.
 const SIDE: i64 = 299;

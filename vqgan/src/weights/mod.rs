@@ -3,17 +3,14 @@
 //! What a file holds follows from its names ([`Layout`]) and the shape of the network from the shapes of its tensors,
 //! but for the side of the pictures that it was trained on.
 
-mod file;
 mod layout;
-mod pickle;
-mod torch;
 
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::Path;
 
 use m6_run::write_atomic;
-use m6_runtime::{Params, RuntimeError, first_problems, write_tensors};
+use m6_runtime::{Params, RuntimeError, WeightFile, first_problems, write_tensors};
 use serde_json::{Value, json};
 use tch::{Device, Tensor};
 
@@ -23,7 +20,6 @@ use crate::config::{NORM_GROUPS, QuantizerKind, VqganConfig};
 use crate::error::{Result, VqganError};
 use crate::model::{CONFIG_FILE, Dtype, Vqgan};
 use crate::quantize::normalize;
-pub(crate) use file::WeightFile;
 use layout::is_of_training;
 
 /// Name of the codebook in our state dict, but for Gumbel quantisers.

@@ -196,6 +196,9 @@ impl LanguageModel {
         let vqgan = Vqgan::load(&extension.vqgan, device)?;
         let mut model = Model::new(&extension.model, tokenizer, vqgan, device, extension.seed)?;
         model.info.dtype = self.stored;
+        if let Some(file) = &extension.extractor {
+            model.load_extractor(file)?;
+        }
         extend::fill(&self.params, &model.params, model.info.vocab);
         Ok(model)
     }

@@ -5,11 +5,11 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
-use m6_runtime::TensorShards;
 use tch::{Kind, Tensor};
 
-use super::torch::TorchFile;
-use crate::error::{Result, VqganError};
+use crate::error::{Result, RuntimeError};
+use crate::shards::TensorShards;
+use crate::torch_file::TorchFile;
 
 /// How a zip file begins.
 const ZIP_MAGIC: [u8; 4] = *b"PK\x03\x04";
@@ -27,7 +27,7 @@ const NAMES: [&str; 6] = [
 
 /// An open file of weights.
 #[derive(Debug)]
-pub(crate) struct WeightFile {
+pub struct WeightFile {
     path: PathBuf,
     format: Format,
     shapes: BTreeMap<String, Vec<i64>>,
@@ -42,13 +42,13 @@ enum Format {
 impl WeightFile {
     /// Opens `path`, a file or a folder with one, and reads what it holds, without the numbers. Which format a file has
     /// follows from its first bytes.
-    pub(crate) fn open(path: &Path) -> Result<Self> {
+    pub fn open(path: &Path) -> Result<Self> {
         let path = if path.is_dir() { file_in(path)? } else { path.to_owned() };
         let format = match first_bytes(&path)? {
             ZIP_MAGIC => Format::Torch(TorchFile::open(&path)?),
             OLD_MAGIC => {
                 let reason = "is a torch file of the old format; load and save it with a newer torch";
-                return Err(VqganError::model(&path, reason));
+                return Err(RuntimeError::file(&path, reason));
             }
             _ => Format::Safetensors(TensorShards::open(&path)?),
         };
@@ -60,17 +60,17 @@ impl WeightFile {
     }
 
     /// The file, which may lie in the folder that was opened.
-    pub(crate) fn path(&self) -> &Path {
+    pub fn path(&self) -> &Path {
         &self.path
     }
 
     /// Names and shapes of all tensors.
-    pub(crate) fn shapes(&self) -> &BTreeMap<String, Vec<i64>> {
+    pub fn shapes(&self) -> &BTreeMap<String, Vec<i64>> {
         &self.shapes
     }
 
     /// What is wrong where the tensor `name` is not there.
-    pub(crate) fn missing(&self, name: &str) -> String {
+    pub fn missing(&self, name: &str) -> String {
         let other = if let Format::Torch(file) = &self.format { file.other(name) } else { None };
         match other {
             Some(class) => format!("`{name}` is made by `{class}`, which is not run"),
@@ -79,12 +79,12 @@ impl WeightFile {
     }
 
     /// Reads the tensor `name` as float32.
-    pub(crate) fn read(&self, name: &str) -> Result<Tensor> {
+    pub fn read(&self, name: &str) -> Result<Tensor> {
         let tensor = match &self.format {
             Format::Safetensors(file) => file.read(name)?,
             Format::Torch(file) => file.read(name)?,
         };
-        let problem = |reason: &str| Err(VqganError::model(&self.path, format!("`{name}` {reason}")));
+        let problem = |reason: &str| Err(RuntimeError::file(&self.path, format!("`{name}` {reason}")));
         if !matches!(tensor.kind(), Kind::Float | Kind::Double | Kind::Half | Kind::BFloat16) {
             return problem(&format!("is {:?}, expected floating point", tensor.kind()));
         }
@@ -98,13 +98,13 @@ impl WeightFile {
 
 fn file_in(dir: &Path) -> Result<PathBuf> {
     NAMES.iter().map(|name| dir.join(name)).find(|path| path.is_file()).ok_or_else(|| {
-        VqganError::model(dir, format!("holds none of {}; name the file itself", NAMES.join(", ")))
+        RuntimeError::file(dir, format!("holds none of {}; name the file itself", NAMES.join(", ")))
     })
 }
 
 fn first_bytes(path: &Path) -> Result<[u8; 4]> {
     let mut bytes = [0; 4];
     let file = File::open(path);
-    file.and_then(|mut file| file.read_exact(&mut bytes)).map_err(|error| VqganError::model(path, error))?;
+    file.and_then(|mut file| file.read_exact(&mut bytes)).map_err(|error| RuntimeError::file(path, error))?;
     Ok(bytes)
 }

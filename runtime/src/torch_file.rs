@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 use zip::ZipArchive;
 
-use super::pickle::{Element, Pickle, StridedTensor, Value};
-use crate::error::{Result, VqganError};
+use crate::pickle::{Element, Pickle, StridedTensor, Value};
+use crate::error::{Result, RuntimeError};
 
 /// The file that describes the tensors.
 const PICKLE: &str = "data.pkl";
@@ -21,7 +21,7 @@ const STATE_DICTS: [&str; 3] = ["ema", "model", "state_dict"];
 
 /// A zip file of `torch.save`.
 #[derive(Debug)]
-pub(super) struct TorchFile {
+pub(crate) struct TorchFile {
     path: PathBuf,
     zip: RefCell<ZipArchive<BufReader<File>>>,
     /// The archive's folder, which all its files are in.
@@ -33,8 +33,8 @@ pub(super) struct TorchFile {
 
 impl TorchFile {
     /// Opens a file and reads its state dict, without the numbers.
-    pub(super) fn open(path: &Path) -> Result<Self> {
-        let problem = |reason: &dyn std::fmt::Display| VqganError::model(path, reason);
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let problem = |reason: &dyn std::fmt::Display| RuntimeError::file(path, reason);
         let file = File::open(path).map_err(|error| problem(&error))?;
         let mut zip = ZipArchive::new(BufReader::new(file)).map_err(|error| problem(&error))?;
         let name = zip.file_names().flatten().find(|name| name.ends_with(PICKLE));
@@ -63,7 +63,7 @@ impl TorchFile {
     }
 
     /// Names and shapes.
-    pub(super) fn shapes(&self) -> BTreeMap<String, Vec<i64>> {
+    pub(crate) fn shapes(&self) -> BTreeMap<String, Vec<i64>> {
         // A length that does not fit is no network's, and the tensor is not read.
         let shape = |tensor: &StridedTensor| {
             tensor.shape.iter().map(|&n| i64::try_from(n).unwrap_or(i64::MAX)).collect()
@@ -72,13 +72,13 @@ impl TorchFile {
     }
 
     /// The class of what stands under `name` and is no tensor.
-    pub(super) fn other(&self, name: &str) -> Option<&str> {
+    pub(crate) fn other(&self, name: &str) -> Option<&str> {
         self.others.get(name).map(String::as_str)
     }
 
     /// Reads the tensor `name`.
-    pub(super) fn read(&self, name: &str) -> Result<Tensor> {
-        let problem = |reason: String| VqganError::model(&self.path, format!("`{name}` {reason}"));
+    pub(crate) fn read(&self, name: &str) -> Result<Tensor> {
+        let problem = |reason: String| RuntimeError::file(&self.path, format!("`{name}` {reason}"));
         let tensor = self.tensors.get(name).ok_or_else(|| problem("is missing".into()))?;
         let span = tensor.span().ok_or_else(|| problem("does not lie in its storage".into()))?;
         let kind = kind_of(tensor.storage.element);
