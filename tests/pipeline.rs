@@ -1,5 +1,6 @@
 //! From a folder of pictures to captions and drawings, command after command.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -421,6 +422,55 @@ fn a_language_model_learns_pictures() {
         assert_eq!(refused.code, Some(1));
         assert!(refused.stderr.contains(problem), "{}", refused.stderr);
     }
+}
+
+#[test]
+fn pictures_are_seen_by_a_trained_network_or_by_their_pixels() {
+    let scene = Scene::with_tokenizer();
+    let params = m6_runtime::Params::new(tch::Device::Cpu, 3);
+    let config = serde_json::from_str(r#"{ "resolution": 32, "resnet": 50 }"#).unwrap();
+    m6_vision::PatchEncoder::new(&params, &config, 8);
+    let extractor = scene.path("resnet.safetensors");
+    (&params / "resnet").save(&extractor, tch::Kind::BFloat16).unwrap();
+
+    let seen = |patches: &str, transform: &str| {
+        format!("model.patches={patches}\ndata.sources.bars.transform=\"{transform}\"\nschedule.steps=2")
+    };
+    let settings = seen("{ resolution = 32, resnet = 50 }", "resize:36 | random_crop:32");
+    let set =
+        |settings: &str| settings.lines().flat_map(|line| ["--set".to_owned(), line.to_owned()]).collect();
+    let train = |settings: &str| {
+        let settings: Vec<String> = set(settings);
+        scene.run(&[&["train".to_owned(), "train.toml".to_owned()], &settings[..]].concat())
+    };
+    let trained = |settings: &str| {
+        let finished = train(settings);
+        assert_eq!(finished.code, Some(0), "{}", finished.stderr);
+    };
+    let missing = train(&settings);
+    assert_eq!(missing.code, Some(2), "{}", missing.stderr);
+    let expected = "extractor is missing: expected a file with the weights of a ResNet-50";
+    assert!(missing.stderr.contains(expected), "{}", missing.stderr);
+    let of_no_use = train("extractor=\"resnet.safetensors\"");
+    assert_eq!(of_no_use.code, Some(2), "{}", of_no_use.stderr);
+
+    let settings = format!("{settings}\nextractor=\"resnet.safetensors\"");
+    trained(&settings);
+    let read = |path: &Path| m6_runtime::read_tensors(path).unwrap().into_iter().collect::<BTreeMap<_, _>>();
+    let (model, file) = (read(&scene.path("run/model/model.safetensors")), read(&extractor));
+    for (name, tensor) in &file {
+        assert_eq!(&model[&format!("patches.resnet.{name}")], tensor, "{name}");
+    }
+    // A run that has begun has the network in its checkpoint.
+    fs::remove_file(&extractor).unwrap();
+    trained(&settings);
+    scene.succeed(&["caption", "--model", "run/model", "pictures/red-square.png", "--device", "cpu"]);
+
+    trained(&format!(
+        "run=\"pixels\"\n{}",
+        seen("{ resolution = 16, linear = 8 }", "resize:18 | random_crop:16")
+    ));
+    scene.succeed(&["caption", "--model", "pixels/model", "pictures/red-square.png", "--device", "cpu"]);
 }
 
 #[test]

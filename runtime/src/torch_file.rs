@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use tch::{Kind, Tensor};
 use zip::ZipArchive;
 
-use crate::pickle::{Element, Pickle, StridedTensor, Value};
 use crate::error::{Result, RuntimeError};
+use crate::pickle::{Element, Pickle, StridedTensor, Value};
 
 /// The file that describes the tensors.
 const PICKLE: &str = "data.pkl";
@@ -144,9 +144,9 @@ mod tests {
 
     use super::*;
 
-    /// A checkpoint that torch wrote, as `make.py` describes it.
+    /// A checkpoint that torch wrote, as `tests/odd.py` describes it.
     fn odd() -> TorchFile {
-        TorchFile::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/weights/odd.pt")).unwrap()
+        TorchFile::open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/odd.pt")).unwrap()
     }
 
     #[test]

@@ -15,10 +15,10 @@ use m6_runtime::{Init, Params, Result};
 use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
-pub use convolutions::NORM_GROUPS;
 use convolutions::Convolutions;
-use resnet::Resnet;
+pub use convolutions::NORM_GROUPS;
 pub use resnet::Depth;
+use resnet::Resnet;
 
 const COLOURS: i64 = 3;
 /// Keeps a damaged or absurd config from asking for all memory.
@@ -137,7 +137,11 @@ impl PatchConfig {
             Extractor::Linear(_) | Extractor::Resnet(_) => {}
         }
         if self.resolution <= 0 || self.resolution % self.stride() != 0 {
-            return Err(format!("resolution = {}: expected a multiple of {}", self.resolution, self.stride()));
+            return Err(format!(
+                "resolution = {}: expected a multiple of {}",
+                self.resolution,
+                self.stride()
+            ));
         }
         Ok(())
     }

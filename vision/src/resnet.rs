@@ -194,8 +194,7 @@ impl ConvNorm {
     fn forward(&self, x: &Tensor) -> Tensor {
         let (s, p) = (self.stride, self.kernel.size()[2] / 2);
         let x = x.conv2d(&self.kernel.to_kind(x.kind()), None::<Tensor>, [s, s], [p, p], [1, 1], 1);
-        let [weight, bias, mean, variance] =
-            [&self.weight, &self.bias, &self.mean, &self.variance].map(Some);
+        let [weight, bias, mean, variance] = [&self.weight, &self.bias, &self.mean, &self.variance].map(Some);
         x.batch_norm(weight, bias, mean, variance, false, UNUSED_MOMENTUM, NORM_EPS, true)
     }
 }
@@ -360,7 +359,8 @@ mod tests {
         let params = Params::unfilled(Device::Cpu);
         Resnet::new(&params, Depth::Fifty);
         let running = |name: &String| name.contains("running_");
-        let values = |(name, tensor): (String, Tensor)| if running(&name) { 0 } else { tensor.numel() as i64 };
+        let values =
+            |(name, tensor): (String, Tensor)| if running(&name) { 0 } else { tensor.numel() as i64 };
         assert_eq!(params.tensors().into_iter().map(values).sum::<i64>(), Depth::Fifty.parameters());
         // 4.09 G products are published for 224 x 224, 2.05 M of them to classify.
         assert_eq!(Depth::Fifty.products(224), 4_087_136_256);

@@ -9,7 +9,6 @@ use m6_runtime::{Init, Params};
 use m6_vision::{PatchConfig, PatchEncoder};
 use tch::{Device, Kind, Tensor};
 
-use super::{INIT_STD, PATCHES};
 use super::attention::{Attend, Attention, Heads};
 use super::config::{Bias, ModelConfig};
 use super::mlp::Mlp;
@@ -18,6 +17,7 @@ use super::norm::Norm;
 use super::rotary::{Rotary, RotaryConfig, Rotation};
 use super::sequence::{Positions, SEGMENTS, Tokens};
 use super::vocab::Vocab;
+use super::{INIT_STD, PATCHES};
 
 #[derive(Debug)]
 enum FeedForward {

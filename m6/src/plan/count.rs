@@ -107,8 +107,7 @@ pub(super) fn hidden_matrices(shape: &Shape) -> i64 {
         None => matrices(model.feed_forward) * d * model.hidden,
     };
     let projections = d * (queries_keys_values(model) + model.heads * model.head_width());
-    let project =
-        model.patches.as_ref().map_or(0, |patches| patches.features() * d);
+    let project = model.patches.as_ref().map_or(0, |patches| patches.features() * d);
     model.layers * projections + (0..model.layers).map(fed).sum::<i64>() + project
 }
 

@@ -43,7 +43,9 @@ pub struct Flops {
     pub forward_per_token: f64,
     /// A token's forward and backward pass.
     pub training_per_token: f64,
-    /// A picture's way to patch features and back; 0 where there are none.
+    /// A picture's way to patch features; 0 where there are none.
+    pub forward_per_picture: f64,
+    /// That way and back, as far as it is trained.
     pub training_per_picture: f64,
 }
 
@@ -72,11 +74,13 @@ impl Flops {
         let attention: f64 =
             (0..model.layers).map(|layer| 4.0 * attention_width(model) * seen(model, layer, length)).sum();
         let forward_per_token = 2.0 * products as f64 + attention;
+        let (trained, frozen) = model.patches.as_ref().map_or((0.0, 0.0), |p| picture(p, model.width));
         Self {
             length,
             forward_per_token,
             training_per_token: PASSES * forward_per_token,
-            training_per_picture: model.patches.as_ref().map_or(0.0, |patches| picture(patches, model.width)),
+            forward_per_picture: trained + frozen,
+            training_per_picture: PASSES * trained + frozen,
         }
     }
 }
@@ -94,10 +98,9 @@ fn seen(model: &ModelConfig, layer: i64, length: i64) -> f64 {
     }
 }
 
-/// Of training with a picture.
-fn picture(patches: &PatchConfig, width: i64) -> f64 {
+/// A picture's way to patch features: what is trained of it, and what is not and has no way back.
+fn picture(patches: &PatchConfig, width: i64) -> (f64, f64) {
     let project = patches.features() * width * patches.grid().pow(2);
-    // A network that comes trained is passed forward alone.
     let (trained, frozen) = match &patches.extractor {
         Extractor::Convolutions(channels) => {
             let products = |(halvings, (input, output)): (u32, (i64, i64))| {
@@ -108,7 +111,7 @@ fn picture(patches: &PatchConfig, width: i64) -> f64 {
         Extractor::Linear(_) => (0, 0),
         Extractor::Resnet(depth) => (0, depth.products(patches.resolution)),
     };
-    2.0 * (PASSES * (project + trained) as f64 + frozen as f64)
+    (2.0 * (project + trained) as f64, 2.0 * frozen as f64)
 }
 
 #[cfg(test)]
@@ -116,6 +119,7 @@ mod tests {
     use std::path::Path;
 
     use m6_runtime::{Group, Params};
+    use m6_vision::Depth;
     use tch::Device;
 
     use super::*;
@@ -133,7 +137,7 @@ mod tests {
     fn built(shape: &Shape) -> (i64, i64) {
         let params = Params::unfilled(Device::Cpu);
         let _transformer = Transformer::new(&params, &shape.model, shape.vocab, shape.code_grid);
-        let entries = params.entries();
+        let entries = params.trainable();
         let hidden = entries.iter().filter(|(_, param)| param.group == Group::Hidden);
         let size = |param: &m6_runtime::Param| param.tensor.numel() as i64;
         (entries.iter().map(|(_, param)| size(param)).sum(), hidden.map(|(_, param)| size(param)).sum())
@@ -143,6 +147,7 @@ mod tests {
     fn families() -> Vec<Shape> {
         let plain = ModelConfig::new(32, 3, 4, 48, 16);
         let patches = Some(PatchConfig::convolutions(32, &[16, 32]));
+        let extractor = |resolution, extractor| Some(PatchConfig { resolution, extractor });
         let moe: MoeConfig =
             toml::from_str("experts = 6\nactive = 2\nevery = 1\nbalance_loss = 0\nz_loss = 0").unwrap();
         let qwen2 = ModelConfig {
@@ -168,6 +173,8 @@ mod tests {
             (ModelConfig { moe: Some(some), ..qwen2.clone() }, 0),
             (ModelConfig { moe: Some(shared), tied: false, ..qwen2.clone() }, 8),
             (qwen2, 0),
+            (ModelConfig { patches: extractor(64, Extractor::Resnet(Depth::Fifty)), ..bert.clone() }, 0),
+            (ModelConfig { patches: extractor(32, Extractor::Linear(8)), ..bert.clone() }, 8),
             (bert, 8),
         ];
         models

@@ -28,8 +28,8 @@ impl fmt::Display for Plan {
             ]),
         ];
         if flops.training_per_picture > 0.0 {
-            let forward = flops.training_per_picture / super::PASSES;
-            operations.push(row(["a picture", &short(forward), &short(flops.training_per_picture)]));
+            let (forward, training) = (flops.forward_per_picture, flops.training_per_picture);
+            operations.push(row(["a picture", &short(forward), &short(training)]));
         }
         writeln!(f, "{}", table(&operations))?;
 
