@@ -346,6 +346,21 @@ mod tests {
     ];
     const GOLDEN_SUM: f64 = 60_248_006.752_742_11;
 
+    /// 53 convolutions in bf16 after each other.
+    #[test]
+    #[cfg(feature = "cuda")]
+    fn features_in_bf16_are_near() {
+        let (cpu, gpu) = (Params::new(Device::Cpu, 3), Params::new(Device::Cuda(0), 3));
+        let pictures = Tensor::randint(256, [2, 3, 64, 64], (Kind::Uint8, Device::Cpu));
+        let expected = Resnet::new(&cpu, Depth::Fifty).forward(&pictures, Kind::Float);
+        let resnet = Resnet::new(&gpu, Depth::Fifty);
+        let features = resnet.forward(&pictures.to_device(Device::Cuda(0)), Kind::BFloat16);
+        assert_eq!(features.kind(), Kind::BFloat16);
+        let difference = features.to_device(Device::Cpu).to_kind(Kind::Float) - &expected;
+        let share = difference.norm().double_value(&[]) / expected.norm().double_value(&[]);
+        assert!(share < 0.02, "{share}");
+    }
+
     /// torchvision's totals without the layer that classifies, 2,049,000 parameters.
     #[test]
     fn sizes_are_the_published_ones() {
