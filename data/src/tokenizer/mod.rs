@@ -51,6 +51,13 @@ impl Tokenizer {
         Ok(encoding.get_ids().to_vec())
     }
 
+    /// The same vocabulary, for which the name of a special token in a text is that token: for texts of a template, never
+    /// for what a user has written.
+    pub fn with_special_names(mut self) -> Self {
+        self.inner.set_encode_special_tokens(false);
+        self
+    }
+
     /// Text of `ids`, without special tokens; bytes that are not UTF-8 become U+FFFD.
     ///
     /// # Errors

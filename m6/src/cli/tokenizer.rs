@@ -71,13 +71,16 @@ impl TrainArgs {
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  m6 tokenizer encode tokenizer.json captions.txt\n\n\
-    The names of special tokens are text like any other, and nothing is put before or after a text.")]
+    Nothing is put before or after a text.")]
 pub struct EncodeArgs {
     /// A `tokenizer.json`, WordPiece's `vocab.txt` or tiktoken ranks (`*.tiktoken`)
     tokenizer: PathBuf,
     /// A text a line, or of `*.jsonl` a JSON string a line, which can hold line ends
     #[arg(value_name = "FILE")]
     texts: PathBuf,
+    /// Take the name of a special token, such as `<|endoftext|>`, for the token; it is text like any other without this
+    #[arg(long)]
+    special: bool,
     /// Print each text's ids as one line of JSON
     #[arg(long)]
     json: bool,
@@ -85,7 +88,10 @@ pub struct EncodeArgs {
 
 impl EncodeArgs {
     fn run(self) -> Result<()> {
-        let tokenizer = Tokenizer::load(&self.tokenizer)?;
+        let mut tokenizer = Tokenizer::load(&self.tokenizer)?;
+        if self.special {
+            tokenizer = tokenizer.with_special_names();
+        }
         let file = fs::read_to_string(&self.texts).map_err(|error| output::file_error(&self.texts, error))?;
         let is_json = self.texts.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("jsonl"));
         for (number, line) in (1..).zip(file.lines()) {

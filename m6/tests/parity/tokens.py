@@ -19,6 +19,7 @@ RANKS = ROOT / "data/src/tokenizer/testdata/qwen_cut.tiktoken"
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))]
 SEED = 1
 RANDOM_TEXTS = 10_000
 # What random texts are made of, beside any character: what the pattern treats apart, and what normalisation changes.
@@ -63,11 +64,11 @@ def random_texts():
         yield "".join(numbers.choice(draws)() * run for run in runs)
 
 
-def encoded_by_m6(m6, ranks, texts, work):
+def encoded_by_m6(m6, ranks, texts, work, *options):
     """Ids of each text."""
     file = work / "texts.jsonl"
     file.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
-    output = subprocess.check_output([m6, "tokenizer", "encode", ranks, file, "--json"])
+    output = subprocess.check_output([m6, "tokenizer", "encode", ranks, file, "--json", *options])
     return [json.loads(line)["tokens"] for line in output.splitlines()]
 
 
@@ -90,7 +91,8 @@ def comparisons(m6, path, texts, work):
     """What is compared, and what differs there."""
     path = path or RANKS
     ranks = read_ranks(path)
-    reference = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={})
+    special = {name: max(ranks.values()) + place for place, name in enumerate(SPECIAL, 1)}
+    reference = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
     qwen2 = qwen2_tokenizer(ranks)
     for kind, texts in [("lines", list(lines(texts))), ("random texts", list(random_texts()))]:
         found = encoded_by_m6(m6, path, texts, work)
@@ -98,3 +100,6 @@ def comparisons(m6, path, texts, work):
         yield f"{len(texts)} {kind}, tiktoken", differences(texts, found, expected)
         expected = [qwen2(text, split_special_tokens=True).input_ids for text in texts]
         yield f"{len(texts)} {kind}, transformers", differences(texts, found, expected)
+    found = encoded_by_m6(m6, path, texts, work, "--special")
+    expected = [reference.encode(unicodedata.normalize("NFC", text), allowed_special="all") for text in texts]
+    yield f"{len(texts)} random texts with special tokens, tiktoken", differences(texts, found, expected)
