@@ -8,47 +8,8 @@ use std::path::Path;
 use m6_data::{Array, Element, Rgb8};
 use serde_json::{Value, json};
 
+use crate::refusals::{Case, FAILURE, WRONG_USE, assert_all_refused, assert_refused, copy};
 use crate::scene::{Finished, Member, Sample, Scene, finish, samples};
-
-const FAILURE: i32 = 1;
-const WRONG_USE: i32 = 2;
-
-/// What is wrong unless the program ended with `code` and one line that has all `words`.
-fn check(what: &str, finished: &Finished, code: i32, words: &[&str]) -> Option<String> {
-    let Finished { code: found, stderr, .. } = finished;
-    let complaints: Vec<&str> =
-        stderr.lines().filter(|line| line.starts_with("m6: ") || line.starts_with("error: ")).collect();
-    let is_one_line = complaints.len() == 1 && words.iter().all(|word| complaints[0].contains(word));
-    let is_handled =
-        !["panicked", "internal error", "libtorch:", "backtrace"].iter().any(|bad| stderr.contains(bad));
-    if *found == Some(code) && is_one_line && is_handled {
-        return None;
-    }
-    Some(format!(
-        "{what}: expected exit code {code} and one line with {words:?}, got {found:?} and\n{stderr}"
-    ))
-}
-
-#[track_caller]
-fn assert_refused(what: &str, finished: &Finished, code: i32, words: &[&str]) {
-    if let Some(problem) = check(what, finished, code, words) {
-        panic!("{problem}");
-    }
-}
-
-/// A command, its exit code, and words of the line that it prints.
-type Case<'a> = (&'a str, i32, &'a [&'a str]);
-
-/// Runs every case, whose arguments are separated by spaces.
-#[track_caller]
-fn assert_all_refused(scene: &Scene, cases: &[Case]) {
-    let problem = |(line, code, words): &Case| {
-        let args: Vec<&str> = line.split(' ').collect();
-        check(line, &scene.run(&args), *code, words)
-    };
-    let problems: Vec<String> = cases.iter().filter_map(problem).collect();
-    assert!(problems.is_empty(), "{}", problems.join("\n"));
-}
 
 #[test]
 fn settings() {
@@ -412,18 +373,6 @@ fn truncated_shards_are_used_up_to_the_cut() {
     assert_all_refused(&scene, &[(line, WRONG_USE, &["train-000000.tar is a folder"])]);
 }
 
-fn copy(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        match entry.file_type().unwrap().is_dir() {
-            true => copy(&entry.path(), &target),
-            false => drop(fs::copy(entry.path(), target).unwrap()),
-        }
-    }
-}
-
 #[test]
 fn model_folders() {
     let scene = Scene::with_model();
@@ -543,34 +492,4 @@ fn a_damaged_newest_checkpoint_is_named_and_the_one_before_is_not_used_unasked()
         fs::remove_dir_all(newest).unwrap();
         scene.succeed(args);
     }
-}
-
-#[test]
-fn language_models_that_cannot_be_converted() {
-    let scene = Scene::with_tokenizer();
-    let published = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/qwen2");
-    copy(&published, &scene.path("qwen2"));
-    copy(&published, &scene.path("heads"));
-    let config = fs::read_to_string(published.join("config.json")).unwrap();
-    let odd = config.replace("\"num_key_value_heads\": 2", "\"num_key_value_heads\": 3");
-    fs::write(scene.path("heads/config.json"), odd).unwrap();
-    scene.succeed(&["convert", "qwen2", "own"]);
-    copy(&scene.path("own"), &scene.path("normed"));
-    let own = fs::read_to_string(scene.path("own/config.json")).unwrap();
-    let normed = own.replace("\"dropout\": 0.0", "\"dropout\": 0.1");
-    fs::write(scene.path("normed/config.json"), normed).unwrap();
-    assert_all_refused(
-        &scene,
-        &[
-            ("convert qwen2 own", WRONG_USE, &["own", "not empty"]),
-            ("convert qwen2 train.toml", FAILURE, &["train.toml", "Not a directory"]),
-            ("convert qwen2 train.toml/own", FAILURE, &["train.toml", "Not a directory"]),
-            ("convert none new", FAILURE, &["none/config.json", "No such file"]),
-            ("convert tokenizer/model new", FAILURE, &["config.json", "expected a language model"]),
-            ("convert heads new", FAILURE, &["heads/config.json", "kv_heads = 3"]),
-            ("convert normed new", FAILURE, &["normed", "dropout = 0.1 has no counterpart"]),
-            ("score --model none --tokens 1,2", FAILURE, &["none/config.json", "No such file"]),
-        ],
-    );
-    assert!(!scene.path("new").exists());
 }

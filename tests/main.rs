@@ -4,9 +4,11 @@
 //! before them.
 
 mod bad_input;
+mod bad_models;
 mod codes;
 mod golden;
 mod pipeline;
 mod readme;
+mod refusals;
 mod resume;
 mod scene;

@@ -55,26 +55,34 @@ pub fn describe(config: &Value) -> Result<Described, String> {
     struct Kind {
         model_type: String,
     }
-    let plain = |error: serde_json::Error| error.to_string();
-    let Kind { model_type } = Kind::deserialize(config).map_err(plain)?;
+    let Kind { model_type } = read(config)?;
     let (family, model, vocab_size) = match model_type.as_str() {
         "qwen2" => {
-            let config = Qwen2::deserialize(config).map_err(plain)?;
+            let config = read::<Qwen2>(config)?;
             (Family::Qwen2, config.model()?, config.vocab_size)
         }
         "qwen2_moe" => {
             let mut all = experts_by_default();
             merge(&mut all, config);
-            let config = Qwen2::deserialize(all).map_err(plain)?;
+            let config = read::<Qwen2>(&all)?;
             (Family::Qwen2, config.model()?, config.vocab_size)
         }
         "qwen" => {
-            let config = Qwen::deserialize(config).map_err(plain)?;
+            let config = read::<Qwen>(config)?;
             (Family::Qwen, config.model()?, config.vocab_size)
         }
         other => return Err(format!("model_type = {other:?}: expected qwen2, qwen2_moe or qwen")),
     };
-    Ok(Described { family, model, vocab_size, ids: TokenIds::deserialize(config).map_err(plain)? })
+    Ok(Described { family, model, vocab_size, ids: read(config)? })
+}
+
+/// Some of the keys of a config; what is wrong names its key.
+fn read<'a, T: Deserialize<'a>>(config: &'a Value) -> Result<T, String> {
+    serde_path_to_error::deserialize(config).map_err(|error| match error.path().to_string().as_str() {
+        // Of no key in particular.
+        "." => error.inner().to_string(),
+        key => format!("{key}: {}", error.inner()),
+    })
 }
 
 /// What transformers takes for keys that a Qwen2-MoE config lacks.
