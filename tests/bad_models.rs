@@ -38,7 +38,7 @@ fn configs_that_describe_no_model_of_ours() {
         ("num_key_value_heads", json!(3), &["kv_heads = 3"]),
         ("num_key_value_heads", json!(0), &["kv_heads = 0"]),
         ("hidden_size", json!(18), &["width = 18: expected a multiple of 8"]),
-        ("num_hidden_layers", json!(1u64 << 40), &["layers"]),
+        ("num_hidden_layers", json!(1u64 << 40), &["layer_types has 2 entries"]),
         ("intermediate_size", json!(-4), &["-4"]),
     ];
     for (key, value, words) in cases {
