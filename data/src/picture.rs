@@ -204,6 +204,9 @@ impl Decoded {
         if format == ImageFormat::Jpeg {
             return jpeg::decode(bytes, short_side);
         }
+        if format == ImageFormat::WebP {
+            check_chunks(bytes)?;
+        }
         let mut decoder =
             ImageReader::with_format(Cursor::new(bytes), format).into_decoder().map_err(broken)?;
         check_size(decoder.dimensions())?;
@@ -242,6 +245,29 @@ impl Decoded {
             Self::Planes(planes) => planes.resize_part(size, part),
         }
     }
+}
+
+/// The decoder takes memory for what a WebP file says of its chunks before it reads them: up to 4 GB for some bytes.
+fn check_chunks(webp: &[u8]) -> Result<()> {
+    /// Name and size of the file, and its kind.
+    const HEAD: usize = 12;
+    /// Name and size of a chunk.
+    const CHUNK_HEAD: usize = 8;
+    let size_at = |at: usize| {
+        let bytes = webp.get(at..at + size_of::<u32>()).and_then(|bytes| bytes.try_into().ok());
+        bytes.map(|bytes| u32::from_le_bytes(bytes) as usize)
+    };
+    let end = size_at(4).map_or(0, |size| size + CHUNK_HEAD).min(webp.len());
+    let mut at = HEAD;
+    while at < end {
+        let Some(size) = size_at(at + 4) else { break };
+        if size > webp.len() - at - CHUNK_HEAD {
+            return Err(DataError::Picture(format!("a chunk at byte {at} ends behind the file")));
+        }
+        // Of even length, but for the last.
+        at += CHUNK_HEAD + size.next_multiple_of(2);
+    }
+    Ok(())
 }
 
 /// A rectangle by its upper left corner.
@@ -363,6 +389,22 @@ mod tests {
         assert_eq!(Rgb8::decode(&picture.encode_png().unwrap()).unwrap(), picture);
         let raw = image::RgbImage::from_raw(7, 5, picture.pixels.clone()).unwrap();
         assert_eq!(Rgb8::decode(&encode(raw, ImageFormat::WebP)).unwrap(), picture);
+    }
+
+    /// A file of 120 bytes that says of its EXIF chunk, the last of three, that it has 2.5 GB.
+    #[test]
+    fn a_webp_chunk_stays_in_its_file() {
+        let whole = include_bytes!("../tests/turned.webp");
+        let mut huge = whole.to_vec();
+        let exif_size = 90..94;
+        huge[exif_size].copy_from_slice(&0x9800_0000_u32.to_le_bytes());
+        let message = Rgb8::decode(&huge).unwrap_err().to_string();
+        assert!(message.ends_with("a chunk at byte 86 ends behind the file"), "{message}");
+        for length in 0..whole.len() {
+            assert!(Rgb8::decode(&whole[..length]).is_err(), "{length}");
+        }
+        let behind = [whole.as_slice(), &[u8::MAX; 20]].concat();
+        assert_eq!(Rgb8::decode(&behind).unwrap(), Rgb8::decode(whole).unwrap());
     }
 
     #[test]
