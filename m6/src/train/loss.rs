@@ -81,23 +81,33 @@ fn score(hidden: Hidden, text_head: Tensor, code_head: Option<Tensor>, batch: &B
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeMap;
+    use std::path::Path;
+
     use m6_data::Rgb8;
-    use m6_runtime::Params;
-    use m6_vision::PatchConfig;
+    use m6_runtime::{Params, read_tensors};
+    use m6_vision::{Extractor, PatchConfig};
     use tch::Device;
 
     use super::*;
-    use crate::model::{Bias, Language, ModelConfig, MoeConfig, NormKind, RotaryConfig, Vocab, WindowConfig};
+    use crate::model::{
+        Bias, FeedForwardKind, Language, ModelConfig, MoeConfig, NormKind, RotaryConfig, Vocab, WindowConfig,
+    };
     use crate::objectives::{Example, Piece, Target, lay_out};
 
     const VOCAB: Vocab = Vocab { text: 20, codes: 4 };
     const CODE_GRID: i64 = 2;
 
+    /// A picture of one grey.
+    fn flat(grey: i64) -> Rgb8 {
+        Rgb8::filled(8, 8, [grey as u8; 3])
+    }
+
     /// A caption and, as `has_codes` says, a drawing, and some padding.
-    fn batch(transformer: &Transformer, words: &[i64], has_codes: bool) -> Batch {
+    fn batch(transformer: &Transformer, words: &[i64], picture: Rgb8, has_codes: bool) -> Batch {
         let caption = Example {
             task: Task::Captioning,
-            prefix: vec![Piece::Picture(Rgb8::filled(8, 8, [words[0] as u8; 3]))],
+            prefix: vec![Piece::Picture(picture)],
             target: Target::Text { language: Language::Zh, ids: words.to_vec() },
         };
         let codes = vec![3, 2, 1, 0];
@@ -123,13 +133,54 @@ mod tests {
         (params, transformer)
     }
 
+    /// `tests/parity/m6.py` made the weights and what torch's own encoder layers make of them.
+    #[test]
+    fn loss_and_every_gradient_of_m6_are_those_of_torchs_layers() {
+        let file = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/m6.safetensors");
+        let golden: BTreeMap<String, Tensor> = read_tensors(&file).unwrap().into_iter().collect();
+        let config = ModelConfig {
+            norm: NormKind::Layer,
+            bias: Bias::All,
+            feed_forward: FeedForwardKind::Gelu,
+            qk_norm: false,
+            patches: Some(PatchConfig { resolution: 8, extractor: Extractor::Linear(4) }),
+            ..dense()
+        };
+        let (params, transformer) = built(&config);
+        for (name, mut tensor) in params.tensors() {
+            tensor.copy_(&golden[&format!("weight.{name}")]);
+        }
+        let mut picture = Rgb8::filled(8, 8, [0; 3]);
+        for (i, value) in picture.pixels.iter_mut().enumerate() {
+            *value = ((i * 37 + 11) % 256) as u8;
+        }
+        let losses =
+            accumulate(&transformer, &batch(&transformer, &[5, 6, 7], picture, true), 1, false).unwrap();
+
+        let close = |found: f64, expected: &Tensor| {
+            let expected = expected.double_value(&[]);
+            assert!((found - expected).abs() < 1e-5, "{found} against {expected}");
+        };
+        close(losses.total.double_value(&[]), &golden["loss"]);
+        for (task, each) in [(Task::Captioning, "text_losses"), (Task::TextToImage, "code_losses")] {
+            close(losses.task_sums.double_value(&[task as i64]), &golden[each].sum(Kind::Float));
+        }
+        let trained = params.trainable();
+        assert_eq!(golden.len(), 2 * trained.len() + 3);
+        for (name, param) in trained {
+            let expected = &golden[&format!("grad.{name}")];
+            let error = (param.tensor.grad() - expected).norm() / expected.norm();
+            assert!(error.double_value(&[]) < 1e-4, "{name}: {error:?}");
+        }
+    }
+
     /// Every number of an update of three micro-batches by name: what they are scored, gradients, and the random state.
     fn update(config: &ModelConfig, recompute: bool) -> Vec<(String, Tensor)> {
         let (params, transformer) = built(config);
         tch::manual_seed(4);
         let mut numbers = Vec::new();
         for (words, has_codes) in [(&[5, 6, 7], true), (&[1, 2, 3], true), (&[9, 5, 9], false)] {
-            let batch = batch(&transformer, words, has_codes);
+            let batch = batch(&transformer, words, flat(words[0]), has_codes);
             let losses = accumulate(&transformer, &batch, 3, recompute).unwrap();
             numbers.extend([
                 ("total", losses.total),
@@ -190,7 +241,7 @@ mod tests {
     #[test]
     fn nothing_of_a_block_is_kept_but_its_input() {
         let (params, transformer) = built(&ModelConfig { moe: experts("every = 2"), ..dense() });
-        let batch = batch(&transformer, &[5, 6, 7], true);
+        let batch = batch(&transformer, &[5, 6, 7], flat(5), true);
         let (pass, hidden) = Recompute::forward(
             &transformer,
             &batch.tokens,

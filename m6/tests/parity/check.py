@@ -5,7 +5,7 @@
 
 Three parts, of which `--only` names one:
 
-`models`  makes the models of `make.py` anew and compares them with the committed ones; turns each into a folder of m6 and
+`models`  makes the models of `make.py` and the golden file of `m6.py` anew and compares them with the committed ones; turns each into a folder of m6 and
           back by `m6 convert`, and compares what transformers makes of the result with what `m6 score` makes of all three
           folders. Needs the transformers that made the committed ones.
 `tokens`  compares `m6 tokenizer encode` with tiktoken and with transformers' Qwen2 tokenizer: on texts of the repository
@@ -26,9 +26,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+import m6
 import make
 
 COMMITTED = pathlib.Path(__file__).parent
+M6 = "m6.safetensors"
 # Of log-probabilities in float32, and of what another processor makes of the golden values.
 TOLERANCE = 2e-5
 
@@ -105,6 +107,9 @@ def check_models(args, work):
     for name in make.MODELS:
         yield name, model_problems(args.m6, name, work / "made", work)
     yield "qwen", regenerated_problems("qwen", work / "made")
+    m6.write(work / M6)
+    changed = same(load_file(work / M6), load_file(COMMITTED / M6), TOLERANCE)
+    yield "m6", [f"{M6}: `{tensor}` is made anew as something else" for tensor in changed]
 
 
 def check_tokens(args, work):
