@@ -10,6 +10,9 @@ use tch::{Kind, Tensor};
 use crate::refusals::{FAILURE, WRONG_USE, assert_all_refused, assert_refused, copy};
 use crate::scene::Scene;
 
+/// Tensors of a file by name.
+type Tensors = Vec<(String, Tensor)>;
+
 fn published() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/qwen2")
 }
@@ -68,7 +71,7 @@ fn weights_that_are_not_those_of_the_config() {
     let whole = fs::read(&file).unwrap();
     let score = "score --model qwen2 --device cpu --tokens 1,2";
     let refused = |words: &[&str]| assert_all_refused(&scene, &[(score, FAILURE, words)]);
-    let altered = |alter: &dyn Fn(&mut Vec<(String, Tensor)>), words: &[&str]| {
+    let altered = |alter: &dyn Fn(&mut Tensors), words: &[&str]| {
         fs::write(&file, &whole).unwrap();
         let mut tensors = read_tensors(&file).unwrap();
         alter(&mut tensors);
