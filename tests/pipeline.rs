@@ -425,6 +425,46 @@ fn a_language_model_learns_pictures() {
 }
 
 #[test]
+fn blocks_that_shared_their_weights_learn_apart() {
+    let scene = Scene::with_tokenizer();
+    let pseudo = "model.share_layers=true";
+    scene.succeed(&[
+        "train",
+        "train.toml",
+        "--set",
+        "schedule.steps=2",
+        "--set",
+        pseudo,
+        "--set",
+        "model.moe.every=1",
+    ]);
+    scene.succeed(&["convert", "run/model", "real", "--delink"]);
+    let caption = |model: &str| {
+        let args = ["caption", "--model", model, "pictures/red-square.png", "--device", "cpu", "--json"];
+        scene.json(&args)[0]["caption"].clone()
+    };
+    assert_eq!(caption("run/model"), caption("real"));
+    let size = |model: &str| fs::metadata(scene.path(model).join("model.safetensors")).unwrap().len();
+    assert!(size("real") > size("run/model"));
+
+    let again = scene.run(&["convert", "real", "other", "--delink"]);
+    assert_eq!(again.code, Some(2), "{}", again.stderr);
+    assert!(again.stderr.contains("share_layers = false"), "{}", again.stderr);
+    let start = ["--set", "init=\"real\"", "--set", "tokenizer={ file = \"real/tokenizer.json\" }"];
+    let train = [
+        "train",
+        "train.toml",
+        "--set",
+        "schedule.steps=2",
+        "--set",
+        "run=apart",
+        "--set",
+        "model.moe.every=1",
+    ];
+    scene.succeed(&[&train[..], &start[..]].concat());
+}
+
+#[test]
 fn pictures_are_seen_by_a_trained_network_or_by_their_pixels() {
     let scene = Scene::with_tokenizer();
     let params = m6_runtime::Params::new(tch::Device::Cpu, 3);

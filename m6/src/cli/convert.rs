@@ -22,6 +22,8 @@ use super::output;
     With --experts a dense model of either kind, or one of this program that draws, becomes one of this program with \
     experts, as Qwen2's were made: the neurons of each feed-forward are copied, shuffled and cut into experts, half of \
     whose neurons start anew, as do routers and shared experts.\n\n\
+    With --delink a model whose blocks all have the weights of the first (`share_layers`) becomes one whose blocks have their \
+    own, as M6-10T did: a run that starts from it (`init`) goes on where the other stopped.\n\n\
     With --pictures a language model becomes one that a run can begin from (`init`) to learn to see and draw: special ids \
     and image codes get rows, and there are a head for codes and an extractor of patch features; what it makes of texts \
     stays what it was."
@@ -42,6 +44,9 @@ pub struct Args {
     /// Make a language model ready to learn pictures, as the keys `model` and `vqgan` of this training config say
     #[arg(long, value_name = "CONFIG", group = "new")]
     pictures: Option<PathBuf>,
+    /// Give each block of a model with `share_layers` weights of its own, the same at first
+    #[arg(long, conflicts_with = "new")]
+    delink: bool,
     /// Seed of what is new
     #[arg(long, default_value_t = 0, requires = "new")]
     seed: u64,
@@ -58,6 +63,10 @@ impl Args {
             (_, Some(config)) => {
                 self.extend(&Extension::open(config, self.seed)?)?;
                 "model to begin training from"
+            }
+            (None, None) if self.delink => {
+                self.delink()?;
+                "model whose blocks can learn apart"
             }
             (None, None) => self.convert()?,
         };
@@ -82,6 +91,12 @@ impl Args {
             return model.save(&self.out, self.dtype(model.stored));
         }
         let mut model = Model::load(&self.source, Device::Cpu)?.upcycled(upcycling)?;
+        model.info.dtype = self.dtype(model.info.dtype);
+        model.save(&self.out, &self.source.join(VQGAN))
+    }
+
+    fn delink(&self) -> Result<()> {
+        let mut model = Model::load(&self.source, Device::Cpu)?.delinked()?;
         model.info.dtype = self.dtype(model.info.dtype);
         model.save(&self.out, &self.source.join(VQGAN))
     }

@@ -1,5 +1,6 @@
 //! The transformer's settings, saved as `config.json` beside its weights.
 
+use std::ops::Range;
 use std::path::Path;
 
 use m6_vision::PatchConfig;
@@ -17,6 +18,10 @@ pub struct ModelConfig {
     pub width: i64,
     /// Number of blocks.
     pub layers: i64,
+    /// Whether all blocks have the weights of the first: the pseudo stage of M6-10T (Lin et al. 2021), in which a giant
+    /// learns as a stack of the size of one block. `m6 convert --delink` gives each its own.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub share_layers: bool,
     /// Attention heads, `h`.
     pub heads: i64,
     /// Heads of keys and values, each for a group of query heads (Ainslie et al. 2023); as many as `heads` where absent.
@@ -152,6 +157,7 @@ impl ModelConfig {
         Self {
             width,
             layers,
+            share_layers: false,
             heads,
             kv_heads: None,
             head_width: None,
@@ -191,6 +197,11 @@ impl ModelConfig {
     /// Whether a forward pass in training leaves something to chance.
     pub fn is_random(&self) -> bool {
         self.dropout > 0.0 || self.moe.as_ref().is_some_and(|moe| !moe.noise.is_none())
+    }
+
+    /// The blocks that have weights of their own.
+    pub fn own_blocks(&self) -> Range<i64> {
+        0..if self.share_layers { 1 } else { self.layers }
     }
 
     /// What block `layer` has in place of a dense feed-forward, if anything.
@@ -234,6 +245,9 @@ impl ModelConfig {
         }
         if let Some(moe) = &self.moe {
             moe.validate(self.layers).map_err(|problem| format!("moe.{problem}"))?;
+        }
+        if self.share_layers && (1..self.layers).any(|layer| self.experts(layer) != self.experts(0)) {
+            return Err("share_layers = true: expected experts in all blocks or in none".into());
         }
         self.patches
             .as_ref()
@@ -325,6 +339,17 @@ impl WindowConfig {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn blocks_that_share_their_weights_are_alike() {
+        let plain = ModelConfig { share_layers: true, ..ModelConfig::new(16, 4, 2, 24, 8) };
+        assert!(plain.validate().is_ok());
+        for (every, is_fine) in [(1, true), (2, false), (4, false), (0, false)] {
+            let text = format!("experts = 4\nactive = 1\nevery = {every}\nbalance_loss = 0\nz_loss = 0");
+            let moe = Some(toml::from_str(&text).unwrap());
+            assert_eq!(ModelConfig { moe, ..plain.clone() }.validate().is_ok(), is_fine, "{every}");
+        }
+    }
 
     #[test]
     fn heads_that_do_not_divide_are_named() {

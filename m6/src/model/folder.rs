@@ -13,6 +13,8 @@ use tch::{Device, Kind};
 use super::{ModelConfig, PATCHES, Transformer, Upcycling, Vocab};
 use crate::error::{Error, Result};
 
+/// What the names of the blocks' tensors begin with.
+const BLOCKS: &str = "blocks.";
 const CONFIG: &str = "config.json";
 const WEIGHTS: &str = "model.safetensors";
 const TOKENIZER: &str = "tokenizer.json";
@@ -114,6 +116,22 @@ impl Model {
         Ok(model)
     }
 
+    /// The same with weights of its own for each block, where all have those of the first ("Pseudo-to-Real", Lin et al. 2021,
+    /// M6-10T): it computes what it did, and its blocks can now learn apart.
+    ///
+    /// # Errors
+    /// When the blocks share nothing.
+    pub fn delinked(self) -> Result<Self> {
+        let config = ModelConfig { share_layers: false, ..self.info.model.clone() };
+        if config == self.info.model {
+            return Err(Error::Usage("share_layers = false: the blocks have weights of their own".into()));
+        }
+        let mut model = Self::new(&config, self.tokenizer, self.vqgan, self.params.device(), 0)?;
+        model.info.dtype = self.info.dtype;
+        delink(&self.params, &model.params);
+        Ok(model)
+    }
+
     /// Side of the pictures that it sees, in pixels.
     pub fn resolution(&self) -> i64 {
         resolution(&self.info.model).expect("a model without patches is not opened")
@@ -193,6 +211,16 @@ pub fn read_info(dir: &Path) -> Result<ModelInfo> {
     let info: ModelInfo = serde_json::from_str(&text).map_err(|error| Error::file(&config, error))?;
     let problem = info.model.validate().and_then(|()| resolution(&info.model)).err();
     problem.map_or(Ok(info), |problem| Err(Error::file(&config, format!("model.{problem}"))))
+}
+
+/// Fills `target`, a stack, with the weights of one that is the same but for blocks that share those of the first.
+fn delink(shared: &Params, target: &Params) {
+    let shared = shared.tensors();
+    for (name, mut tensor) in target.tensors() {
+        let of_block = name.strip_prefix(BLOCKS).and_then(|rest| rest.split_once('.'));
+        let source = of_block.map_or(name.clone(), |(_, rest)| format!("{BLOCKS}0.{rest}"));
+        tensor.copy_(&shared[&source]);
+    }
 }
 
 /// Side of the pictures that a model of this config sees.

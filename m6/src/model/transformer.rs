@@ -2,6 +2,8 @@
 //!
 //! Legend: `n` tokens, `d` model width, `h` heads, `k` head width.
 
+use std::rc::Rc;
+
 use crate::error::Result;
 use m6_runtime::attention::Layout;
 use m6_runtime::nn::{Embedding, Linear};
@@ -85,7 +87,8 @@ pub struct Transformer {
     /// Absent where there is nothing but text.
     segment_table: Option<Embedding>,
     patches: Option<PatchEncoder>,
-    blocks: Vec<Block>,
+    /// One and the same many times where they share their weights.
+    blocks: Vec<Rc<Block>>,
     norm: Norm,
     /// Absent where texts share the input table.
     text_head: Option<Linear>,
@@ -103,7 +106,7 @@ impl Transformer {
         let patch_grid = config.patches.as_ref().map_or(0, PatchConfig::grid);
         let positions = Positions { text: config.max_text, patch_grid, code_grid };
         let has_pictures = config.patches.is_some() || !vocab.is_language();
-        let blocks = (0..config.layers).map(|i| {
+        let block = |i: i64| {
             let at = params / "blocks" / i;
             let feed_forward = match config.experts(i) {
                 Some(moe) => FeedForward::Experts(Box::new(Moe::new(&(&at / "moe"), config, moe, out_std))),
@@ -112,18 +115,19 @@ impl Transformer {
                     FeedForward::Dense(Mlp::new(&(&at / "mlp"), kind, d, config.hidden, out_std, has_bias))
                 }
             };
-            Block {
+            Rc::new(Block {
                 attention_norm: Norm::new(&(&at / "attention_norm"), config),
                 attention: Attention::new(&(&at / "attention"), config, out_std),
                 feed_forward_norm: Norm::new(&(&at / "feed_forward_norm"), config),
                 feed_forward,
-            }
-        });
+            })
+        };
+        let own: Vec<_> = config.own_blocks().map(block).collect();
         let table = |name: &str, rows: i64| Embedding::new(&(params / name), rows, d, Init::Normal(INIT_STD));
         let head = |name: &str, rows: i64| Linear::head(&(params / name), d, rows, Init::Normal(INIT_STD));
         let rotary = |config: &RotaryConfig, width: i64| Rotary::new(config, width, params.device());
         Self {
-            blocks: blocks.collect(),
+            blocks: own.iter().cycle().take(config.layers as usize).cloned().collect(),
             tokens: table("tokens", vocab.rows()),
             position_table: config.rotary.is_none().then(|| table("positions", positions.rows())),
             rotary: config.rotary.as_ref().map(|settings| rotary(settings, config.head_width())),

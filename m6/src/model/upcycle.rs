@@ -81,7 +81,7 @@ impl Upcycling {
                 tensor.copy_(source);
             }
         }
-        for layer in 0..self.model.layers {
+        for layer in self.model.own_blocks() {
             let Some(moe) = self.model.experts(layer) else { continue };
             // Of SwiGLU the gate's rows, then as many of the other half.
             let (up, parts) = self.model.feed_forward.up(1);

@@ -56,15 +56,16 @@ impl Parts {
     /// Counts a stack.
     pub fn of(shape: &Shape) -> Self {
         let model = &shape.model;
-        let moes = || (0..model.layers).filter_map(|layer| model.experts(layer));
-        let dense = model.layers - moes().count() as i64;
+        let blocks = model.own_blocks().count() as i64;
+        let moes = || model.own_blocks().filter_map(|layer| model.experts(layer));
+        let dense = blocks - moes().count() as i64;
         Self {
             embeddings: Count::same(embeddings(shape)),
-            attention: Count::same(model.layers * attention(model)),
+            attention: Count::same(blocks * attention(model)),
             feed_forward: Count::same(dense * feed_forward(model)),
             experts: moes().map(|moe| experts(model, moe)).sum(),
             router: Count::same(moes().map(|moe| router(model, moe)).sum()),
-            norms: Count::same((2 * model.layers + 1) * norm(model)),
+            norms: Count::same((2 * blocks + 1) * norm(model)),
             heads: Count::same(heads(shape)),
             patches: Count::same(model.patches.as_ref().map_or(0, |config| patches(config, model.width))),
         }
@@ -108,7 +109,8 @@ pub(super) fn hidden_matrices(shape: &Shape) -> i64 {
     };
     let projections = d * (queries_keys_values(model) + model.heads * model.head_width());
     let project = model.patches.as_ref().map_or(0, |patches| patches.features() * d);
-    model.layers * projections + (0..model.layers).map(fed).sum::<i64>() + project
+    let blocks = model.own_blocks();
+    blocks.clone().map(|layer| projections + fed(layer)).sum::<i64>() + project
 }
 
 fn embeddings(shape: &Shape) -> i64 {

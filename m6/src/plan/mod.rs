@@ -58,15 +58,17 @@ impl Plan {
             parameters: parts.total().parameters,
             active_parameters: parts.total().active,
             parts,
-            flops: Flops::of(&subject.shape, &parts, length),
+            flops: Flops::of(&subject.shape, length),
             memory: memory::setups(subject, machine),
         }
     }
 }
 
 impl Flops {
-    fn of(shape: &Shape, parts: &Parts, length: i64) -> Self {
-        let model = &shape.model;
+    fn of(shape: &Shape, length: i64) -> Self {
+        // A token goes through blocks that share their weights, too.
+        let model = &ModelConfig { share_layers: false, ..shape.model.clone() };
+        let parts = Parts::of(&Shape { model: model.clone(), ..shape.clone() });
         let body = [parts.attention, parts.feed_forward, parts.experts, parts.router];
         let head = shape.vocab.text_rows() * model.width;
         let products = body.iter().map(|count| count.active).sum::<i64>() + head;
@@ -173,6 +175,7 @@ mod tests {
             (ModelConfig { moe: Some(some), ..qwen2.clone() }, 0),
             (ModelConfig { moe: Some(shared), tied: false, ..qwen2.clone() }, 8),
             (qwen2, 0),
+            (ModelConfig { share_layers: true, ..bert.clone() }, 8),
             (ModelConfig { patches: extractor(64, Extractor::Resnet(Depth::Fifty)), ..bert.clone() }, 0),
             (ModelConfig { patches: extractor(32, Extractor::Linear(8)), ..bert.clone() }, 8),
             (bert, 8),
@@ -310,7 +313,7 @@ mod tests {
     fn operations_are_counted_as_in_our_bench() {
         let Subject { shape, .. } = preset("qwen2-0.5b");
         let parts = Parts::of(&shape);
-        let found = Flops::of(&shape, &parts, 2048).training_per_token;
+        let found = Flops::of(&shape, 2048).training_per_token;
         // 6 for each parameter and token, and causal attention; norms are no products.
         let attention = 6 * shape.model.layers * shape.model.width * 2048;
         let bench = (6 * (parts.total().parameters - parts.norms.parameters) + attention) as f64;

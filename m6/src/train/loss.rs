@@ -174,6 +174,47 @@ mod tests {
         }
     }
 
+    /// Blocks with the weights of one ("Pseudo-to-Real", Lin et al. 2021, M6-10T) compute what they do with weights of their
+    /// own that are the same, and what these would learn reaches the one set together.
+    #[test]
+    fn shared_blocks_are_blocks_that_are_the_same() {
+        let config = ModelConfig { share_layers: true, ..dense() };
+        let (shared, pseudo) = built(&config);
+        let (own, real) = built(&ModelConfig { share_layers: false, ..config.clone() });
+        let of_first = |name: &str| match name.strip_prefix("blocks.").and_then(|rest| rest.split_once('.')) {
+            Some((_, rest)) => format!("blocks.0.{rest}"),
+            None => name.to_owned(),
+        };
+        let weights = shared.tensors();
+        for (name, mut tensor) in own.tensors() {
+            tensor.copy_(&weights[&of_first(&name)]);
+        }
+        let score = |transformer: &Transformer, recompute| {
+            let batch = batch(transformer, &[5, 6, 7], flat(5), true);
+            accumulate(transformer, &batch, 1, recompute).unwrap().total
+        };
+        assert_eq!(score(&pseudo, false), score(&real, false));
+
+        let mut sums: BTreeMap<String, Tensor> = BTreeMap::new();
+        for (name, param) in own.trainable() {
+            let sum =
+                sums.remove(&of_first(&name)).map_or(param.tensor.grad(), |sum| sum + param.tensor.grad());
+            sums.insert(of_first(&name), sum);
+        }
+        let gap = |param: &Tensor, sum: &Tensor| (param.grad() - sum).abs().max().double_value(&[]);
+        let mut trained = shared.trainable();
+        assert_eq!(trained.len(), sums.len());
+        for (name, param) in &trained {
+            assert!(gap(&param.tensor, &sums[name]) < 1e-6, "{name}");
+        }
+        let once: Vec<Tensor> = trained.iter().map(|(_, param)| param.tensor.grad().copy()).collect();
+        trained.iter_mut().for_each(|(_, param)| param.tensor.zero_grad());
+        let _ = score(&pseudo, true);
+        for ((name, param), once) in trained.iter().zip(&once) {
+            assert!(gap(&param.tensor, once) < 1e-6, "{name}");
+        }
+    }
+
     /// Every number of an update of three micro-batches by name: what they are scored, gradients, and the random state.
     fn update(config: &ModelConfig, recompute: bool) -> Vec<(String, Tensor)> {
         let (params, transformer) = built(config);

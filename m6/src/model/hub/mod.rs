@@ -225,6 +225,9 @@ fn read_own(config: Value) -> std::result::Result<LanguageInfo, String> {
             .to_owned());
     }
     let info = LanguageInfo::deserialize(config).map_err(|error| error.to_string())?;
+    if info.model.share_layers {
+        return Err("model.share_layers = true: expected false in a language model".to_owned());
+    }
     let codes = info.vocab.codes;
     if codes == 0 { Ok(info) } else { Err(format!("vocab.codes = {codes}: expected 0 in a language model")) }
 }
