@@ -1,7 +1,7 @@
 //! What libtorch can do and `tch` does not bind: a parameter registry with strict weights, fused AdamW and Muon,
 //! averaged weights, attention by sequence lengths, fused norms and gates, rows sorted by expert, backward passes in
-//! parts, random state, determinism and memory figures, and the few layers that every model here is built from. The
-//! only crate with `unsafe` and C++.
+//! parts, random state, determinism and memory figures, weight files of safetensors and of torch, and the few layers that
+//! every model here is built from. The only crate with `unsafe` and C++.
 
 #![allow(unsafe_code)]
 
