@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
 
@@ -412,6 +412,17 @@ fn a_language_model_learns_pictures() {
     scene.succeed(&["generate", "--model", "run/model", "red square", "-o", "out.png", "--device", "cpu"]);
     scene.succeed(&["caption", "--model", "run/model", "pictures/red-square.png", "--device", "cpu"]);
 
+    // The same with a network that comes trained: its weights come along.
+    let config = fs::read_to_string(scene.path("train.toml")).unwrap();
+    let trained =
+        config.replace("{ resolution = 16, channels = [16, 16] }", "{ resolution = 32, resnet = 50 }");
+    fs::write(scene.path("trained.toml"), format!("extractor = \"resnet.safetensors\"\n{trained}")).unwrap();
+    write_extractor(&scene);
+    scene.succeed(&["convert", "language", "seeing", "--pictures", "trained.toml"]);
+    let tensors = m6_runtime::read_tensors(&scene.path("resnet.safetensors")).unwrap();
+    let (name, kernel) = tensors.into_iter().find(|(name, _)| name == "layer4.2.conv3.weight").unwrap();
+    assert_eq!(table("seeing", &format!("patches.resnet.{name}")).to_kind(tch::Kind::BFloat16), kernel);
+
     write_language_model(&scene.path("small"), 200);
     fs::remove_file(scene.path("language/tokenizer.json")).unwrap();
     for (folder, problem) in [
@@ -464,14 +475,20 @@ fn blocks_that_shared_their_weights_learn_apart() {
     scene.succeed(&[&train[..], &start[..]].concat());
 }
 
-#[test]
-fn pictures_are_seen_by_a_trained_network_or_by_their_pixels() {
-    let scene = Scene::with_tokenizer();
+/// Writes a ResNet-50 with random weights as `resnet.safetensors`.
+fn write_extractor(scene: &Scene) -> PathBuf {
     let params = m6_runtime::Params::new(tch::Device::Cpu, 3);
     let config = serde_json::from_str(r#"{ "resolution": 32, "resnet": 50 }"#).unwrap();
     m6_vision::PatchEncoder::new(&params, &config, 8);
-    let extractor = scene.path("resnet.safetensors");
-    (&params / "resnet").save(&extractor, tch::Kind::BFloat16).unwrap();
+    let path = scene.path("resnet.safetensors");
+    (&params / "resnet").save(&path, tch::Kind::BFloat16).unwrap();
+    path
+}
+
+#[test]
+fn pictures_are_seen_by_a_trained_network_or_by_their_pixels() {
+    let scene = Scene::with_tokenizer();
+    let extractor = write_extractor(&scene);
 
     let seen = |patches: &str, transform: &str| {
         format!("model.patches={patches}\ndata.sources.bars.transform=\"{transform}\"\nschedule.steps=2")

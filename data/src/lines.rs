@@ -39,7 +39,10 @@ impl<'a> Lines<'a> {
     }
 
     /// A member for each line of a text that begins at `offset` of its file.
-    fn members(self, text: impl Read, mut offset: u64) -> io::Result<Vec<Member>> {
+    ///
+    /// # Errors
+    /// It cannot be read.
+    pub(crate) fn members(self, text: impl Read, mut offset: u64) -> io::Result<Vec<Member>> {
         let mut text = BufReader::new(text);
         if text.fill_buf()?.starts_with(BYTE_ORDER_MARK) {
             text.consume(BYTE_ORDER_MARK.len());
@@ -73,14 +76,6 @@ impl<'a> Lines<'a> {
             offset += read as u64;
         }
     }
-}
-
-/// The lines of a file.
-///
-/// # Errors
-/// It cannot be read.
-pub(crate) fn read(lines: Lines, file: &File) -> io::Result<Vec<Member>> {
-    lines.members(file, 0)
 }
 
 /// The members of an archive with the lines of its `jsonl` members in their places.

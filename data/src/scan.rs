@@ -179,7 +179,7 @@ fn scan<'a>(
     let stamp = Stamp::of(&file, matches!(source, Source::File(_))).map_err(DataError::io("read", &name))?;
     let unreadable = || DataError::io("read", &name);
     if let Some(text) = source.lines() {
-        let members = lines::read(text, &file).map_err(unreadable())?;
+        let members = text.members(&file, 0).map_err(unreadable())?;
         let index = TarIndex { members, defects: Vec::new() };
         return Ok(Scanned { file: path, stamp, index, unused_index: None });
     }
