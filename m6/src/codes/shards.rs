@@ -121,7 +121,7 @@ fn targets(names: &[String], out: &Path) -> Result<Vec<PathBuf>> {
             false => Path::new(name),
         };
         let file_name = path.file_name().filter(|_| !name.starts_with("pipe:"));
-        let target = file_name.map(|file_name| out.join(uncompressed(file_name))).ok_or_else(|| {
+        let target = file_name.map(|file_name| out.join(as_archive(file_name))).ok_or_else(|| {
             Error::Usage(format!("{name}: expected a file or url, after whose name the new shard is named"))
         })?;
         if !seen.insert(target.clone()) {
@@ -136,14 +136,18 @@ fn targets(names: &[String], out: &Path) -> Result<Vec<PathBuf>> {
     names.iter().map(target).collect()
 }
 
-/// The name of a shard as it is written, whatever it was read from.
-fn uncompressed(file_name: &OsStr) -> PathBuf {
-    let name = Path::new(file_name);
-    match name.extension().and_then(OsStr::to_str) {
-        Some("gz") => name.with_extension(""),
-        Some("tgz") => name.with_extension("tar"),
-        _ => name.to_owned(),
+/// The name of a shard as it is written, an archive that is not compressed, whatever it was read from.
+fn as_archive(file_name: &OsStr) -> PathBuf {
+    let extension = |name: &Path| name.extension().and_then(OsStr::to_str).map(str::to_lowercase);
+    let mut name = PathBuf::from(file_name);
+    if extension(&name).is_some_and(|found| ["gz", "bz2", "xz"].contains(&found.as_str())) {
+        name.set_extension("");
     }
+    // By the names of texts it would be read as lines.
+    if extension(&name).is_some_and(|found| ["tgz", "txt", "jsonl"].contains(&found.as_str())) {
+        name.set_extension("tar");
+    }
+    name
 }
 
 /// Writes down by what the codes are made, or checks that those there were made by the same.
@@ -211,13 +215,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn shards_are_named_after_those_they_come_from_and_are_not_compressed() {
+    fn shards_are_named_after_those_they_come_from_and_are_archives() {
         let targets = |names: &[&str]| {
             let names: Vec<String> = names.iter().map(|name| (*name).to_owned()).collect();
             targets(&names, Path::new("out")).map_err(|error| error.to_string())
         };
         let found = targets(&["a/x.tar", "a/y.tar.gz", "https://host/z.tgz?at=a/b.tar"]).unwrap();
         assert_eq!(found, ["out/x.tar", "out/y.tar", "out/z.tar"].map(PathBuf::from));
+        let found = targets(&["a/words.txt", "a/lines.JSONL.gz", "a/y.txt.xz", "a/z.tar.bz2"]).unwrap();
+        assert_eq!(found, ["out/words.tar", "out/lines.tar", "out/y.tar", "out/z.tar"].map(PathBuf::from));
         let same = targets(&["a/x.tar", "b/x.tar.gz"]).unwrap_err();
         assert!(same.contains("an earlier shard has the same file name"), "{same}");
     }
