@@ -13,13 +13,12 @@ const ARCHITECTURES: [&str; 3] = [
 ];
 
 /// What launches work of our own on a GPU.
-const CUDA_FILES: [&str; 11] = [
+const CUDA_FILES: [&str; 10] = [
     "adamw",
     "copies",
     "cuda_graph",
     "experts",
     "gates",
-    "head",
     "launch",
     "norms",
     "products",
@@ -39,11 +38,11 @@ fn main() {
         .flag_if_supported("-Wno-unused-parameter")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
-        .file("csrc/shim.cpp");
+        .files(["csrc/head.cpp", "csrc/shim.cpp"]);
     if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
         let toolkit = toolkit(Path::new(&lib));
         let files = CUDA_FILES.map(|name| format!("csrc/{name}.cpp"));
-        build.include(toolkit.join("include")).files(files);
+        build.define("M6_CUDA", None).include(toolkit.join("include")).files(files);
         compile_kernels(&toolkit);
     }
     build.compile("m6_runtime_shim");

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Perplexity beyond the trained length, as in table 3 of Qwen's report (Bai et al. 2023), on a model that is made for it:
 transformers trains a small Qwen2 on the bytes of a book in texts of 256, `m6 score` scores longer ones with and without
-dynamic NTK, LogN and shorter windows in lower layers.
+dynamic NTK, LogN and shorter windows in lower layers; and with dual chunk attention and YaRN, as Qwen2 has them.
 
     python3 scripts/long_texts.py M6 BOOK.txt OUT
 
@@ -26,6 +26,8 @@ TEXTS = 8
 STEPS, BATCH, LEARNING_RATE, WARM_UP = 3000, 64, 1e-3, 100
 NTK = {"scaling": {"kind": "dynamic_steps", "trained": TRAINED}}
 LOGN = {"logn": TRAINED}
+CHUNKS = {"chunks": {"size": TRAINED * 3 // 4, "trained": TRAINED}}
+YARN = {"scaling": {"kind": "yarn", "factor": LENGTHS[-1] / TRAINED, "original": TRAINED}}
 WINDOW = {"size": TRAINED, "from": 0, "last": 4 * TRAINED}
 # By name: what is changed of the rotary settings, and the window.
 VARIANTS = {
@@ -33,6 +35,9 @@ VARIANTS = {
     "+ dynamic NTK": (NTK, None),
     "+ LogN": (NTK | LOGN, None),
     "+ window": (NTK | LOGN, WINDOW),
+    "YaRN": (YARN, None),
+    "dual chunk attention": (CHUNKS, None),
+    "+ YaRN": (CHUNKS | YARN, None),
 }
 
 

@@ -118,6 +118,9 @@ pub enum DataError {
     /// Encoding, decoding or training failed.
     #[error("tokenizer: {0}")]
     Tokenizer(String),
+    /// A conversation that the template has no place for, or a tokenizer without its tokens.
+    #[error("conversation: {0}")]
+    Chat(String),
     /// A vocabulary too small to be trained.
     #[error("tokenizer: vocab_size = {size}, expected at least {smallest} (one a byte)")]
     VocabSize {

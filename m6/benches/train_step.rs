@@ -30,7 +30,7 @@ fn shape(name: &str) -> Option<(ModelConfig, i64)> {
         kv_heads: Some(kv_heads),
         qk_norm: false,
         bias: Bias::Qkv,
-        rotary: Some(RotaryConfig { base: 1e6, scaling: None, logn: None }),
+        rotary: Some(RotaryConfig::new(1e6)),
         ..ModelConfig::new(width, layers, heads, hidden, 4096)
     };
     let m6 = |hidden| ModelConfig {

@@ -7,7 +7,7 @@
 use tch::{Device, Kind, Tensor};
 
 use crate::device::upload;
-use crate::error::Result;
+use crate::error::{Result, RuntimeError};
 use crate::ffi;
 use crate::fused::split_rotate;
 
@@ -48,16 +48,46 @@ pub struct Layout {
 /// Index tensors of the variable-length calls, made once a batch.
 #[derive(Debug)]
 struct FlashLayout {
-    cumulative: Tensor,
+    /// Whole examples.
+    examples: Stretches,
     longest: i64,
     /// The prefix of each example.
     #[cfg(feature = "cuda")]
     prefixes: Tensor,
-    prefix_rows: Tensor,
-    prefix_cumulative: Tensor,
-    prefix_longest: i64,
+    /// The two calls of examples with a prefix; absent where causal is right for all.
+    halves: Option<Halves>,
     /// The length of the examples where all have the same, a round one, and causal is right for all.
     common: Option<i64>,
+}
+
+/// Prefixes and targets apart, where they lie. Each call gives the rows of the other no key, whose results are zeros then,
+/// and looks at each key once, with or without a query, so that gradients are whole.
+#[derive(Debug)]
+struct Halves {
+    prefixes: Stretches,
+    targets: Stretches,
+}
+
+/// Where the stretches of a variable-length call end, `[stretches + 1]` int32 from 0: queries, and the keys that they see.
+#[derive(Debug)]
+struct Stretches {
+    query_ends: Tensor,
+    key_ends: Tensor,
+}
+
+impl Stretches {
+    /// Of stretches of so many queries and keys, one after the other.
+    fn new(lengths: impl Iterator<Item = (i64, i64)>, device: Device) -> Result<Self> {
+        let (mut query_ends, mut key_ends) = (vec![0i32], vec![0i32]);
+        let (mut query_end, mut key_end) = (0, 0);
+        for (queries, keys) in lengths {
+            (query_end, key_end) = (query_end + queries as i32, key_end + keys as i32);
+            query_ends.push(query_end);
+            key_ends.push(key_end);
+        }
+        let ends = |ends: &[i32]| upload(&Tensor::from_slice(ends), device);
+        Ok(Self { query_ends: ends(&query_ends)?, key_ends: ends(&key_ends)? })
+    }
 }
 
 impl Layout {
@@ -74,44 +104,39 @@ impl Layout {
     pub fn spans(&self) -> &[Span] {
         &self.spans
     }
+
+    /// Tokens of the longest example.
+    pub fn longest(&self) -> i64 {
+        self.spans.iter().map(Span::len).max().unwrap_or(0)
+    }
 }
 
 impl FlashLayout {
     fn new(spans: &[Span], device: Device) -> Result<Self> {
-        let cumulative = |lengths: &[i64]| {
-            let mut ends = vec![0i32];
-            ends.extend(lengths.iter().scan(0, |end, &n| {
-                *end += n as i32;
-                Some(*end)
-            }));
-            upload(&Tensor::from_slice(&ends), device)
+        let longest = spans.iter().map(Span::len).max().unwrap_or(0);
+        // For a prefix of one token or none causal is already right.
+        let is_causal = spans.iter().all(|span| span.prefix <= 1);
+        let prefixes = |span: &Span| [(span.prefix, span.prefix), (span.target, 0), (0, span.target)];
+        let targets = |span: &Span| [(span.prefix, 0), (span.target, span.len())];
+        let halves = || {
+            Ok::<_, RuntimeError>(Halves {
+                prefixes: Stretches::new(spans.iter().flat_map(prefixes), device)?,
+                targets: Stretches::new(spans.iter().flat_map(targets), device)?,
+            })
         };
-        let lengths: Vec<i64> = spans.iter().map(Span::len).collect();
-        // Examples with a prefix of one token or none need no second pass: causal is already right for them.
-        let mut rows = Vec::new();
-        let mut prefixes = Vec::new();
-        let mut start = 0;
-        for span in spans {
-            if span.prefix > 1 {
-                rows.extend(start..start + span.prefix);
-                prefixes.push(span.prefix);
-            }
-            start += span.len();
-        }
         Ok(Self {
-            cumulative: cumulative(&lengths)?,
-            longest: lengths.iter().copied().max().unwrap_or(0),
+            examples: Stretches::new(spans.iter().map(|span| (span.len(), span.len())), device)?,
+            longest,
             #[cfg(feature = "cuda")]
             prefixes: upload(
                 &Tensor::from_slice(&spans.iter().map(|span| span.prefix as i32).collect::<Vec<_>>()),
                 device,
             )?,
-            prefix_rows: upload(&Tensor::from_slice(&rows), device)?,
-            prefix_cumulative: cumulative(&prefixes)?,
-            prefix_longest: prefixes.iter().copied().max().unwrap_or(0),
-            common: lengths.first().copied().filter(|first| {
-                prefixes.is_empty() && first % DENSE_STEP == 0 && lengths.iter().all(|length| length == first)
-            }),
+            halves: if is_causal { None } else { Some(halves()?) },
+            common: (is_causal
+                && longest % DENSE_STEP == 0
+                && spans.iter().all(|span| span.len() == longest))
+            .then_some(longest),
         })
     }
 }
@@ -120,9 +145,9 @@ impl FlashLayout {
 /// queries) under the prefix/target rule of `layout`; returns `[n, h, k]`. With a `window`, a token sees of what is
 /// before it only so many tokens, itself included.
 ///
-/// On a GPU and in bf16 this is, for short examples, a kernel of our own; or one causal variable-length flash call over
-/// everything, then the prefix rows once more without the causal rule, put in place; or, where all examples have one round
-/// length and causal is right for all, one call of cuDNN's, which is faster. Elsewhere it is a masked call for each example.
+/// On a GPU and in bf16 this is, for short examples, a kernel of our own; or two variable-length flash calls where the rows
+/// lie, of prefixes and of targets; or, where causal is right for all, one, and where then all examples have one round length,
+/// one of cuDNN's, which is faster. Elsewhere it is a masked call for each example.
 ///
 /// # Errors
 /// When libtorch refuses a call.
@@ -178,14 +203,11 @@ fn flash_attention(
     if let Some(length) = layout.common.filter(is_fast) {
         return causal_attention(q, k, v, length);
     }
-    let all = varlen_flash(q, k, v, &layout.cumulative, layout.longest, true, window)?;
-    if layout.prefix_longest == 0 {
-        return Ok(all);
+    let call = |stretches, causal| varlen_flash(q, k, v, stretches, layout.longest, causal, window);
+    match &layout.halves {
+        None => call(&layout.examples, true),
+        Some(Halves { prefixes, targets }) => Ok(call(prefixes, false)? + call(targets, true)?),
     }
-    let rows = &layout.prefix_rows;
-    let [q, k, v] = [q, k, v].map(|t| t.index_select(0, rows));
-    let prefix = varlen_flash(&q, &k, &v, &layout.prefix_cumulative, layout.prefix_longest, false, window)?;
-    Ok(all.index_copy(0, rows, &prefix))
 }
 
 /// Whether cuDNN's attention may be taken: its backward pass is not the same from run to run, and knows no wider heads.
@@ -207,7 +229,7 @@ fn varlen_flash(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
-    ends: &Tensor,
+    stretches: &Stretches,
     longest: i64,
     causal: bool,
     window: Option<i64>,
@@ -220,8 +242,8 @@ fn varlen_flash(
             q.as_ptr(),
             k.as_ptr(),
             v.as_ptr(),
-            ends.as_ptr(),
-            ends.as_ptr(),
+            stretches.query_ends.as_ptr(),
+            stretches.key_ends.as_ptr(),
             longest,
             longest,
             causal,
@@ -259,10 +281,10 @@ mod short {
     }
 
     pub(super) fn attention(q: &Tensor, k: &Tensor, v: &Tensor, layout: &FlashLayout) -> Result<Tensor> {
-        let FlashLayout { cumulative, prefixes, longest, .. } = layout;
+        let FlashLayout { examples, prefixes, longest, .. } = layout;
         // SAFETY: live tensors that libtorch reads; the result is new.
         try_made(|out| unsafe {
-            let (starts, prefixes) = (cumulative.as_ptr(), prefixes.as_ptr());
+            let (starts, prefixes) = (examples.query_ends.as_ptr(), prefixes.as_ptr());
             ffi::m6_short_attention(q.as_ptr(), k.as_ptr(), v.as_ptr(), starts, prefixes, *longest, out)
         })
     }
@@ -273,11 +295,11 @@ mod short {
         sines: &Tensor,
         layout: &FlashLayout,
     ) -> Result<Tensor> {
-        let FlashLayout { cumulative, prefixes, longest, .. } = layout;
+        let FlashLayout { examples, prefixes, longest, .. } = layout;
         let (cosines, sines) = (cosines.contiguous(), sines.contiguous());
         // SAFETY: as above.
         try_made(|out| unsafe {
-            let (starts, prefixes) = (cumulative.as_ptr(), prefixes.as_ptr());
+            let (starts, prefixes) = (examples.query_ends.as_ptr(), prefixes.as_ptr());
             let (cosines, sines) = (cosines.as_ptr(), sines.as_ptr());
             ffi::m6_short_rotary_attention(qkv.as_ptr(), cosines, sines, starts, prefixes, *longest, out)
         })

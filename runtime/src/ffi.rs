@@ -67,6 +67,13 @@ unsafe extern "C" {
         out: *mut *mut C_tensor,
     ) -> *mut c_char;
     pub(crate) fn m6_is_deterministic() -> bool;
+    pub(crate) fn m6_linear_cross_entropy(
+        hidden: *const C_tensor,
+        weight: *const C_tensor,
+        labels: *const C_tensor,
+        total: *mut *mut C_tensor,
+        losses: *mut *mut C_tensor,
+    ) -> *mut c_char;
     pub(crate) fn m6_leaky_relu(x: *const C_tensor, slope: f64, out: *mut *mut C_tensor) -> *mut c_char;
     pub(crate) fn m6_upload(host: *const C_tensor, cuda_index: c_int, out: *mut *mut C_tensor)
     -> *mut c_char;
@@ -197,14 +204,6 @@ unsafe extern "C" {
         order: *const C_tensor,
         rows: *const C_tensor,
         out: *mut *mut C_tensor,
-    ) -> *mut c_char;
-    pub(crate) fn m6_linear_cross_entropy(
-        hidden: *const C_tensor,
-        weight: *const C_tensor,
-        labels: *const C_tensor,
-        row_weights: *const C_tensor,
-        total: *mut *mut C_tensor,
-        losses: *mut *mut C_tensor,
     ) -> *mut c_char;
 }
 

@@ -1,5 +1,5 @@
 //! What libtorch can do and `tch` does not bind: a parameter registry with strict weights, fused AdamW and Muon,
-//! averaged weights, attention by sequence lengths, fused norms and gates, rows sorted by expert, backward passes in
+//! averaged weights, attention by sequence lengths and in chunks, fused norms and gates, rows sorted by expert, backward passes in
 //! parts, random state, determinism and memory figures, weight files of safetensors and of torch, and the few layers that
 //! every model here is built from. The only crate with `unsafe` and C++.
 
@@ -7,6 +7,7 @@
 
 mod adamw;
 pub mod attention;
+pub mod chunked_attention;
 mod cuda_graph;
 pub mod device;
 mod error;

@@ -1,12 +1,14 @@
 //! `m6 tokenizer`.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use m6::train::texts;
 use m6::{Error, Result};
+use m6_data::chat::{ChatTokens, IGNORED, Message};
 use m6_data::{ShardSet, SkipLimits, Tokenizer, train_bpe};
 use m6_run::{Task, fetching};
+use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::args::FieldArgs;
@@ -19,6 +21,8 @@ pub enum Command {
     Train(TrainArgs),
     /// Show the token ids of texts
     Encode(EncodeArgs),
+    /// Show the token ids of conversations in ChatML, and which of them are learned
+    Chat(ChatArgs),
 }
 
 impl Command {
@@ -26,6 +30,7 @@ impl Command {
         match self {
             Self::Train(args) => args.run(),
             Self::Encode(args) => args.run(),
+            Self::Chat(args) => args.run(),
         }
     }
 }
@@ -92,17 +97,11 @@ impl EncodeArgs {
         if self.special {
             tokenizer = tokenizer.with_special_names();
         }
-        let file = fs::read_to_string(&self.texts).map_err(|error| output::file_error(&self.texts, error))?;
+        let file = read(&self.texts)?;
         let is_json = self.texts.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("jsonl"));
         for (number, line) in (1..).zip(file.lines()) {
             let tokens = if is_json {
-                let text: String = serde_json::from_str(line).map_err(|error| {
-                    output::file_error(
-                        &self.texts,
-                        format_args!("line {number}: expected a JSON string: {error}"),
-                    )
-                })?;
-                tokenizer.encode(&text)?
+                tokenizer.encode(&parse::<String>(&self.texts, number, line, "a JSON string")?)?
             } else {
                 tokenizer.encode(line)?
             };
@@ -115,4 +114,61 @@ impl EncodeArgs {
         }
         Ok(())
     }
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Example of a line:\n  {\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}, {\"role\": \
+    \"assistant\", \"content\": \"Hello.\"}]}\n\nTokens that are not learned are in parentheses; with --json their label is \
+    -100."
+)]
+pub struct ChatArgs {
+    /// A `tokenizer.json` with the tokens of ChatML, or tiktoken ranks (`*.tiktoken`)
+    tokenizer: PathBuf,
+    /// A conversation a line (`*.jsonl`)
+    #[arg(value_name = "FILE")]
+    conversations: PathBuf,
+    /// Print each conversation's tokens and labels as one line of JSON
+    #[arg(long)]
+    json: bool,
+}
+
+/// A line of a file of conversations.
+#[derive(Debug, serde::Deserialize)]
+struct Conversation {
+    messages: Vec<Message>,
+}
+
+impl ChatArgs {
+    fn run(self) -> Result<()> {
+        let tokenizer = Tokenizer::load(&self.tokenizer)?;
+        for (number, line) in (1..).zip(read(&self.conversations)?.lines()) {
+            let what = "an object with messages of a role and a content";
+            let Conversation { messages } = parse(&self.conversations, number, line, what)?;
+            let chat = ChatTokens::new(&tokenizer, &messages).map_err(|error| {
+                output::file_error(&self.conversations, format_args!("line {number}: {error}"))
+            })?;
+            if self.json {
+                output::json(&chat)?;
+                continue;
+            }
+            let shown = chat.tokens.iter().zip(&chat.labels).map(|(token, label)| match *label {
+                IGNORED => format!("({token})"),
+                _ => token.to_string(),
+            });
+            output::line(shown.collect::<Vec<_>>().join(" "))?;
+        }
+        Ok(())
+    }
+}
+
+fn read(path: &Path) -> Result<String> {
+    fs::read_to_string(path).map_err(|error| output::file_error(path, error))
+}
+
+/// What line `number` of the file `path` says in JSON.
+fn parse<T: DeserializeOwned>(path: &Path, number: usize, line: &str, what: &str) -> Result<T> {
+    serde_json::from_str(line).map_err(|error| {
+        output::file_error(path, format_args!("line {number}: expected {what}: {error}"))
+    })
 }

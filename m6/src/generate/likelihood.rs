@@ -8,9 +8,6 @@ use tch::{Kind, Tensor};
 use crate::error::{Error, Result};
 use crate::model::{LanguageModel, Mode, RotaryConfig, Sequence};
 
-/// Rows whose logits are there at once.
-const ROWS: i64 = 256;
-
 /// What a model makes of a sequence of tokens.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Likelihood {
@@ -40,15 +37,9 @@ pub fn likelihood(model: &LanguageModel, tokens: &[i64]) -> Result<Likelihood> {
     // Nothing is seen whole: every token is a target.
     let layout = Layout::new(vec![Span { prefix: 0, target: n }], device)?;
     let hidden = transformer.forward(&sequence.to_device(device)?, None, &layout, n, Mode::Infer)?.x_nd;
-    let (head, labels) = (transformer.text_head(), Tensor::from_slice(&tokens[1..]).to_device(device));
-    let costs: Vec<Tensor> = (0..n - 1)
-        .step_by(ROWS as usize)
-        .map(|start| {
-            let count = ROWS.min(n - 1 - start);
-            linear_cross_entropy(&hidden.narrow(0, start, count), &head, &labels.narrow(0, start, count)).1
-        })
-        .collect();
-    let costs = Tensor::cat(&costs, 0).to_kind(Kind::Double);
+    let labels = Tensor::from_slice(&tokens[1..]).to_device(device);
+    let (_, costs) = linear_cross_entropy(&hidden.narrow(0, 0, n - 1), &transformer.text_head(), &labels);
+    let costs = costs.to_kind(Kind::Double);
     let nll = costs.mean(Kind::Double).double_value(&[]);
     let logprobs = Vec::<f64>::try_from(-costs).map_err(m6_runtime::RuntimeError::from)?;
     Ok(Likelihood { tokens: tokens.to_vec(), logprobs, nll, perplexity: nll.exp() })
@@ -66,8 +57,7 @@ fn check(model: &LanguageModel, tokens: &[i64]) -> Result<()> {
     if let Some(token) = tokens.iter().find(|token| !(0..rows).contains(*token)) {
         return Err(Error::Usage(format!("token {token}: expected 0 to {}", rows - 1)));
     }
-    let is_made_longer = |rotary: &RotaryConfig| rotary.scaling.is_some() || rotary.logn.is_some();
-    let can_be_longer = config.rotary.as_ref().is_some_and(is_made_longer);
+    let can_be_longer = config.rotary.as_ref().is_some_and(RotaryConfig::is_made_longer);
     if tokens.len() as i64 > config.max_text && !can_be_longer {
         let (n, most) = (tokens.len(), config.max_text);
         return Err(Error::Usage(format!(
@@ -115,16 +105,43 @@ mod tests {
         assert_eq!(message(&[0; 65]), "65 tokens: expected at most 64, the positions of this model");
     }
 
-    #[test]
-    fn longer_texts_pass_where_queries_grow_with_their_place() {
+    /// The published model with other rotary settings, as a line of its `config.json`.
+    fn with_rotary(found: &str, changed: &str) -> LanguageModel {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/qwen2");
         let dir = tempfile::tempdir().unwrap();
         let published = LanguageModel::load(&folder, Device::Cpu).unwrap();
         published.save(dir.path(), published.stored).unwrap();
         let config = dir.path().join("config.json");
         let text = std::fs::read_to_string(&config).unwrap();
-        std::fs::write(&config, text.replace("\"logn\": null", "\"logn\": 64")).unwrap();
-        let model = LanguageModel::load(dir.path(), Device::Cpu).unwrap();
+        assert!(text.contains(found));
+        std::fs::write(&config, text.replace(found, changed)).unwrap();
+        LanguageModel::load(dir.path(), Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn longer_texts_pass_where_queries_grow_with_their_place() {
+        let model = with_rotary("\"logn\": null", "\"logn\": 64");
         assert_eq!(likelihood(&model, &[0; 65]).unwrap().logprobs.len(), 64);
+    }
+
+    /// Dual chunk attention.
+    #[test]
+    fn texts_of_a_chunk_are_read_as_ever_and_longer_ones_from_their_second_chunk_on_otherwise() {
+        const CHUNK: usize = 12;
+        let plain = with_rotary("\"logn\": null", "\"logn\": null");
+        let chunked =
+            with_rotary("\"logn\": null", "\"logn\": null, \"chunks\": {\"size\": 12, \"trained\": 16}");
+        let tokens: Vec<i64> = (0..80).map(|i| (i * 7 + i / 5) % 32).collect();
+        let both =
+            |length: usize| [&plain, &chunked].map(|model| likelihood(model, &tokens[..length]).unwrap());
+        let [exact, found] = both(CHUNK);
+        assert_eq!(exact, found);
+        let [exact, found] = both(64);
+        let gaps: Vec<f64> =
+            exact.logprobs.iter().zip(&found.logprobs).map(|(exact, found)| (exact - found).abs()).collect();
+        assert!(gaps[..CHUNK].iter().all(|gap| *gap < 1e-5), "{gaps:?}");
+        assert!(gaps[2 * CHUNK..].iter().any(|gap| *gap > 1e-3), "{gaps:?}");
+        assert!(likelihood(&plain, &tokens).is_err());
+        assert_eq!(likelihood(&chunked, &tokens).unwrap().logprobs.len(), tokens.len() - 1);
     }
 }

@@ -32,7 +32,7 @@ pub fn tiny_rotary() -> (Params, Transformer) {
     tiny_of(&ModelConfig {
         heads: 4,
         kv_heads: Some(2),
-        rotary: Some(RotaryConfig { base: 1e4, scaling: None, logn: Some(3) }),
+        rotary: Some(RotaryConfig { logn: Some(3), ..RotaryConfig::new(1e4) }),
         window: Some(WindowConfig { last: Some(3), ..WindowConfig::new(5, 0) }),
         ..config()
     })

@@ -4,6 +4,7 @@
 
 use crate::error::Result;
 use m6_runtime::attention::{Layout, prefix_attention, rotary_attention};
+use m6_runtime::chunked_attention::chunked_attention;
 use m6_runtime::fused::split_heads;
 use m6_runtime::nn::{Linear, RmsNorm};
 use m6_runtime::{Init, Params};
@@ -41,18 +42,25 @@ impl Heads<'_> {
     /// Queries `[n, h, k]`, keys and values `[n, g, k]`, the first two normed and turned.
     pub fn split(&self) -> (Tensor, Tensor, Tensor) {
         let Attention { norms, heads, kv_heads, .. } = self.attention;
-        let (norms, rotation) = match (norms, self.rotation) {
-            (None, Some(rotation)) => return rotation.split(&self.qkv, *heads, *kv_heads),
-            both => both,
-        };
-        let (mut q, mut k, v) = split_heads(&self.qkv, *heads, *kv_heads);
-        if let Some([q_norm, k_norm]) = norms {
-            (q, k) = (q_norm.forward(&q), k_norm.forward(&k));
+        match (norms, self.rotation) {
+            (None, Some(rotation)) => rotation.split(&self.qkv, *heads, *kv_heads),
+            (_, None) => self.normed(),
+            (Some(_), Some(rotation)) => {
+                let (q, k, v) = self.normed();
+                let (q, k) = rotation.turn(&q, &k);
+                (q, k, v)
+            }
         }
-        if let Some(rotation) = rotation {
-            (q, k) = rotation.turn(&q, &k);
+    }
+
+    /// The same, not turned.
+    fn normed(&self) -> (Tensor, Tensor, Tensor) {
+        let Attention { norms, heads, kv_heads, .. } = self.attention;
+        let (q, k, v) = split_heads(&self.qkv, *heads, *kv_heads);
+        match norms {
+            Some([q_norm, k_norm]) => (q_norm.forward(&q), k_norm.forward(&k), v),
+            None => (q, k, v),
         }
-        (q, k, v)
     }
 
     /// Attention over packed examples.
@@ -61,6 +69,13 @@ impl Heads<'_> {
     /// When libtorch refuses a call.
     pub fn attend(&self, layout: &Layout, window: Option<i64>) -> Result<Tensor> {
         let Attention { norms, heads, kv_heads, .. } = self.attention;
+        if let Some(rotation) = self.rotation
+            && let Some(chunks) = rotation.chunks(layout.longest())
+        {
+            let (q, k, v) = self.normed();
+            let (queries, k) = rotation.turn_in_chunks(chunks, &q, &k);
+            return Ok(chunked_attention(&queries, &k, &v, layout, chunks.size)?);
+        }
         if let (None, Some(angles)) = (norms, self.rotation.and_then(Rotation::angles)) {
             return Ok(rotary_attention(&self.qkv, (*heads, *kv_heads), angles, layout, window)?);
         }

@@ -239,6 +239,10 @@ impl ModelConfig {
         }
         if let Some(rotary) = &self.rotary {
             rotary.validate().map_err(|problem| format!("rotary.{problem}"))?;
+            let other = [("patches", self.patches.is_some()), ("window", self.window.is_some())];
+            if let (Some(_), Some((key, _))) = (rotary.chunks, other.iter().find(|(_, is_set)| *is_set)) {
+                return Err(format!("{key} is set: expected none with rotary.chunks"));
+            }
         }
         if let Some(window) = &self.window {
             window.validate(self.layers).map_err(|problem| format!("window.{problem}"))?;

@@ -122,7 +122,7 @@ mod tests {
     const VOCAB: Vocab = Vocab { text: 60, codes: 300 };
 
     fn language(tied: bool) -> ModelConfig {
-        let rotary = Some(RotaryConfig { base: 1e4, scaling: None, logn: None });
+        let rotary = Some(RotaryConfig::new(1e4));
         ModelConfig { rotary, tied, ..ModelConfig::new(16, 2, 2, 24, 8) }
     }
 

@@ -25,7 +25,7 @@ pub use hub::{LanguageModel, has_pictures, is_published};
 pub use moe::{Balance, MoeConfig, RouterNoise, RoutingKind};
 pub use order::CodeOrder;
 pub use recompute::Recompute;
-pub use rotary::{RotaryConfig, RotaryScaling, Rotation};
+pub use rotary::{ChunkConfig, RotaryConfig, RotaryScaling, Rotation};
 pub use sequence::{Positions, SEGMENTS, Sequence, Tokens};
 pub use transformer::{Hidden, Mode, Transformer, compute_kind};
 pub use upcycle::Upcycling;

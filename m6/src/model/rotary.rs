@@ -2,6 +2,7 @@
 //!
 //! Legend: `n` tokens, `h` heads, `k` head width.
 
+use m6_runtime::chunked_attention::ChunkedQueries;
 use m6_runtime::fused::{rotate, split_rotate};
 use serde::{Deserialize, Serialize};
 use tch::{Device, Kind, Tensor};
@@ -18,6 +19,20 @@ pub struct RotaryConfig {
     /// Trained length beyond which queries grow with the logarithm of their place (Qwen's LogN); not while training.
     #[serde(default)]
     pub logn: Option<i64>,
+    /// Chunks in which longer texts are read (dual chunk attention); not while training.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunks: Option<ChunkConfig>,
+}
+
+/// Dual chunk attention (An et al. 2024; Qwen2, section 3.2): the places of keys begin anew in each chunk, and queries
+/// meet them at distances that training knew.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ChunkConfig {
+    /// Tokens of a chunk. A text that is no longer is read as ever.
+    pub size: i64,
+    /// The trained length: no key is as far away, or further.
+    pub trained: i64,
 }
 
 /// A change of the angles for longer texts.
@@ -68,6 +83,16 @@ pub(super) const fn beta_slow() -> f64 {
 }
 
 impl RotaryConfig {
+    /// The angles of this base as they are.
+    pub fn new(base: f64) -> Self {
+        Self { base, scaling: None, logn: None, chunks: None }
+    }
+
+    /// Whether something is done for texts beyond the trained length.
+    pub fn is_made_longer(&self) -> bool {
+        self.scaling.is_some() || self.logn.is_some() || self.chunks.is_some()
+    }
+
     /// What is wrong, in one line that begins with the key.
     pub(super) fn validate(&self) -> Result<(), String> {
         let positive = |key: &str, value: f64| {
@@ -82,6 +107,11 @@ impl RotaryConfig {
         above_one("base", self.base)?;
         if let Some(trained) = self.logn {
             above_one("logn", trained as f64)?;
+        }
+        if let Some(ChunkConfig { size, trained }) = self.chunks
+            && !(1..trained).contains(&size)
+        {
+            return Err(format!("chunks.size = {size}: expected 1 or more and less than chunks.trained = {trained}"));
         }
         match &self.scaling {
             None => Ok(()),
@@ -105,12 +135,26 @@ impl RotaryConfig {
 /// What the place of each token does to its queries and keys.
 #[derive(Debug)]
 pub struct Rotation {
-    /// `[n, 1, k]`, float32.
-    cos: Tensor,
-    /// `[n, 1, k]`, float32.
-    sin: Tensor,
+    turn: Turn,
     /// `[n, 1, 1]`, float32; what queries grow by.
     growth: Option<Tensor>,
+    chunks: Option<ChunkTurns>,
+}
+
+/// Cosines and sines of angles, `[n, 1, k]` float32.
+#[derive(Debug)]
+struct Turn {
+    cos: Tensor,
+    sin: Tensor,
+}
+
+/// How queries are turned for the keys of other chunks than their own.
+#[derive(Debug)]
+pub struct ChunkTurns {
+    /// Tokens of a chunk.
+    pub size: i64,
+    before: Turn,
+    earlier: Turn,
 }
 
 /// The angles of one model.
@@ -153,21 +197,36 @@ impl Rotary {
     pub fn rotation(&self, places: &Tensor, lengths: &Tensor, is_training: bool) -> Rotation {
         let places = places.to_kind(Kind::Float).unsqueeze(-1); // [n, 1]
         let alpha = self.alpha(lengths).filter(|_| !is_training);
-        let angles = match alpha {
-            None => &places * &self.angles,
-            // base * alpha ^ (k / (k - 2)) in place of base: the slowest angle is divided by alpha.
-            Some(alpha) => {
-                let pairs = Tensor::arange(self.head_width / 2, (Kind::Float, places.device()));
-                let power = pairs * (-2.0 / (self.head_width - 2) as f64);
-                &places * &self.angles * alpha.unsqueeze(-1).pow(&power)
-            }
-        };
-        let angles = Tensor::cat(&[&angles, &angles], -1).unsqueeze(1); // [n, 1, k]
+        let turn = |places: &Tensor| self.turn(places, alpha.as_ref());
         let growth =
             self.config.logn.filter(|_| !is_training).map(|trained| {
                 (((&places + 1.0).log() / (trained as f64).ln()).clamp_min(1.0)).unsqueeze(-1)
             });
-        Rotation { cos: angles.cos() * self.scale, sin: angles.sin() * self.scale, growth }
+        let Some(ChunkConfig { size, trained }) = self.config.chunks.filter(|_| !is_training) else {
+            return Rotation { turn: turn(&places), growth, chunks: None };
+        };
+        let (in_chunk, furthest) = (places.fmod(size as f64), (trained - 1) as f64);
+        let chunks = ChunkTurns {
+            size,
+            before: turn(&(&in_chunk + size as f64).clamp_max(furthest)),
+            earlier: turn(&in_chunk.full_like(furthest)),
+        };
+        Rotation { turn: turn(&in_chunk), growth, chunks: Some(chunks) }
+    }
+
+    /// The turn of tokens at `places` `[n, 1]`, where the base has grown by `alpha` `[n]`.
+    fn turn(&self, places: &Tensor, alpha: Option<&Tensor>) -> Turn {
+        let angles = match alpha {
+            None => places * &self.angles,
+            // base * alpha ^ (k / (k - 2)) in place of base: the slowest angle is divided by alpha.
+            Some(alpha) => {
+                let pairs = Tensor::arange(self.head_width / 2, (Kind::Float, places.device()));
+                let power = pairs * (-2.0 / (self.head_width - 2) as f64);
+                places * &self.angles * alpha.unsqueeze(-1).pow(&power)
+            }
+        };
+        let angles = Tensor::cat(&[&angles, &angles], -1).unsqueeze(1); // [n, 1, k]
+        Turn { cos: angles.cos() * self.scale, sin: angles.sin() * self.scale }
     }
 
     /// `[n]` what the base grows by, where it depends on the length of the text.
@@ -207,21 +266,43 @@ fn yarn_scale(factor: f64) -> f64 {
     if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 }
 }
 
+impl Turn {
+    fn of(&self, x: &Tensor) -> Tensor {
+        rotate(x, &self.cos, &self.sin)
+    }
+}
+
 impl Rotation {
     /// Cosines and sines `[n, 1, k]`, where queries are turned and nothing else.
     pub fn angles(&self) -> Option<(&Tensor, &Tensor)> {
-        self.growth.is_none().then_some((&self.cos, &self.sin))
+        self.growth.is_none().then_some((&self.turn.cos, &self.turn.sin))
+    }
+
+    /// What is done for texts of which one has `longest` tokens, where that is more than a chunk.
+    pub fn chunks(&self, longest: i64) -> Option<&ChunkTurns> {
+        self.chunks.as_ref().filter(|chunks| chunks.size < longest)
     }
 
     /// Queries `[n, h, k]` and keys `[n, g, k]`, turned; computed in float32.
     pub fn turn(&self, q_nhk: &Tensor, k_ngk: &Tensor) -> (Tensor, Tensor) {
-        let turned = |x: &Tensor| rotate(x, &self.cos, &self.sin);
-        (self.grown(turned(q_nhk)), turned(k_ngk))
+        (self.grown(self.turn.of(q_nhk)), self.turn.of(k_ngk))
+    }
+
+    /// The same in chunks.
+    pub fn turn_in_chunks(
+        &self,
+        chunks: &ChunkTurns,
+        q_nhk: &Tensor,
+        k_ngk: &Tensor,
+    ) -> (ChunkedQueries, Tensor) {
+        let turned = |turn: &Turn| self.grown(turn.of(q_nhk));
+        let [own, before, earlier] = [&self.turn, &chunks.before, &chunks.earlier].map(turned);
+        (ChunkedQueries { own, before, earlier }, self.turn.of(k_ngk))
     }
 
     /// The `h` queries, `g` keys and `g` values of each token of `[n, h + 2 g, k]`, queries and keys turned.
     pub fn split(&self, qkv: &Tensor, heads: i64, kv_heads: i64) -> (Tensor, Tensor, Tensor) {
-        let (q, k, v) = split_rotate(qkv, heads, kv_heads, &self.cos, &self.sin);
+        let (q, k, v) = split_rotate(qkv, heads, kv_heads, &self.turn.cos, &self.turn.sin);
         (self.grown(q), k, v)
     }
 
@@ -238,7 +319,7 @@ mod tests {
     use super::*;
 
     fn config(scaling: Option<RotaryScaling>) -> RotaryConfig {
-        RotaryConfig { base: 1e4, scaling, logn: None }
+        RotaryConfig { scaling, ..RotaryConfig::new(1e4) }
     }
 
     #[test]
@@ -278,6 +359,28 @@ mod tests {
         let ratio = Vec::<f32>::try_from(plain / rotary.angles).unwrap();
         assert_eq!((ratio[0], ratio[63]), (1.0, 4.0));
         assert!(ratio.is_sorted());
+    }
+
+    /// Chunks of 4 tokens and 6 trained places, as in figure 2 of An et al.
+    #[test]
+    fn keys_of_other_chunks_are_met_at_places_that_training_knew() {
+        let plain = Rotary::new(&config(None), 16, Device::Cpu);
+        let chunks = Some(ChunkConfig { size: 4, trained: 6 });
+        let chunked = Rotary::new(&RotaryConfig { chunks, ..config(None) }, 16, Device::Cpu);
+        let places = Tensor::arange(10, (Kind::Int64, Device::Cpu));
+        let rotation = chunked.rotation(&places, &places, false);
+        let turns = rotation.chunks.as_ref().unwrap();
+        let expected: [(&Turn, [i64; 10]); 3] = [
+            (&rotation.turn, [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]),
+            (&turns.before, [4, 5, 5, 5, 4, 5, 5, 5, 4, 5]),
+            (&turns.earlier, [5; 10]),
+        ];
+        for (turn, places) in expected {
+            let places = Tensor::from_slice(&places);
+            let exact = plain.rotation(&places, &places, false).turn;
+            assert_eq!((&turn.cos, &turn.sin), (&exact.cos, &exact.sin));
+        }
+        assert!(chunked.rotation(&places, &places, true).chunks.is_none());
     }
 
     #[test]

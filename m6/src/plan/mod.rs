@@ -156,7 +156,7 @@ mod tests {
             kv_heads: Some(2),
             qk_norm: false,
             bias: Bias::Qkv,
-            rotary: Some(RotaryConfig { base: 1e4, scaling: None, logn: None }),
+            rotary: Some(RotaryConfig::new(1e4)),
             ..plain.clone()
         };
         let bert = ModelConfig {

@@ -257,7 +257,7 @@ mod tests {
         let qwen2 = ModelConfig {
             kv_heads: Some(1),
             bias: Bias::Qkv,
-            rotary: Some(RotaryConfig { base: 1e4, scaling: None, logn: None }),
+            rotary: Some(RotaryConfig::new(1e4)),
             window: Some(WindowConfig::new(3, 1)),
             tied: false,
             ..dense()

@@ -22,6 +22,14 @@ PATTERN = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{number}|>" for number in range(205))]
 SEED = 1
 RANDOM_TEXTS = 10_000
+CONVERSATIONS = 1_000
+# Of the Qwen2 repository, but for a line end behind the last turn, too, as in the published tokenizers.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
+)
+IGNORED = -100
 # What random texts are made of, beside any character: what the pattern treats apart, and what normalisation changes.
 PIECES = [
     " ", "\t", "\r", "\n", "\r\n", "\u00a0", "\u0085", "\u2028", "\u3000", "\ufeff", "\u200b", "0", "7", "٣", "Ⅷ", "½", "²",
@@ -64,12 +72,40 @@ def random_texts():
         yield "".join(numbers.choice(draws)() * run for run in runs)
 
 
+def conversations(texts):
+    """Turns of texts that do not begin with white space, some with a system's before them."""
+    numbers = random.Random(SEED)
+    contents = [text for text in texts if text and not text[0].isspace()]
+    for _ in range(CONVERSATIONS):
+        roles = ["system"] * numbers.randrange(2) + ["user", "assistant"] * numbers.randrange(1, 4)
+        yield [{"role": role, "content": numbers.choice(contents)} for role in roles]
+
+
+def learned(ids, start, end, assistant):
+    """Labels of a conversation's ids: those of Qwen's finetune.py."""
+    labels, place = [], 0
+    while place < len(ids):
+        stop = ids.index(end, place)
+        role = len(assistant) + 1 if ids[place + 1 :][: len(assistant)] == assistant else stop - place - 1
+        labels += [start, *[IGNORED] * role, *ids[place + 1 + role : stop + 2]]
+        place = stop + 2
+    return labels
+
+
 def encoded_by_m6(m6, ranks, texts, work, *options):
     """Ids of each text."""
     file = work / "texts.jsonl"
     file.write_text("".join(json.dumps(text) + "\n" for text in texts), encoding="utf-8")
     output = subprocess.check_output([m6, "tokenizer", "encode", ranks, file, "--json", *options])
     return [json.loads(line)["tokens"] for line in output.splitlines()]
+
+
+def chats_by_m6(m6, ranks, chats, work):
+    """Tokens and labels of each conversation."""
+    file = work / "chats.jsonl"
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats), encoding="utf-8")
+    output = subprocess.check_output([m6, "tokenizer", "chat", ranks, file, "--json"])
+    return [json.loads(line) for line in output.splitlines()]
 
 
 def qwen2_tokenizer(ranks):
@@ -103,3 +139,17 @@ def comparisons(m6, path, texts, work):
     found = encoded_by_m6(m6, path, texts, work, "--special")
     expected = [reference.encode(unicodedata.normalize("NFC", text), allowed_special="all") for text in texts]
     yield f"{len(texts)} random texts with special tokens, tiktoken", differences(texts, found, expected)
+    # Names of special tokens in a content are text to us alone.
+    plain = [text for text in texts if "<|" not in text]
+    chats = list(conversations(plain))
+    found = chats_by_m6(m6, path, chats, work)
+    expected = [
+        qwen2.apply_chat_template(chat, chat_template=CHAT_TEMPLATE, tokenize=True, return_dict=False) for chat in chats
+    ]
+    tokens = [chat["tokens"] for chat in found]
+    yield f"{len(chats)} conversations, transformers", differences(chats, tokens, expected)
+    start, end = special["<|im_start|>"], special["<|im_end|>"]
+    assistant = reference.encode_ordinary("assistant")
+    expected = [learned(ids, start, end, assistant) for ids in expected]
+    labels = [chat["labels"] for chat in found]
+    yield f"{len(chats)} conversations, labels of finetune.py", differences(chats, labels, expected)

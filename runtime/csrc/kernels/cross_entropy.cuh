@@ -50,10 +50,10 @@ __device__ Vector gradient(Vector values, int64_t at, int64_t v, int64_t label, 
 
 }  // namespace
 
-// `losses[row]` is the row's cross-entropy; the logits become `weights[row] * (softmax - one at the label)`. Words past v
+// `losses[row]` is the row's cross-entropy; the logits become `weight * (softmax - one at the label)`. Words past v
 // are padding: they are ignored and become zero. A block for each row.
 extern "C" __global__ void m6_cross_entropy(
-    bf16* logits, const int64_t* labels, const float* weights, float* losses, int64_t v, int64_t stride) {
+    bf16* logits, const int64_t* labels, float* losses, float weight, int64_t v, int64_t stride) {
   __shared__ Partition partitions[WARP];
   const int64_t row = blockIdx.x;
   bf16* own = logits + row * stride;
@@ -66,7 +66,6 @@ extern "C" __global__ void m6_cross_entropy(
   __syncthreads();
   const float log_sum = log_sum_of(partitions, blockDim.x / WARP);
   if (threadIdx.x == 0) losses[row] = log_sum - at_label;
-  const float weight = weights[row];
   for (int64_t at = threadIdx.x * VECTOR; at < stride; at += blockDim.x * VECTOR) {
     store(own + at, gradient(load(own + at), at, v, label, log_sum, weight));
   }

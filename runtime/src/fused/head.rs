@@ -1,62 +1,70 @@
 //! The loss of an output head.
 
-use tch::{Kind, Reduction, Tensor};
+use std::ptr::null_mut;
+
+use tch::Tensor;
+
+use crate::ffi;
 
 /// Mean cross-entropy, a scalar, and that of each row, `[m]` float32 without a gradient, of the logits
 /// `hidden weight^T` for `labels`; `hidden` `[m, d]`, `weight` `[v, d]`, `labels` `[m]` int64 from 0 to `v - 1`.
 ///
-/// On a GPU in bf16 the logits of some rows at a time are made and become their gradients in place (as in Hsu et al. 2024,
-/// Liger Kernel), so that memory does not grow with `m v`.
+/// The logits of some rows at a time are made and become their gradients (as in Hsu et al. 2024, Liger Kernel), so that
+/// memory does not grow with `m v`; the graph can be gone through once. On a GPU in bf16 they do where they lie.
+///
+/// Panics where tch's own operations would: when shapes do not fit, the device fails or has no memory.
 pub fn linear_cross_entropy(hidden: &Tensor, weight: &Tensor, labels: &Tensor) -> (Tensor, Tensor) {
     #[cfg(feature = "cuda")]
-    if calls::linear_cross_entropy_fits(hidden) {
-        return calls::linear_cross_entropy(hidden, weight, labels);
-    }
-    let logits = hidden.linear(&weight.to_kind(hidden.kind()), None::<&Tensor>).to_kind(Kind::Float);
-    let each = logits.cross_entropy_loss(labels, None::<Tensor>, Reduction::None, -100, 0.0);
-    (each.mean(Kind::Float), each.detach())
+    crate::fused::kernels::load();
+    let (mut mean, mut each) = (null_mut(), null_mut());
+    let (h, w, l) = (hidden.as_ptr(), weight.as_ptr(), labels.as_ptr());
+    // SAFETY: live tensors that libtorch reads; both results are new.
+    let result = ffi::check(unsafe { ffi::m6_linear_cross_entropy(h, w, l, &mut mean, &mut each) });
+    result.unwrap_or_else(|error| panic!("{error}"));
+    (ffi::take(mean), ffi::take(each))
 }
 
-/// The calls of `csrc/head.cpp`.
-#[cfg(feature = "cuda")]
-mod calls {
-    use std::ptr::null_mut;
+#[cfg(test)]
+mod tests {
+    use tch::{Device, Kind, Reduction};
 
-    use tch::{Kind, Tensor};
+    use super::*;
 
-    use crate::ffi;
-    use crate::fused::kernels::{VECTOR, is_bf16_on_gpu, made};
-
-    pub(super) fn linear_cross_entropy_fits(hidden: &Tensor) -> bool {
-        hidden.dim() == 2 && hidden.size()[1] % VECTOR == 0 && is_bf16_on_gpu(hidden)
-    }
-
-    pub(super) fn linear_cross_entropy(
-        hidden: &Tensor,
-        weight: &Tensor,
-        labels: &Tensor,
-    ) -> (Tensor, Tensor) {
-        let rows = hidden.size()[0];
-        let row_weights = Tensor::full([rows], 1.0 / rows as f64, (Kind::Float, hidden.device()));
-        let mut losses = null_mut();
-        // SAFETY: live tensors that libtorch reads; both results are new.
-        let total = made(|total| unsafe {
-            ffi::m6_linear_cross_entropy(
-                hidden.as_ptr(),
-                weight.as_ptr(),
-                labels.as_ptr(),
-                row_weights.as_ptr(),
-                total,
-                &mut losses,
-            )
-        });
-        (total, ffi::take(losses))
+    /// The last with several chunks of rows, of which the last is not full.
+    #[test]
+    fn losses_and_gradients_match_those_of_all_logits_at_once() {
+        tch::manual_seed(6);
+        for (rows, width, vocab) in [(1, 3, 2), (300, 12, 103), (1800, 4, 20_011)] {
+            let labels = Tensor::randint(vocab, [rows], (Kind::Int64, Device::Cpu));
+            let draw = |rows: i64| Tensor::randn([rows, width], (Kind::Double, Device::Cpu));
+            let values = [draw(rows), draw(vocab)];
+            let run = |kind: Kind, loss: &dyn Fn(&Tensor, &Tensor) -> Tensor| {
+                let leaves = values.each_ref().map(|t| t.to_kind(kind).set_requires_grad(true));
+                let mean = loss(&leaves[0], &leaves[1]);
+                (&mean * 3.0).backward();
+                [mean, leaves[0].grad(), leaves[1].grad()].map(|t| t.detach().to_kind(Kind::Double))
+            };
+            let ours = run(Kind::Float, &|h, w| linear_cross_entropy(h, w, &labels).0);
+            let exact = run(Kind::Double, &|h, w| {
+                let logits = h.matmul(&w.tr());
+                logits.cross_entropy_loss::<Tensor>(&labels, None, Reduction::Mean, -100, 0.0)
+            });
+            for (index, (ours, exact)) in ours.iter().zip(&exact).enumerate() {
+                let gap = ((ours - exact).norm() / exact.norm()).double_value(&[]);
+                assert!(gap < 2e-5, "{rows} {vocab} {index}: {gap}");
+            }
+            let [hidden, weight] = values.map(|t| t.to_kind(Kind::Float));
+            let (mean, each) = linear_cross_entropy(&hidden, &weight, &labels);
+            assert!((each.mean(Kind::Float) - mean).abs().double_value(&[]) < 1e-6);
+        }
     }
 }
 
 /// Need a GPU; run with `cargo test --features cuda`.
 #[cfg(all(test, feature = "cuda"))]
-mod tests {
+mod gpu_tests {
+    use tch::{Kind, Reduction};
+
     use super::*;
     use crate::fused::testing::{CUDA, check_within, draw};
 

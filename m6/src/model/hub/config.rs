@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use super::super::ModelConfig;
 use super::super::config::{Bias, WindowConfig};
 use super::super::moe::{Balance, MoeConfig, RouterNoise, RoutingKind};
-use super::super::rotary::{RotaryConfig, RotaryScaling, beta_fast, beta_slow};
+use super::super::rotary::{ChunkConfig, RotaryConfig, RotaryScaling, beta_fast, beta_slow};
 use super::StoredKind;
 
 /// A family of models, by how their weights are called.
@@ -180,6 +180,13 @@ fn qwen2(model: &ModelConfig, dtype: StoredKind) -> Value {
             Some(_) => window.until.unwrap_or(model.layers),
         }),
     });
+    if let Some(ChunkConfig { size, trained }) = model.rotary.as_ref().and_then(|rotary| rotary.chunks) {
+        config["dual_chunk_attention_config"] = json!({
+            "chunk_size": trained,
+            "local_size": trained - size,
+            "original_max_position_embeddings": trained,
+        });
+    }
     if let Some(moe) = &model.moe {
         let experts = json!({
             "architectures": ["Qwen2MoeForCausalLM"],
@@ -274,6 +281,7 @@ struct Qwen2 {
     /// Before transformers 5.
     rope_scaling: Option<Rope>,
     rope_parameters: Option<Rope>,
+    dual_chunk_attention_config: Option<DualChunks>,
     #[serde(default)]
     use_sliding_window: bool,
     sliding_window: Option<i64>,
@@ -293,6 +301,15 @@ struct Qwen2 {
     norm_topk_prob: bool,
     #[serde(default)]
     router_aux_loss_coef: f64,
+}
+
+/// Of vLLM, which adds a temperature for texts beyond the trained length; An et al. have none, nor do we.
+#[derive(Debug, Deserialize)]
+struct DualChunks {
+    /// The trained length.
+    chunk_size: i64,
+    /// Tokens before a query whose distance is always the true one: what a chunk is shorter than the trained length.
+    local_size: i64,
 }
 
 #[derive(Debug, Deserialize)]
@@ -355,7 +372,11 @@ impl Qwen2 {
         let rope = self.rope_parameters.as_ref().or(self.rope_scaling.as_ref());
         let base = rope.and_then(|rope| rope.rope_theta).or(self.rope_theta).unwrap_or(ROPE_THETA);
         let scaling = rope.map_or(Ok(None), |rope| rope.scaling(self.max_position_embeddings))?;
-        Ok(RotaryConfig { base, scaling, logn: None })
+        let chunks = self.dual_chunk_attention_config.as_ref().map(|config| ChunkConfig {
+            size: config.chunk_size.saturating_sub(config.local_size),
+            trained: config.chunk_size,
+        });
+        Ok(RotaryConfig { scaling, chunks, ..RotaryConfig::new(base) })
     }
 
     fn window(&self) -> Result<Option<WindowConfig>, String> {
@@ -500,9 +521,9 @@ impl Qwen {
         model.bias = Bias::Qkv;
         model.tied = self.tie_word_embeddings;
         model.rotary = Some(RotaryConfig {
-            base: self.rotary_emb_base,
             scaling: self.use_dynamic_ntk.then_some(RotaryScaling::DynamicSteps { trained }),
             logn: self.use_logn_attn.then_some(trained),
+            ..RotaryConfig::new(self.rotary_emb_base)
         });
         Ok(model)
     }
@@ -640,6 +661,23 @@ mod tests {
     }
 
     #[test]
+    fn chunks_are_read_and_written() {
+        let chunks = r#""dual_chunk_attention_config": {"chunk_size": 16, "local_size": 4}"#;
+        let described = with(chunks).unwrap();
+        let found = described.model.rotary.as_ref().unwrap().chunks;
+        assert_eq!(found, Some(ChunkConfig { size: 12, trained: 16 }));
+        let written = publish(&described, StoredKind::F32).unwrap()["dual_chunk_attention_config"].clone();
+        let trained = "original_max_position_embeddings";
+        assert_eq!(written, json!({"chunk_size": 16, "local_size": 4, trained: 16}));
+        let wrong = with(&chunks.replace("\"local_size\": 4", "\"local_size\": 16")).unwrap();
+        let problem = wrong.model.validate().unwrap_err();
+        assert!(problem.starts_with("rotary.chunks.size = 0: expected 1 or more"), "{problem}");
+        let windowed = r#", "use_sliding_window": true, "sliding_window": 8, "max_window_layers": 1"#;
+        let both = with(&format!("{chunks}{windowed}")).unwrap();
+        assert_eq!(both.model.validate().unwrap_err(), "window is set: expected none with rotary.chunks");
+    }
+
+    #[test]
     fn settings_without_a_counterpart_are_named() {
         let described = with(r#""tie_word_embeddings": true"#).unwrap();
         let problem = |change: fn(&mut Described)| {
@@ -651,7 +689,7 @@ mod tests {
             |setting: &str| format!("{setting} has no counterpart in a published \"qwen2\" config");
         assert_eq!(problem(|d| d.model.qk_norm = true), in_qwen2("qk_norm = true"));
         assert_eq!(problem(|d| d.model.bias = Bias::None), in_qwen2("bias = \"none\""));
-        let rotary = RotaryConfig { base: 10_000.0, scaling: None, logn: Some(16) };
+        let rotary = RotaryConfig { logn: Some(16), ..RotaryConfig::new(10_000.0) };
         let mut qwen = described.clone();
         qwen.model.rotary = Some(rotary);
         assert_eq!(publish(&qwen, StoredKind::F32).unwrap_err(), in_qwen2("rotary.logn = 16"));
