@@ -30,7 +30,7 @@ fn settings() {
             ("vqgan train train.toml", WRONG_USE, &["train.toml", "unknown field"]),
         ],
     );
-    let settings: [(&str, &[&str]); 47] = [
+    let settings: [(&str, &[&str]); 49] = [
         ("train train.toml --set schedule.stesp=3", &["--set schedule.stesp=3", "did you mean `steps`?"]),
         ("train train.toml --set schedule.steps=many", &["schedule.steps=many", "expected u64"]),
         ("train train.toml --set schedule.steps=-1", &["schedule.steps=-1", "expected u64"]),
@@ -41,6 +41,11 @@ fn settings() {
         ("train train.toml --set schedule.clip=-1", &["schedule.clip = -1"]),
         ("train train.toml --set schedule.min_ratio=nan", &["schedule.min_ratio = NaN"]),
         ("train train.toml --set ema=1.5", &["ema = 1.5"]),
+        ("train train.toml --set merging.base=base", &["init is missing", "merging.base"]),
+        (
+            "train train.toml --set merging.base=base --set merging.settings.reserve=0",
+            &["merging.settings.reserve = 0"],
+        ),
         ("train train.toml --set device=tpu", &["`tpu`", "expected `cpu`"]),
         ("train train.toml --set model.width=20", &["model.width = 20", "multiple of"]),
         ("train train.toml --set model.heads=0", &["model.heads = 0"]),

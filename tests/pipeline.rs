@@ -57,6 +57,7 @@ fn pictures_become_a_model_that_draws_and_captions() {
     assert_eq!(encoded, expected);
     let ids: Vec<String> = tokenizer.encode("红色").unwrap().iter().map(u32::to_string).collect();
     assert_eq!(scene.succeed(&["tokenizer", "encode", "bpe.json", "texts.txt"]), ids.join(" ") + "\n");
+    assert_chats(&scene);
     scene.succeed(&["vqgan", "train", "vqgan.toml", "--set", "schedule.steps=8"]);
     let scores = one(scene.json(&[
         "vqgan",
@@ -352,6 +353,33 @@ fn a_dense_model_that_draws_gets_experts() {
     let refused = scene.run(&["convert", "more/model", "again", "--experts", "train.toml"]);
     assert_eq!(refused.code, Some(2));
     assert!(refused.stderr.contains("has moe.experts = 4: expected a dense one"), "{}", refused.stderr);
+}
+
+/// Conversations as tokens and labels; a line that is none is named.
+fn assert_chats(scene: &Scene) {
+    let ranks =
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/src/tokenizer/testdata/qwen_cut.tiktoken");
+    fs::copy(ranks, scene.path("qwen.tiktoken")).unwrap();
+    let turns = r#"{"messages": [{"role": "user", "content": "red?"}, {"role": "assistant", "content": "yes"}]}"#;
+    fs::write(scene.path("chats.jsonl"), turns).unwrap();
+    let chat = ["tokenizer", "chat", "qwen.tiktoken", "chats.jsonl"];
+    let found = one(scene.json(&[&chat[..], &["--json"]].concat()));
+    let tokenizer = m6_data::Tokenizer::load(&scene.path("qwen.tiktoken")).unwrap();
+    let messages: Vec<m6_data::Message> = serde_json::from_value(
+        serde_json::from_str::<Value>(turns).unwrap()["messages"].clone(),
+    )
+    .unwrap();
+    let expected = m6_data::ChatTokens::new(&tokenizer, &messages).unwrap();
+    assert_eq!(found, json!(expected));
+    let shown = scene.succeed(&chat);
+    let learned = |label: &&i64| **label != m6_data::chat::IGNORED;
+    let bare: Vec<&str> = shown.split_whitespace().filter(|token| !token.starts_with('(')).collect();
+    let labels = expected.labels.iter().filter(learned).map(i64::to_string);
+    assert_eq!(bare, labels.collect::<Vec<_>>());
+    fs::write(scene.path("chats.jsonl"), turns.replace("user", "bot")).unwrap();
+    let refused = scene.run(&chat);
+    assert_eq!(refused.code, Some(1));
+    assert!(refused.stderr.contains("chats.jsonl: line 1: expected an object with messages"), "{}", refused.stderr);
 }
 
 /// Writes a random language model of Qwen2's layout, with a tokenizer of 256 ids or more and `rows` rows in its table.

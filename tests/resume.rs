@@ -147,3 +147,30 @@ fn blocks_that_are_computed_again_do_not_change_a_run() {
     assert_same(&scene, "run", "again");
     scene.succeed(&[&train[..], &["--set", "recompute=true"]].concat());
 }
+
+/// What updates are merged with belongs to the state: base and tuned model are not needed again.
+#[test]
+fn merged_updates_resume_exactly() {
+    let scene = Scene::with_tokenizer();
+    let tokenizer = "tokenizer={ file = \"base/tokenizer.json\" }";
+    scene.succeed(&["train", "train.toml", "--set", "run=base", "--set", "schedule.steps=2"]);
+    let tune = ["train", "train.toml", "--set", "seed=6", "--set", "schedule.steps=3", "--set", "run=tuned"];
+    scene.succeed(&[&tune[..], &["--set", "init=base/model", "--set", tokenizer]].concat());
+    let merging = "merging={ base = \"base/model\", settings = { alpha = 0.01, reserve = 0.5 } }";
+    let train = ["train", "train.toml", "--set", STEPS, "--set", "init=tuned/model", "--set", tokenizer];
+    let merged = [&train[..], &["--set", merging]].concat();
+    scene.succeed(&[&train[..], &["--set", "run=plain"]].concat());
+    scene.succeed(&merged);
+    assert_ne!(rows(&scene.path("plain")), rows(&scene.path("run")));
+
+    let parts = [&merged[..], &["--set", "run=parts"]].concat();
+    let mut running = scene.start(&parts);
+    running.wait_for_path(&scene.path("parts/checkpoints/step-00000004"));
+    running.kill();
+    assert_eq!(running.finish().code, None);
+    for folder in ["base/model", "tuned/model"] {
+        fs::remove_dir_all(scene.path(folder)).unwrap();
+    }
+    scene.succeed(&parts);
+    assert_same(&scene, "run", "parts");
+}

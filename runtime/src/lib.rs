@@ -1,4 +1,4 @@
-//! What libtorch can do and `tch` does not bind: a parameter registry with strict weights, fused AdamW and Muon,
+//! What libtorch can do and `tch` does not bind: a parameter registry with strict weights, fused AdamW and Muon, online merging,
 //! averaged weights, attention by sequence lengths and in chunks, fused norms and gates, rows sorted by expert, backward passes in
 //! parts, random state, determinism and memory figures, weight files of safetensors and of torch, and the few layers that
 //! every model here is built from. The only crate with `unsafe` and C++.
@@ -14,6 +14,7 @@ mod error;
 mod ffi;
 pub mod fused;
 pub mod graph;
+pub mod merging;
 mod muon;
 pub mod nn;
 pub mod optim;

@@ -1,5 +1,5 @@
-//! AdamW in one fused launch a group with Muon for hidden matrices, gradient clipping without host synchronisation, and
-//! averaged weights.
+//! AdamW in one fused launch a group with Muon for hidden matrices, both merged online where that is asked for, gradient
+//! clipping without host synchronisation, and averaged weights.
 
 use std::collections::BTreeMap;
 
@@ -8,6 +8,7 @@ use tch::{Kind, Tensor};
 use crate::adamw;
 use crate::error::{Result, RuntimeError};
 use crate::ffi;
+use crate::merging::{Merging, MergingConfig};
 use crate::muon;
 use crate::params::{Group, Params};
 
@@ -128,6 +129,7 @@ pub struct Optimizer {
     slots: Vec<Slot>,
     /// The learning rate, a float64 scalar on the device, where a recorded step reads it anew.
     lr: Tensor,
+    merging: Option<Merging>,
 }
 
 impl Optimizer {
@@ -144,7 +146,21 @@ impl Optimizer {
             };
             Slot { name, group: p.group, first, rule, param: p.tensor }
         });
-        Self { config, slots: slots.collect(), lr: Tensor::zeros([], (Kind::Double, params.device())) }
+        let lr = Tensor::zeros([], (Kind::Double, params.device()));
+        Self { config, slots: slots.collect(), lr, merging: None }
+    }
+
+    /// The same with updates that are merged; [`Optimizer::set_base`] or a checkpoint says with what.
+    pub fn merging(self, params: &Params, config: MergingConfig) -> Self {
+        Self { merging: Some(Merging::new(params, config)), ..self }
+    }
+
+    /// Where updates are merged: takes the present parameters as what tuning has made of `base`, theirs by name.
+    ///
+    /// # Errors
+    /// When one is missing there, or of another shape.
+    pub fn set_base(&mut self, base: &BTreeMap<String, Tensor>) -> Result<()> {
+        self.merging.as_mut().map_or(Ok(()), |merging| merging.set_base(base))
     }
 
     /// Sets the learning rate of the steps to come.
@@ -175,9 +191,23 @@ impl Optimizer {
         const NORM_EPS: f64 = 1e-6;
         let norm = self.grad_norm()?;
         let factor = ((&norm + NORM_EPS).reciprocal() * max_norm).clamp_max(1.0);
+        let before = self.merging.as_ref().map(|_| self.decayed());
         self.step_adamw(&norm, &factor)?;
         self.step_muon(&norm, &factor)?;
+        if let (Some(merging), Some(before)) = (&self.merging, before) {
+            merging.merge(&before, &norm)?;
+        }
         Ok(norm)
+    }
+
+    /// What weight decay alone would make of the parameters with a gradient, by name.
+    fn decayed(&self) -> BTreeMap<String, Tensor> {
+        let _guard = tch::no_grad_guard();
+        let decayed = |slot: &Slot| match slot.group {
+            Group::NoDecay => slot.param.copy(),
+            _ => &slot.param * (1.0 - &self.lr * self.config.weight_decay),
+        };
+        self.with_grad().map(|(slot, _)| (slot.name.clone(), decayed(slot))).collect()
     }
 
     fn grad_norm(&self) -> Result<Tensor> {
@@ -228,7 +258,7 @@ impl Optimizer {
         self.slots.iter().map(|slot| (slot, slot.param.grad())).filter(|(_, grad)| grad.defined())
     }
 
-    /// Moments and step counts by parameter name, for a checkpoint.
+    /// Moments, step counts and what updates are merged with, by parameter name, for a checkpoint.
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let entries = self.slots.iter().flat_map(|slot| {
             let mut parts = vec![("first", &slot.first)];
@@ -237,7 +267,9 @@ impl Optimizer {
             }
             parts.into_iter().map(|(part, tensor)| (format!("{}.{part}", slot.name), tensor.shallow_clone()))
         });
-        entries.collect()
+        let merged = self.merging.iter().flat_map(Merging::state);
+        let merged = merged.map(|(name, tuned)| (format!("{name}.tuned"), tuned.shallow_clone()));
+        entries.chain(merged).collect()
     }
 
     /// Takes back what [`Optimizer::state`] gave.

@@ -1,5 +1,6 @@
 //! A model folder: `config.json`, `model.safetensors`, `tokenizer.json` and the image tokenizer in `vqgan/`.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
@@ -8,7 +9,7 @@ use m6_run::write_atomic;
 use m6_runtime::Params;
 use m6_vqgan::Vqgan;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind};
+use tch::{Device, Kind, Tensor};
 
 use super::{ModelConfig, PATCHES, Transformer, Upcycling, Vocab};
 use crate::error::{Error, Result};
@@ -150,11 +151,26 @@ impl Model {
     /// # Errors
     /// When a file cannot be read, or settings or tokenizers differ.
     pub fn load_weights(&self, dir: &Path) -> Result<()> {
+        Self::load_into(&self.params, &self.info, dir)
+    }
+
+    /// The weights of another model folder of the same settings and tokenizers, by name.
+    ///
+    /// # Errors
+    /// As for [`Model::load_weights`].
+    pub fn other_weights(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
+        let params = Params::new(self.params.device(), 0);
+        let _transformer = Transformer::new(&params, &self.info.model, self.info.vocab, self.info.code_grid);
+        Self::load_into(&params, &self.info, dir)?;
+        Ok(params.tensors())
+    }
+
+    fn load_into(params: &Params, expected: &ModelInfo, dir: &Path) -> Result<()> {
         let info = read_info(dir)?;
-        if (ModelInfo { dtype: self.info.dtype, ..info.clone() }) != self.info {
+        if (ModelInfo { dtype: expected.dtype, ..info.clone() }) != *expected {
             return Err(Error::file(&dir.join(CONFIG), "its model or tokenizers are not those of this run"));
         }
-        Ok(self.params.load(&dir.join(WEIGHTS), info.dtype.kind())?)
+        Ok(params.load(&dir.join(WEIGHTS), info.dtype.kind())?)
     }
 
     /// Opens a model folder.

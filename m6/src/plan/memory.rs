@@ -61,7 +61,7 @@ pub struct Setup {
     pub copies: i64,
     /// The gradients.
     pub gradients: i64,
-    /// The optimizer's moments.
+    /// The optimizer's moments, and what it merges updates with.
     pub optimizer: i64,
     /// The averaged weights.
     pub averages: i64,
@@ -131,12 +131,14 @@ fn gradients(subject: &Subject, precision: Precision, parts: &Parts) -> i64 {
     precision.bytes() * parts.total().parameters - saved * in_products.iter().sum::<i64>()
 }
 
-/// Bytes of the moments of `all` parameters.
+/// Bytes of the moments of `all` parameters; where updates are merged, of what they are merged with and of the weights
+/// before a step, too.
 fn moments(subject: &Subject, precision: Precision, all: i64) -> i64 {
     let Subject { shape, optimizer, .. } = subject;
     let by_muon = if optimizer.muon_momentum.is_some() { count::hidden_matrices(shape) } else { 0 };
     let moment = precision.bytes().min(optimizer.moments.bytes() as i64);
-    2 * moment * (all - by_muon) + precision.bytes() * by_muon
+    let merging = if subject.merges { 2 * precision.bytes() * all } else { 0 };
+    2 * moment * (all - by_muon) + precision.bytes() * by_muon + merging
 }
 
 /// Weights that layers cast to the dtype of their input: all but norms, tables that are only looked up, and routers.
@@ -236,6 +238,9 @@ mod tests {
         };
         let (whole, weights, _) = optimizer(MomentDtype::Fp32, None);
         assert_eq!((whole, optimizer(MomentDtype::Bf16, None).0), (2 * weights, weights));
+        let merging = Subject { merges: true, ..super::super::tests::preset("qwen2-0.5b") };
+        let setup = setup(&merging, None, Precision::Fp32Bf16, 1, false);
+        assert_eq!(setup.optimizer, 4 * setup.weights);
         let (whole, _, by_muon) = optimizer(MomentDtype::Fp32, Some(0.95));
         assert_eq!(whole, 2 * weights - by_muon);
         // One of float32 takes what two of bf16 take.

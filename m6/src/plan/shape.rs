@@ -35,6 +35,8 @@ pub struct Subject {
     pub shape: Shape,
     /// What updates it.
     pub optimizer: OptimizerConfig,
+    /// Whether its updates are merged.
+    pub merges: bool,
     /// Backward passes before an update.
     pub passes: u64,
 }
@@ -60,13 +62,14 @@ impl Subject {
         }
         let config = m6_run::config::load::<TrainConfig>(path, &[])?.config;
         config.validate()?;
-        let (optimizer, passes) = (config.optimizer, config.schedule.accumulation);
-        Ok(Self { optimizer, passes, shape: Shape::of_run(config)? })
+        let (optimizer, merges) = (config.optimizer, config.merging.is_some());
+        let passes = config.schedule.accumulation;
+        Ok(Self { optimizer, merges, passes, shape: Shape::of_run(config)? })
     }
 
     /// With nothing said of its training.
     pub(super) fn alone(shape: Shape) -> Self {
-        Self { shape, optimizer: OptimizerConfig::default(), passes: 1 }
+        Self { shape, optimizer: OptimizerConfig::default(), merges: false, passes: 1 }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use m6_runtime::merging::MergingConfig;
 use m6_runtime::optim::OptimizerConfig;
 use serde::{Deserialize, Serialize};
 
@@ -45,6 +46,9 @@ pub struct TrainConfig {
     /// AdamW, and Muon beside it.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
+    /// Updates that are merged with what tuning had made of a model before; needs `init`, the tuned model.
+    #[serde(default)]
+    pub merging: Option<RunMergingConfig>,
     /// Decay of the averaged weights, which are the ones that are evaluated and exported.
     pub ema: f64,
     /// Validation data and how often it is used.
@@ -71,6 +75,17 @@ pub struct TokenizerConfig {
     /// Trains a byte-level BPE of this size on the captions and prompts.
     #[serde(default)]
     pub train: Option<usize>,
+}
+
+/// Online merging; see [`m6_runtime::merging`].
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct RunMergingConfig {
+    /// Folder of the model that `init` was tuned from.
+    pub base: PathBuf,
+    /// How updates are merged.
+    #[serde(default)]
+    pub settings: MergingConfig,
 }
 
 /// Length, batch and learning rate of a run.
@@ -218,6 +233,15 @@ impl TrainConfig {
         }
         self.model.check_extractor(self.extractor.as_deref(), self.init.is_some()).map_err(Error::Usage)?;
         self.optimizer.validate().map_err(|problem| Error::Usage(format!("optimizer.{problem}")))?;
+        if let Some(merging) = &self.merging {
+            merging
+                .settings
+                .validate()
+                .map_err(|problem| Error::Usage(format!("merging.settings.{problem}")))?;
+            if self.init.is_none() {
+                return usage("init is missing: expected the tuned model that merging.base is the base of".into());
+            }
+        }
         if let Some(samples) = &self.samples {
             samples
                 .request(self.seed)

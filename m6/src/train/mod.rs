@@ -21,7 +21,7 @@ use m6_runtime::optim::{Ema, Optimizer};
 use m6_vqgan::Vqgan;
 use tch::{Device, Tensor};
 
-pub use config::{SamplesConfig, ScheduleConfig, TokenizerConfig, TrainConfig, ValidationConfig};
+pub use config::{RunMergingConfig, SamplesConfig, ScheduleConfig, TokenizerConfig, TrainConfig, ValidationConfig};
 use loss::accumulate;
 pub use loss::{Losses, losses};
 pub use texts::texts;
@@ -130,6 +130,10 @@ impl Trainer {
 
         // Only now, since codes of the pictures were chosen in float32 as it is.
         set_tf32(true)?;
+        let base = match &config.merging {
+            Some(merging) if resumed.is_none() => Some(model.other_weights(&merging.base)?),
+            _ => None,
+        };
         match (&resumed, &config.init, &config.extractor) {
             (None, Some(dir), _) => model.load_weights(dir)?,
             (None, None, Some(file)) => model.load_extractor(file)?,
@@ -141,6 +145,12 @@ impl Trainer {
         }
         let data = source.identities();
         let mut optimizer = Optimizer::new(&model.params, config.optimizer);
+        if let Some(merging) = &config.merging {
+            optimizer = optimizer.merging(&model.params, merging.settings);
+        }
+        if let Some(base) = base {
+            optimizer.set_base(&base)?;
+        }
         let mut ema = Ema::new(&model.params, config.ema);
         let mut window = Window::new(device);
         let (step, place) = match &resumed {

@@ -2,7 +2,7 @@
 
 use m6_runtime::fused::grouped_linear;
 use m6_runtime::{Group, Init, Params};
-use tch::{Device, Tensor};
+use tch::{Kind, Tensor};
 
 use super::config::MoeConfig;
 use super::dispatch::Dispatch;
@@ -43,56 +43,52 @@ impl Experts {
     pub fn forward(&self, x_nd: &Tensor, routing: &Routing) -> Tensor {
         let Dispatch { permutation, ends_e, .. } = &routing.dispatch;
         let x_rd = permutation.permute(x_nd);
-        let parts = parts(self.groups, x_rd.size()[0], ends_e);
-        let hidden_rf = self.kind.activate(&product(&x_rd, &self.up_efd, &parts));
-        let y_rd = product(&hidden_rf, &self.down_edf, &parts);
+        let product = |x: &Tensor, weight: &Tensor| product(x, weight, self.groups, ends_e);
+        let hidden_rf = self.kind.activate(&product(&x_rd, &self.up_efd));
+        let y_rd = product(&hidden_rf, &self.down_edf);
         permutation.unpermute(&y_rd, &routing.weights_na)
     }
 }
 
-/// Experts, one after the other, that go through one grouped product.
-#[derive(Debug)]
-struct Part {
-    /// How many rows they have.
-    rows: i64,
-    /// `[e]` where the rows of each end, counted from the first of the part.
-    ends_e: Tensor,
-}
-
-/// All experts, whose rows end at `ends_e`, in parts of as many as a grouped product takes. More than that in one group
-/// make the host wait for the device, which alone knows where the rows of a part end.
-fn parts(groups: i64, rows: i64, ends_e: &Tensor) -> Vec<Part> {
+/// Rows `[r, i]`, each by the matrix `[o, i]` of its expert, of experts in `groups` whose rows end at `ends_e`.
+fn product(x_ri: &Tensor, weight_eoi: &Tensor, groups: i64, ends_e: &Tensor) -> Tensor {
     let experts = ends_e.size()[0];
     if experts <= MAX_GROUPS {
-        return vec![Part { rows, ends_e: ends_e.shallow_clone() }];
+        return grouped_linear(x_ri, weight_eoi, ends_e);
     }
-    let group = experts / groups;
-    let whole_groups = MAX_GROUPS / group;
-    let size = if whole_groups > 0 { whole_groups * group } else { MAX_GROUPS };
-    let firsts = (size..experts).step_by(size as usize);
-    let mut ends: Vec<i64> = if whole_groups > 0 {
-        // Every token has as many rows in one group as in another.
-        firsts.map(|first| first * rows / experts).collect()
-    } else {
-        let lasts = ends_e.slice(0, size - 1, experts - 1, size).to_device(Device::Cpu);
-        (0..firsts.count() as i64).map(|part| lasts.int64_value(&[part])).collect()
-    };
-    ends.push(rows);
-    let starts = std::iter::once(0).chain(ends.iter().copied());
-    let part =
-        |((ends_e, start), end): ((Tensor, i64), &i64)| Part { rows: end - start, ends_e: ends_e - start };
-    ends_e.split(size, 0).into_iter().zip(starts).zip(&ends).map(part).collect()
+    let whole_groups = MAX_GROUPS / (experts / groups);
+    if whole_groups == 0 {
+        return product_of_one_pool(x_ri, weight_eoi, ends_e);
+    }
+    // Every token has as many rows in one group as in another, so it is known where those of a group begin.
+    let group = (experts / groups, x_ri.size()[0] / groups);
+    let parts = x_ri
+        .split(whole_groups * group.1, 0)
+        .into_iter()
+        .zip(weight_eoi.split(whole_groups * group.0, 0))
+        .zip(ends_e.split(whole_groups * group.0, 0))
+        .zip((0..).step_by((whole_groups * group.1) as usize));
+    let products = parts.map(|(((x, weight), ends), start)| grouped_linear(&x, &weight, &(ends - start)));
+    Tensor::cat(&products.collect::<Vec<_>>(), 0)
 }
 
-/// Rows `[r, i]`, each by the matrix `[o, i]` of its expert.
-fn product(x_ri: &Tensor, weight_eoi: &Tensor, parts: &[Part]) -> Tensor {
-    if let [all] = parts {
-        return grouped_linear(x_ri, weight_eoi, &all.ends_e);
+/// The same for more experts in one group than a grouped product takes. Only the device knows where the rows of a part
+/// begin, and a grouped product begins at the first row: so all rows are turned to begin there, and back.
+fn product_of_one_pool(x_ri: &Tensor, weight_eoi: &Tensor, ends_e: &Tensor) -> Tensor {
+    let rows = x_ri.size()[0];
+    let places = Tensor::arange(rows, (Kind::Int64, x_ri.device()));
+    let mut start = ends_e.get(0).zeros_like();
+    let mut sum = None;
+    for (weight, ends) in weight_eoi.split(MAX_GROUPS, 0).iter().zip(ends_e.split(MAX_GROUPS, 0)) {
+        let ends = ends - &start;
+        let turned = |by: &Tensor, x: &Tensor| x.index_select(0, &(&places + by).remainder(rows));
+        // What lies behind the last row is not written, neither here nor in the backward pass.
+        let is_own = places.lt_tensor(&ends.get(-1)).unsqueeze(-1);
+        let own = |x: Tensor| x.where_self(&is_own, &x.zeros_like());
+        let y = own(grouped_linear(&own(turned(&start, x_ri)), weight, &ends));
+        let y = turned(&-&start, &y);
+        sum = Some(sum.map_or(y.shallow_clone(), |sum: Tensor| sum + y));
+        start += ends.get(-1);
     }
-    let sizes = |size: fn(&Part) -> i64| parts.iter().map(size).collect::<Vec<_>>();
-    let x = x_ri.split_with_sizes(sizes(|part| part.rows), 0);
-    let weights = weight_eoi.split_with_sizes(sizes(|part| part.ends_e.size()[0]), 0);
-    let with_rows = x.iter().zip(&weights).zip(parts).filter(|(_, part)| part.rows > 0);
-    let products = with_rows.map(|((x, weight), part)| grouped_linear(x, weight, &part.ends_e));
-    Tensor::cat(&products.collect::<Vec<_>>(), 0)
+    sum.expect("there are experts")
 }
