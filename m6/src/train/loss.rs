@@ -117,8 +117,9 @@ mod tests {
             target: Target::Codes { seen: codes.clone(), codes, places: vec![0, 1, 2, 3] },
         };
         let examples = [Some(caption), has_codes.then_some(drawing)].into_iter().flatten();
-        let row = lay_out(transformer.vocab(), transformer.positions(), examples, Some(24));
-        row.unwrap().upload(Device::Cpu).unwrap()
+        let tokens = 24 + 2 * words.len();
+        let row = lay_out(transformer.vocab(), transformer.positions(), examples, Some(tokens));
+        row.unwrap().upload(transformer.text_head().device()).unwrap()
     }
 
     fn dense() -> ModelConfig {
@@ -171,6 +172,59 @@ mod tests {
             let expected = &golden[&format!("grad.{name}")];
             let error = (param.tensor.grad() - expected).norm() / expected.norm();
             assert!(error.double_value(&[]) < 1e-4, "{name}: {error:?}");
+        }
+    }
+
+    /// Of each family, wide enough for the kernels. All experts are active: a router's choice can turn on a rounded bit.
+    ///
+    /// Needs a GPU; run with `cargo test --features cuda`.
+    #[cfg(feature = "cuda")]
+    #[test]
+    fn loss_and_every_gradient_in_bf16_on_a_gpu_are_those_of_float32() {
+        const BF16_ERROR: f64 = 3e-2;
+        let patches = Some(PatchConfig { resolution: 8, extractor: Extractor::Linear(4) });
+        let wide = ModelConfig { patches, ..ModelConfig::new(256, 4, 4, 512, 64) };
+        let m6 = ModelConfig {
+            norm: NormKind::Layer,
+            bias: Bias::All,
+            feed_forward: FeedForwardKind::Gelu,
+            qk_norm: false,
+            ..wide.clone()
+        };
+        let qwen = ModelConfig {
+            bias: Bias::Qkv,
+            qk_norm: false,
+            rotary: Some(RotaryConfig::new(1e4)),
+            tied: false,
+            ..wide.clone()
+        };
+        let qwen2 = ModelConfig { kv_heads: Some(2), ..qwen.clone() };
+        let broad = ModelConfig { head_width: Some(128), ..qwen.clone() };
+        let shared = "every = 2\nshared = 64\nrenormalize = false";
+        let moe = ModelConfig { moe: experts(shared).map(|moe| MoeConfig { active: 4, ..moe }), ..qwen2.clone() };
+        let words: Vec<i64> = (0..60).map(|i| (i * 7 + 3) % VOCAB.text).collect();
+        for config in [wide, m6, qwen, qwen2, broad, moe] {
+            config.validate().unwrap();
+            let weights = Params::new(Device::Cpu, 3);
+            let _ = Transformer::new(&weights, &config, VOCAB, CODE_GRID);
+            let weights = weights.tensors();
+            let run = |device: Device| {
+                let params = Params::new(device, 3);
+                let transformer = Transformer::new(&params, &config, VOCAB, CODE_GRID);
+                for (name, mut tensor) in params.tensors() {
+                    tensor.copy_(&weights[&name]);
+                }
+                let batch = batch(&transformer, &words, flat(90), true);
+                let total = accumulate(&transformer, &batch, 1, false).unwrap().total;
+                let grads = params.trainable().into_iter().map(|(name, param)| (name, param.tensor.grad()));
+                let numbers = std::iter::once(("loss".to_owned(), total.detach())).chain(grads);
+                numbers.map(|(name, x)| (name, x.to_device(Device::Cpu).to_kind(Kind::Double))).collect::<Vec<_>>()
+            };
+            let exact = run(Device::Cpu);
+            for ((name, found), (_, exact)) in run(Device::Cuda(0)).iter().zip(&exact) {
+                let error = ((found - exact).norm() / exact.norm()).double_value(&[]);
+                assert!(error < BF16_ERROR, "{name}: {error} of {config:?}");
+            }
         }
     }
 
