@@ -108,12 +108,14 @@ def chats_by_m6(m6, ranks, chats, work):
     return [json.loads(line) for line in output.splitlines()]
 
 
-def qwen2_tokenizer(ranks):
-    """transformers' tokenizer with these ranks."""
+def qwen2_tokenizer(ranks, special):
+    """transformers' tokenizer with these ranks, and ids of special tokens."""
     converter = TikTokenConverter()
     converter.load_tiktoken_bpe = lambda _: ranks
     vocab, merges = converter.extract_vocab_merges_from_model(None)
-    return Qwen2Tokenizer(vocab=vocab, merges=merges)
+    tokenizer = Qwen2Tokenizer(vocab=vocab | special, merges=merges)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(special)})
+    return tokenizer
 
 
 def differences(texts, found, expected):
@@ -129,7 +131,7 @@ def comparisons(m6, path, texts, work):
     ranks = read_ranks(path)
     special = {name: max(ranks.values()) + place for place, name in enumerate(SPECIAL, 1)}
     reference = tiktoken.Encoding("qwen", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens=special)
-    qwen2 = qwen2_tokenizer(ranks)
+    qwen2 = qwen2_tokenizer(ranks, special)
     for kind, texts in [("lines", list(lines(texts))), ("random texts", list(random_texts()))]:
         found = encoded_by_m6(m6, path, texts, work)
         expected = [reference.encode_ordinary(unicodedata.normalize("NFC", text)) for text in texts]
