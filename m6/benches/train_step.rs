@@ -4,7 +4,7 @@
 //!     cargo bench -p m6 --features cuda --bench train_step -- qwen2-0.5b 8 2048
 //!
 //! Shape, texts, tokens a text, how often they are gone through before an update (once), and the dtype of the optimizer's
-//! moments (`fp32`, or `bf16`). On a GPU steps are launched kernel by kernel, and then as a CUDA graph. Prints one line of
+//! moments (`fp32`, or `bf16`). On a GPU steps are launched kernel by kernel and as a CUDA graph, in turn. Prints one line of
 //! JSON, to be read beside what Hugging Face's implementation makes of the same shape on the same GPU.
 
 use std::time::Instant;
@@ -22,6 +22,7 @@ use tch::{Device, Kind, Tensor};
 
 const WARM_UP: usize = 4;
 const STEPS: usize = 10;
+const ROUNDS: usize = 3;
 const LEARNING_RATE: f64 = 1e-4;
 
 /// A shape by its name, and the rows of its vocabulary.
@@ -117,16 +118,23 @@ fn main() {
     let mut optimizer = Optimizer::new(&params, OptimizerConfig { moments, ..OptimizerConfig::default() });
     optimizer.set_lr(LEARNING_RATE);
     let mut step = step(&model, &mut optimizer, rows, (texts, length), passes);
-    let by_kernel = seconds(device, &mut step);
-    let graph = device.is_cuda().then(|| {
+    let mut by_kernel = vec![seconds(device, &mut step)];
+    let mut as_graph = Vec::new();
+    if device.is_cuda() {
         let work = || {
             step();
             Ok::<_, RuntimeError>(())
         };
-        CudaGraph::record(device, work).expect("a graph of the step").0
-    });
-    let as_graph = graph.map(|graph| seconds(device, || graph.replay().expect("a step")));
-    let seconds = as_graph.unwrap_or(by_kernel);
+        let graph = CudaGraph::record(device, work).expect("a graph of the step").0;
+        // In turn, so that what the GPU's clock does meets both.
+        for _ in 0..ROUNDS {
+            as_graph.push(seconds(device, || graph.replay().expect("a step")));
+            by_kernel.push(seconds(device, &mut step));
+        }
+    }
+    let mean = |times: &[f64]| times.iter().sum::<f64>() / times.len() as f64;
+    let by_kernel = mean(&by_kernel);
+    let seconds = if as_graph.is_empty() { by_kernel } else { mean(&as_graph) };
     let (tokens, parameters) = (passes * texts * length, params.count());
     let active = parameters - idle(&params, &config);
     // 6 for each parameter that a token meets, and causal attention, as the peer counts them.
