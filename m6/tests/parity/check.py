@@ -93,19 +93,46 @@ def model_problems(m6, name, regenerated, work):
         is_told = key == "head_dim" and values[0] is None
         if key not in SETTLED and not is_told and values[0] != values[1]:
             yield f"config.json: {key} = {values[1]}, expected {values[0]}"
-    ids = load_file(committed / "golden.safetensors")["ids"]
-    model = AutoModelForCausalLM.from_pretrained(back, attn_implementation="eager")
+    yield from score_problems(m6, name, back, [committed, own, back])
+
+
+def score_problems(m6, name, published, folders):
+    """Folders that are scored otherwise than transformers scores `published`."""
+    ids = load_file(COMMITTED / name / "golden.safetensors")["ids"]
+    model = AutoModelForCausalLM.from_pretrained(published, attn_implementation="eager", dtype=torch.float32)
     exact = log_probabilities(model, ids)
-    for folder in (committed, own, back):
+    for folder in folders:
         error = (scored(m6, folder, ids) - exact).abs().max().item()
         if not error < TOLERANCE:
             yield f"{folder.name}: log-probabilities differ by {error}"
+
+
+def as_toml(value):
+    """Settings in JSON as a value of TOML, which knows no null."""
+    if not isinstance(value, dict):
+        return json.dumps(value)
+    return "{ " + ", ".join(f"{key} = {as_toml(inner)}" for key, inner in value.items() if inner is not None) + " }"
+
+
+def made_problems(m6, name, own, made, *options):
+    """What is wrong with what `m6 convert` makes of a folder and publishes."""
+    back = made.with_name(f"{made.name}-back")
+    for source, target, more in [(own, made, options), (made, back, [])]:
+        subprocess.run([m6, "convert", source, target, *more], check=True, stdout=subprocess.DEVNULL)
+    yield from score_problems(m6, name, back, [made, back])
 
 
 def check_models(args, work):
     make.write(work / "made", seed=make.SEED)
     for name in make.MODELS:
         yield name, model_problems(args.m6, name, work / "made", work)
+    name = "qwen2"
+    own, experts = work / f"{name}-own", work / "experts.toml"
+    model = json.loads((own / "config.json").read_text())["model"]
+    model["moe"] = {"experts": 4, "active": 2, "every": 1, "hidden": 16, "shared": 24, "balance_loss": 0.0, "z_loss": 0.0, "balance": "model"}
+    experts.write_text(f"model = {as_toml(model)}\n")
+    yield f"{name} in bf16", made_problems(args.m6, name, COMMITTED / name, work / "bf16", "--dtype", "bf16")
+    yield f"{name} given experts", made_problems(args.m6, name, COMMITTED / name, work / "given", "--experts", experts)
     yield "qwen", regenerated_problems("qwen", work / "made")
     m6.write(work / M6)
     changed = same(load_file(work / M6), load_file(COMMITTED / M6), TOLERANCE)
