@@ -360,15 +360,14 @@ fn assert_chats(scene: &Scene) {
     let ranks =
         Path::new(env!("CARGO_MANIFEST_DIR")).join("../data/src/tokenizer/testdata/qwen_cut.tiktoken");
     fs::copy(ranks, scene.path("qwen.tiktoken")).unwrap();
-    let turns = r#"{"messages": [{"role": "user", "content": "red?"}, {"role": "assistant", "content": "yes"}]}"#;
+    let turns =
+        r#"{"messages": [{"role": "user", "content": "red?"}, {"role": "assistant", "content": "yes"}]}"#;
     fs::write(scene.path("chats.jsonl"), turns).unwrap();
     let chat = ["tokenizer", "chat", "qwen.tiktoken", "chats.jsonl"];
     let found = one(scene.json(&[&chat[..], &["--json"]].concat()));
     let tokenizer = m6_data::Tokenizer::load(&scene.path("qwen.tiktoken")).unwrap();
-    let messages: Vec<m6_data::Message> = serde_json::from_value(
-        serde_json::from_str::<Value>(turns).unwrap()["messages"].clone(),
-    )
-    .unwrap();
+    let messages: Vec<m6_data::Message> =
+        serde_json::from_value(serde_json::from_str::<Value>(turns).unwrap()["messages"].clone()).unwrap();
     let expected = m6_data::ChatTokens::new(&tokenizer, &messages).unwrap();
     assert_eq!(found, json!(expected));
     let shown = scene.succeed(&chat);
@@ -379,7 +378,11 @@ fn assert_chats(scene: &Scene) {
     fs::write(scene.path("chats.jsonl"), turns.replace("user", "bot")).unwrap();
     let refused = scene.run(&chat);
     assert_eq!(refused.code, Some(1));
-    assert!(refused.stderr.contains("chats.jsonl: line 1: expected an object with messages"), "{}", refused.stderr);
+    assert!(
+        refused.stderr.contains("chats.jsonl: line 1: expected an object with messages"),
+        "{}",
+        refused.stderr
+    );
 }
 
 /// Writes a random language model of Qwen2's layout, with a tokenizer of 256 ids or more and `rows` rows in its table.

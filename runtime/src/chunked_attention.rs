@@ -76,7 +76,13 @@ struct Part {
 
 impl Part {
     /// Of the queries in `rows` and the keys in `keys`, both a first row and a number of rows.
-    fn new(q: &Tensor, rows: (i64, i64), kv: [&Tensor; 2], keys: (i64, i64), is_causal: bool) -> Result<Self> {
+    fn new(
+        q: &Tensor,
+        rows: (i64, i64),
+        kv: [&Tensor; 2],
+        keys: (i64, i64),
+        is_causal: bool,
+    ) -> Result<Self> {
         let some = |x: &Tensor, (first, count)| x.narrow(0, first, count).transpose(0, 1).unsqueeze(0); // [1, h, t, k]
         let (q, [k, v]) = (some(q, rows), kv.map(|x| some(x, keys)));
         let none = None::<&Tensor>;
@@ -99,8 +105,7 @@ impl Part {
 fn together(parts: &[Part]) -> Tensor {
     let log_sums: Vec<_> = parts.iter().map(|part| &part.log_sums).collect();
     let total = Tensor::stack(&log_sums, 0).logsumexp([0].as_slice(), false);
-    let weighted =
-        parts.iter().map(|Part { out, log_sums }| out * (log_sums - &total).exp().unsqueeze(-1));
+    let weighted = parts.iter().map(|Part { out, log_sums }| out * (log_sums - &total).exp().unsqueeze(-1));
     weighted.sum::<Tensor>().to_kind(Kind::Float).transpose(0, 1)
 }
 
@@ -170,11 +175,8 @@ mod tests {
     #[test]
     fn examples_with_a_prefix_are_refused() {
         let x = Tensor::zeros([9, 2, 8], (Kind::Float, Device::Cpu));
-        let queries = ChunkedQueries {
-            own: x.shallow_clone(),
-            before: x.shallow_clone(),
-            earlier: x.shallow_clone(),
-        };
+        let queries =
+            ChunkedQueries { own: x.shallow_clone(), before: x.shallow_clone(), earlier: x.shallow_clone() };
         let layout = Layout::new(vec![Span { prefix: 4, target: 5 }], Device::Cpu).unwrap();
         let error = chunked_attention(&queries, &x, &x, &layout, 8).unwrap_err().to_string();
         assert!(error.contains("an example of 4 + 5 tokens: chunks of 8"), "{error}");

@@ -80,7 +80,9 @@ impl Merging {
         let _guard = tch::no_grad_guard();
         for Slot { name, param, tuned } in &mut self.slots {
             let base = base.get(name).filter(|base| base.size() == param.size()).ok_or_else(|| {
-                RuntimeError::Torch(format!("online merging: `{name}` is not in the base, or of another shape"))
+                RuntimeError::Torch(format!(
+                    "online merging: `{name}` is not in the base, or of another shape"
+                ))
             })?;
             *tuned = reserved(&(&*param - base), self.config.reserve).clamp(-LARGEST_CHANGE, LARGEST_CHANGE);
         }
@@ -170,8 +172,8 @@ mod tests {
     /// The formula, with what AdamW alone would have made.
     #[test]
     fn an_update_and_what_tuning_had_changed_are_weighed() {
-        let [start, plain, merged] =
-            [(None, 0), (None, 1), (Some(config(0.25, 1.0)), 1)].map(|(merging, n)| trained(merging, n, squares));
+        let [start, plain, merged] = [(None, 0), (None, 1), (Some(config(0.25, 1.0)), 1)]
+            .map(|(merging, n)| trained(merging, n, squares));
         for (i, decay) in [(0, WEIGHT_DECAY), (1, 0.0)] {
             let decayed = &start[i] * (1.0 - LR * decay);
             let tuned = start[i].clamp(-LARGEST_CHANGE, LARGEST_CHANGE);
@@ -184,8 +186,8 @@ mod tests {
     #[test]
     fn a_share_of_the_weights_is_reached_and_grows_to_the_same_sum() {
         const SHARE: f64 = 0.2;
-        let [start, plain, merged] =
-            [(None, 0), (None, 1), (Some(config(0.0, SHARE)), 1)].map(|(merging, n)| trained(merging, n, squares));
+        let [start, plain, merged] = [(None, 0), (None, 1), (Some(config(0.0, SHARE)), 1)]
+            .map(|(merging, n)| trained(merging, n, squares));
         let decayed = &start[0] * (1.0 - LR * WEIGHT_DECAY);
         let [full, kept] = [&plain[0], &merged[0]].map(|after| after - &decayed);
         let is_kept = kept.abs().gt(1e-6);
@@ -197,8 +199,8 @@ mod tests {
 
     #[test]
     fn a_bad_gradient_changes_nothing() {
-        let [start, merged] = [0, 1]
-            .map(|steps| trained(Some(config(0.5, 0.5)), steps, |y| squares(y) * f64::INFINITY));
+        let [start, merged] =
+            [0, 1].map(|steps| trained(Some(config(0.5, 0.5)), steps, |y| squares(y) * f64::INFINITY));
         assert_eq!(start, merged);
     }
 

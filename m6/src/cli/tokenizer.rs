@@ -168,7 +168,6 @@ fn read(path: &Path) -> Result<String> {
 
 /// What line `number` of the file `path` says in JSON.
 fn parse<T: DeserializeOwned>(path: &Path, number: usize, line: &str, what: &str) -> Result<T> {
-    serde_json::from_str(line).map_err(|error| {
-        output::file_error(path, format_args!("line {number}: expected {what}: {error}"))
-    })
+    serde_json::from_str(line)
+        .map_err(|error| output::file_error(path, format_args!("line {number}: expected {what}: {error}")))
 }

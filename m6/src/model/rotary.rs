@@ -111,7 +111,9 @@ impl RotaryConfig {
         if let Some(ChunkConfig { size, trained }) = self.chunks
             && !(1..trained).contains(&size)
         {
-            return Err(format!("chunks.size = {size}: expected 1 or more and less than chunks.trained = {trained}"));
+            return Err(format!(
+                "chunks.size = {size}: expected 1 or more and less than chunks.trained = {trained}"
+            ));
         }
         match &self.scaling {
             None => Ok(()),

@@ -239,7 +239,9 @@ impl TrainConfig {
                 .validate()
                 .map_err(|problem| Error::Usage(format!("merging.settings.{problem}")))?;
             if self.init.is_none() {
-                return usage("init is missing: expected the tuned model that merging.base is the base of".into());
+                return usage(
+                    "init is missing: expected the tuned model that merging.base is the base of".into(),
+                );
             }
         }
         if let Some(samples) = &self.samples {

@@ -201,7 +201,8 @@ mod tests {
         let qwen2 = ModelConfig { kv_heads: Some(2), ..qwen.clone() };
         let broad = ModelConfig { head_width: Some(128), ..qwen.clone() };
         let shared = "every = 2\nshared = 64\nrenormalize = false";
-        let moe = ModelConfig { moe: experts(shared).map(|moe| MoeConfig { active: 4, ..moe }), ..qwen2.clone() };
+        let moe =
+            ModelConfig { moe: experts(shared).map(|moe| MoeConfig { active: 4, ..moe }), ..qwen2.clone() };
         let words: Vec<i64> = (0..60).map(|i| (i * 7 + 3) % VOCAB.text).collect();
         for config in [wide, m6, qwen, qwen2, broad, moe] {
             config.validate().unwrap();
@@ -218,7 +219,9 @@ mod tests {
                 let total = accumulate(&transformer, &batch, 1, false).unwrap().total;
                 let grads = params.trainable().into_iter().map(|(name, param)| (name, param.tensor.grad()));
                 let numbers = std::iter::once(("loss".to_owned(), total.detach())).chain(grads);
-                numbers.map(|(name, x)| (name, x.to_device(Device::Cpu).to_kind(Kind::Double))).collect::<Vec<_>>()
+                numbers
+                    .map(|(name, x)| (name, x.to_device(Device::Cpu).to_kind(Kind::Double)))
+                    .collect::<Vec<_>>()
             };
             let exact = run(Device::Cpu);
             for ((name, found), (_, exact)) in run(Device::Cuda(0)).iter().zip(&exact) {

@@ -21,7 +21,9 @@ use m6_runtime::optim::{Ema, Optimizer};
 use m6_vqgan::Vqgan;
 use tch::{Device, Tensor};
 
-pub use config::{RunMergingConfig, SamplesConfig, ScheduleConfig, TokenizerConfig, TrainConfig, ValidationConfig};
+pub use config::{
+    RunMergingConfig, SamplesConfig, ScheduleConfig, TokenizerConfig, TrainConfig, ValidationConfig,
+};
 use loss::accumulate;
 pub use loss::{Losses, losses};
 pub use texts::texts;
