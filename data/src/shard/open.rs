@@ -1,53 +1,17 @@
-//! Sets of webdataset shards: tar files whose members share a key per sample.
+//! Opens shards: finds them, and groups the members of each by their keys.
 
-use std::fs::File;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
+use super::sample::MemberEntry;
+use super::{SampleEntry, Shard, ShardSet};
 use crate::cache::Cache;
 use crate::error::{DataError, Result};
 use crate::flaw::{Flaw, FlawClass};
-use crate::key::{member_path, split_key};
+use crate::key::split_key;
 use crate::pattern::resolve;
-use crate::picture::{Decoded, Rgb8};
-use crate::scan::{Care, Progress, Scanned, Stamp, scan_all};
+use crate::scan::{Care, Progress, Scanned, scan_all};
 use crate::skipped::SkipLimits;
 use crate::tar_index::Defect;
-
-/// Extensions that hold a sample's picture, in the order in which they are looked for.
-pub const PICTURE_EXTENSIONS: [&str; 5] = ["webp", "png", "jpg", "jpeg", "bmp"];
-
-/// An indexed set of shards. The index lives in memory, the samples' bytes stay on disk.
-#[derive(Debug, Default)]
-pub struct ShardSet {
-    shards: Vec<Shard>,
-    samples: Vec<SampleEntry>,
-    flaws: Vec<Flaw>,
-    bytes: u64,
-}
-
-#[derive(Debug)]
-struct Shard {
-    /// As the user named it, for messages.
-    name: PathBuf,
-    /// Where its bytes are: itself, or its file in the cache.
-    file: PathBuf,
-    stamp: Stamp,
-}
-
-#[derive(Debug)]
-struct SampleEntry {
-    shard: usize,
-    key: String,
-    members: Vec<MemberEntry>,
-}
-
-#[derive(Debug)]
-struct MemberEntry {
-    extension: String,
-    offset: u64,
-    size: u64,
-}
 
 impl ShardSet {
     /// Opens and indexes the shards named by `patterns`, in the order given. Each is a file, a glob (`data/*.tar`), a url
@@ -81,7 +45,7 @@ impl ShardSet {
     }
 
     /// As [`ShardSet::open_with`], with a cache that is asked for if one is needed.
-    fn open_in<'a>(
+    pub(super) fn open_in<'a>(
         cache: impl Fn() -> Result<&'a Cache> + Sync,
         patterns: &[String],
         limits: SkipLimits,
@@ -137,153 +101,6 @@ impl ShardSet {
             }
         }
         Ok(set)
-    }
-
-    /// Number of samples.
-    pub fn len(&self) -> usize {
-        self.samples.len()
-    }
-
-    /// Whether there is no sample at all.
-    pub fn is_empty(&self) -> bool {
-        self.samples.is_empty()
-    }
-
-    /// The shards as they were named, in order.
-    pub fn shards(&self) -> impl ExactSizeIterator<Item = &Path> {
-        self.shards.iter().map(|shard| shard.name.as_path())
-    }
-
-    /// The files with their bytes, in the same order.
-    pub(crate) fn files(&self) -> impl Iterator<Item = &Path> {
-        self.shards.iter().map(|shard| shard.file.as_path())
-    }
-
-    /// Size of all shard files in bytes.
-    pub fn bytes(&self) -> u64 {
-        self.bytes
-    }
-
-    /// A fingerprint of what the set holds and in which order: keys, member names, offsets and sizes.
-    pub fn identity(&self) -> String {
-        let mut hasher = blake3::Hasher::new();
-        for sample in &self.samples {
-            hasher.update(sample.key.as_bytes());
-            for member in &sample.members {
-                hasher.update(b"\0");
-                hasher.update(member.extension.as_bytes());
-                hasher.update(&member.offset.to_le_bytes());
-                hasher.update(&member.size.to_le_bytes());
-            }
-            hasher.update(b"\n");
-        }
-        hasher.finalize().to_hex().to_string()
-    }
-
-    /// Damage found while indexing.
-    pub fn flaws(&self) -> &[Flaw] {
-        &self.flaws
-    }
-
-    /// Extensions of the members of sample `index`, without reading them.
-    pub fn extensions(&self, index: usize) -> impl Iterator<Item = &str> {
-        self.samples[index].members.iter().map(|member| member.extension.as_str())
-    }
-
-    /// A flaw of sample `index`.
-    pub fn flaw(&self, index: usize, class: FlawClass, reason: String) -> Flaw {
-        let entry = &self.samples[index];
-        let offset = entry.members.iter().map(|member| member.offset).min();
-        Flaw {
-            class,
-            shard: self.shards[entry.shard].name.clone(),
-            offset,
-            key: Some(entry.key.clone()),
-            reason,
-        }
-    }
-
-    /// Why sample `index` cannot be written to another shard: a name that leaves the folder of unpacked shards or would not
-    /// be read back as it is.
-    pub fn unsafe_name(&self, index: usize) -> Option<Flaw> {
-        let reason =
-            self.extensions(index).find_map(|extension| member_path(self.key(index), extension).err())?;
-        Some(self.flaw(index, FlawClass::UnsafeName, reason))
-    }
-
-    /// Whether sample `index` has a member with this (lower-case) extension, without reading it.
-    pub fn has(&self, index: usize, extension: &str) -> bool {
-        self.extensions(index).any(|has| has == extension)
-    }
-
-    /// Whether sample `index` has a picture, without reading it.
-    pub fn has_picture(&self, index: usize) -> bool {
-        self.extensions(index).any(|has| PICTURE_EXTENSIONS.contains(&has))
-    }
-
-    /// The samples that have a picture, without reading them.
-    pub fn with_picture(&self) -> Vec<usize> {
-        (0..self.len()).filter(|&index| self.has_picture(index)).collect()
-    }
-
-    /// The samples that `serves` picks, and a flaw for each of the others, which lack `what`. Nothing is read.
-    ///
-    /// # Errors
-    /// None is picked, or the others are more than the limits' share.
-    pub fn serving(
-        &self,
-        serves: impl Fn(usize) -> bool,
-        what: &str,
-        limits: &SkipLimits,
-    ) -> Result<(Vec<usize>, Vec<Flaw>)> {
-        let (served, others): (Vec<usize>, Vec<usize>) = (0..self.len()).partition(|&index| serves(index));
-        let flaw = |index| self.flaw(index, FlawClass::MissingMember, format!("lacks {what}"));
-        let flaws: Vec<Flaw> = others.into_iter().map(flaw).collect();
-        match flaws.last() {
-            Some(last) if served.is_empty() || limits.passes_share(flaws.len() as u64, self.len() as u64) => {
-                Err(limits.too_many(flaws.len() as u64, self.len() as u64, last))
-            }
-            _ => Ok((served, flaws)),
-        }
-    }
-
-    /// Key of sample `index`.
-    pub(crate) fn key(&self, index: usize) -> &str {
-        &self.samples[index].key
-    }
-
-    /// The shard that holds sample `index`.
-    pub(crate) fn shard(&self, index: usize) -> &Path {
-        &self.shards[self.samples[index].shard].name
-    }
-
-    /// Reads sample `index` (below [`ShardSet::len`], in the order of the shards) into memory.
-    ///
-    /// # Errors
-    /// Names the sample when its shard cannot be read any more, or the shard when its size or time is not what it was when
-    /// it was opened.
-    ///
-    /// # Panics
-    /// `index` is not below [`ShardSet::len`].
-    pub fn sample(&self, index: usize) -> Result<Sample<'_>> {
-        let entry = &self.samples[index];
-        let shard = &self.shards[entry.shard];
-        let start = entry.members.iter().map(|m| m.offset).min().unwrap_or(0);
-        let end = entry.members.iter().map(|m| m.offset + m.size).max().unwrap_or(0);
-        // A sample's members are neighbours in the archive, so one read fetches them all. Files are opened per sample:
-        // a set may have more shards than a process may hold files, and unlike a memory map a failing read is an error
-        // and not a signal.
-        let mut bytes = vec![0; (end - start) as usize];
-        let unusable =
-            |e| DataError::Sample(self.flaw(index, FlawClass::UnusableShard, format!("cannot be read: {e}")));
-        let file = File::open(&shard.file).map_err(unusable)?;
-        let read = file.read_exact_at(&mut bytes, start);
-        // Asked afterwards, so that a change while it is read is seen as well.
-        if !shard.stamp.fits(&file).map_err(unusable)? {
-            return Err(DataError::Changed { shard: shard.name.clone() });
-        }
-        read.map_err(unusable)?;
-        Ok(Sample { key: &entry.key, shard: &shard.name, members: &entry.members, start, bytes })
     }
 
     /// Adds a shard by what was found in it.
@@ -363,72 +180,11 @@ pub fn shard_names(patterns: &[String]) -> Result<Vec<String>> {
     Ok(sources.iter().map(|source| source.name().to_string_lossy().into_owned()).collect())
 }
 
-/// One sample in memory: the members of a shard that share a key.
-#[derive(Debug)]
-pub struct Sample<'a> {
-    /// Key of the sample: folder and file name up to its first dot.
-    pub key: &'a str,
-    /// The shard it comes from.
-    pub shard: &'a Path,
-    members: &'a [MemberEntry],
-    start: u64,
-    bytes: Vec<u8>,
-}
-
-impl Sample<'_> {
-    /// Bytes of the member with this (lower-case) extension.
-    pub fn member(&self, extension: &str) -> Option<&[u8]> {
-        self.members.iter().find(|m| m.extension == extension).map(|m| self.slice(m))
-    }
-
-    /// Extension and bytes of every member, in the order of the shard.
-    pub fn members(&self) -> impl Iterator<Item = (&str, &[u8])> {
-        self.members.iter().map(|m| (m.extension.as_str(), self.slice(m)))
-    }
-
-    /// Bytes of the picture: the first member among [`PICTURE_EXTENSIONS`]. A sample may have none.
-    pub fn picture(&self) -> Option<&[u8]> {
-        PICTURE_EXTENSIONS.iter().find_map(|extension| self.member(extension))
-    }
-
-    /// An error that names this sample, its shard and where it begins there.
-    pub fn error(&self, class: FlawClass, reason: impl Into<String>) -> DataError {
-        DataError::Sample(Flaw {
-            class,
-            shard: self.shard.to_owned(),
-            offset: Some(self.start),
-            key: Some(self.key.to_owned()),
-            reason: reason.into(),
-        })
-    }
-
-    fn slice(&self, member: &MemberEntry) -> &[u8] {
-        let start = (member.offset - self.start) as usize;
-        &self.bytes[start..start + member.size as usize]
-    }
-}
-
-/// Decodes the [picture](Sample::picture) of a sample.
-///
-/// # Errors
-/// Names the sample when it has no picture or a broken one.
-pub fn sample_image(sample: &Sample) -> Result<Rgb8> {
-    sample_image_for(sample, None)?.into_rgb()
-}
-
-/// As [`sample_image`], by [`Decoded::for_side`].
-pub(crate) fn sample_image_for(sample: &Sample, short_side: Option<u32>) -> Result<Decoded> {
-    let picture = sample.picture().ok_or_else(|| {
-        let reason = format!("no picture (expected one of {})", PICTURE_EXTENSIONS.join(", "));
-        sample.error(FlawClass::MissingMember, reason)
-    })?;
-    Decoded::for_side(picture, short_side).map_err(|e| sample.error(FlawClass::BrokenPicture, e.to_string()))
-}
-
 #[cfg(test)]
 mod tests {
     use std::fs;
 
+    use super::super::sample_image;
     use super::*;
     use crate::testing::{Members, archive, cat, shard};
 
@@ -478,42 +234,6 @@ mod tests {
 
         std::fs::write(&path, &bytes[..300]).unwrap();
         assert!(open(&path).unwrap_err().to_string().contains("holds no whole sample"));
-    }
-
-    #[test]
-    fn a_shard_that_changes_or_vanishes_is_named() {
-        let dir = tempfile::tempdir().unwrap();
-        let path = shard(dir.path(), &[("a", &[("txt", b"old")]), ("b", &[("txt", b"x")])]);
-        let (set, whole) = (open(&path).unwrap(), std::fs::read(&path).unwrap());
-        let error = || set.sample(0).unwrap_err().to_string();
-        let changed = format!("{} has changed since it was opened; open it again", path.display());
-        for length in [0, 513, whole.len() - 512] {
-            std::fs::write(&path, &whole[..length]).unwrap();
-            assert_eq!(error(), changed);
-        }
-        std::fs::write(&path, &whole).unwrap();
-        let later = std::time::SystemTime::now() + std::time::Duration::from_secs(10);
-        File::options().write(true).open(&path).unwrap().set_modified(later).unwrap();
-        assert_eq!(error(), changed, "the same size at another time");
-        assert_eq!(open(&path).unwrap().sample(0).unwrap().member("txt"), Some(b"old".as_slice()));
-        std::fs::remove_file(&path).unwrap();
-        let start = format!("{}, byte 512, sample a: cannot be read: No such file", path.display());
-        assert!(error().starts_with(&start), "{}", error());
-    }
-
-    #[test]
-    fn a_shard_in_the_cache_is_told_by_its_size_alone() {
-        let dir = tempfile::tempdir().unwrap();
-        let cache = Cache::open(&dir.path().join("cache"), 1 << 20).unwrap();
-        let path = shard(dir.path(), &[("a", &[("txt", b"text")])]);
-        let set = ShardSet::open_in(|| Ok(&cache), &[cat(&path)], SkipLimits::default(), &mut |_, _, _| ())
-            .unwrap();
-        let file = File::options().write(true).open(&set.shards[0].file).unwrap();
-        file.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
-        assert_eq!(set.sample(0).unwrap().member("txt"), Some(b"text".as_slice()), "another process used it");
-        file.set_len(600).unwrap();
-        let error = set.sample(0).unwrap_err().to_string();
-        assert_eq!(error, format!("{} has changed since it was opened; open it again", cat(&path)));
     }
 
     #[test]
