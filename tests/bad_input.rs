@@ -42,10 +42,7 @@ fn settings() {
         ("train train.toml --set schedule.min_ratio=nan", &["schedule.min_ratio = NaN"]),
         ("train train.toml --set ema=1.5", &["ema = 1.5"]),
         ("train train.toml --set merging.base=base", &["init is missing", "merging.base"]),
-        (
-            "train train.toml --set merging.base=base --set merging.settings.reserve=0",
-            &["merging.settings.reserve = 0"],
-        ),
+        ("train train.toml --set merging.base=base --set merging.reserve=0", &["merging.reserve = 0"]),
         ("train train.toml --set device=tpu", &["`tpu`", "expected `cpu`"]),
         ("train train.toml --set model.width=20", &["model.width = 20", "multiple of"]),
         ("train train.toml --set model.heads=0", &["model.heads = 0"]),

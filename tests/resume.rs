@@ -156,7 +156,7 @@ fn merged_updates_resume_exactly() {
     scene.succeed(&["train", "train.toml", "--set", "run=base", "--set", "schedule.steps=2"]);
     let tune = ["train", "train.toml", "--set", "seed=6", "--set", "schedule.steps=3", "--set", "run=tuned"];
     scene.succeed(&[&tune[..], &["--set", "init=base/model", "--set", tokenizer]].concat());
-    let merging = "merging={ base = \"base/model\", settings = { alpha = 0.01, reserve = 0.5 } }";
+    let merging = "merging={ base = \"base/model\", alpha = 0.01, reserve = 0.5 }";
     let train = ["train", "train.toml", "--set", STEPS, "--set", "init=tuned/model", "--set", tokenizer];
     let merged = [&train[..], &["--set", merging]].concat();
     scene.succeed(&[&train[..], &["--set", "run=plain"]].concat());

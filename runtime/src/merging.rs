@@ -4,7 +4,6 @@
 
 use std::collections::BTreeMap;
 
-use serde::{Deserialize, Serialize};
 use tch::Tensor;
 
 use crate::error::{Result, RuntimeError};
@@ -14,8 +13,7 @@ use crate::params::Params;
 const LARGEST_CHANGE: f64 = 1.0;
 
 /// Settings of online merging by dropout (the paper's OnDARE).
-#[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct MergingConfig {
     /// Weight of what tuning had changed, beside `1 - alpha` of the update.
     pub alpha: f64,

@@ -83,9 +83,27 @@ pub struct TokenizerConfig {
 pub struct RunMergingConfig {
     /// Folder of the model that `init` was tuned from.
     pub base: PathBuf,
+    /// Weight of what tuning had changed, beside `1 - alpha` of the update.
+    #[serde(default = "alpha")]
+    pub alpha: f64,
+    /// Share of the weights that an update reaches.
+    #[serde(default = "reserve")]
+    pub reserve: f64,
+}
+
+fn alpha() -> f64 {
+    MergingConfig::default().alpha
+}
+
+fn reserve() -> f64 {
+    MergingConfig::default().reserve
+}
+
+impl RunMergingConfig {
     /// How updates are merged.
-    #[serde(default)]
-    pub settings: MergingConfig,
+    pub fn settings(&self) -> MergingConfig {
+        MergingConfig { alpha: self.alpha, reserve: self.reserve }
+    }
 }
 
 /// Length, batch and learning rate of a run.
@@ -234,10 +252,8 @@ impl TrainConfig {
         self.model.check_extractor(self.extractor.as_deref(), self.init.is_some()).map_err(Error::Usage)?;
         self.optimizer.validate().map_err(|problem| Error::Usage(format!("optimizer.{problem}")))?;
         if let Some(merging) = &self.merging {
-            merging
-                .settings
-                .validate()
-                .map_err(|problem| Error::Usage(format!("merging.settings.{problem}")))?;
+            let problem = |problem: String| Error::Usage(format!("merging.{problem}"));
+            merging.settings().validate().map_err(problem)?;
             if self.init.is_none() {
                 return usage(
                     "init is missing: expected the tuned model that merging.base is the base of".into(),
