@@ -5,7 +5,7 @@ use torch_sys::C_tensor;
 
 use crate::error::Result;
 use crate::ffi;
-use crate::optim::OptimizerConfig;
+use crate::optim_config::OptimizerConfig;
 
 /// What one call updates: lists of equal length of live tensors that only an optimizer and its layers share.
 #[derive(Debug, Default)]

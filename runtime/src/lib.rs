@@ -18,6 +18,7 @@ pub mod merging;
 mod muon;
 pub mod nn;
 pub mod optim;
+mod optim_config;
 mod params;
 mod permute;
 mod pickle;

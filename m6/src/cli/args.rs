@@ -1,9 +1,20 @@
-//! Flags that several commands share.
+//! Flags that several commands share, and what they are where nobody says.
 
+use std::num::NonZero;
 use std::path::PathBuf;
 
 use m6::Result;
 use m6_data::{CaptionField, CaptionFields};
+
+/// Bytes of the unit in which sizes are given.
+pub const MIB: u64 = 1 << 20;
+/// Shards of this size are large enough for sequential reading and small enough to be dealt out.
+pub const SHARD_MIB: u64 = 256;
+
+/// Threads where none are said: one a core.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, NonZero::get)
+}
 
 /// A training run's config.
 #[derive(Debug, clap::Args)]

@@ -8,7 +8,7 @@ use m6_data::{SkipLimits, Transform};
 use m6_runtime::device::device;
 use m6_vqgan::Vqgan;
 
-use super::data::cores;
+use super::args::cores;
 use super::output;
 
 #[derive(Debug, clap::Args)]

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
-use std::num::NonZero;
 use std::path::{Path, PathBuf};
 
 use m6::{Error, Result};
@@ -15,15 +14,11 @@ use m6_data::{
 use m6_run::{Task, fetching};
 
 use super::args::FieldArgs;
+use super::args::{MIB, SHARD_MIB, cores};
 use super::codes::CodesArgs;
-use super::output;
+use super::output::{self, NAMED};
 use super::pack::PackArgs;
 
-pub(super) const MIB: u64 = 1 << 20;
-/// Skipped or broken samples that are named for a person; `--json` has more.
-pub(super) const NAMED: usize = 10;
-/// Shards of this size are large enough for sequential reading and small enough to be dealt out.
-pub(super) const SHARD_MIB: u64 = 256;
 const SHEET_COLUMNS: u32 = 6;
 const SHEET_TILE: u32 = 128;
 /// In place of a picture that a sample does not have.
@@ -382,11 +377,6 @@ impl IndexArgs {
         let problem = format!("shards without an index: {}", report.skipped.len());
         Err(output::file_error(Path::new(&self.shards.join(" ")), problem))
     }
-}
-
-/// One thread a core.
-pub(super) fn cores() -> usize {
-    std::thread::available_parallelism().map_or(1, NonZero::get)
 }
 
 #[derive(Debug, clap::Args)]

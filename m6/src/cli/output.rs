@@ -8,6 +8,9 @@ use std::path::{Path, PathBuf};
 use m6::{Error, Result};
 use serde::Serialize;
 
+/// Skipped or broken samples that are named for a person; `--json` has more.
+pub const NAMED: usize = 10;
+
 /// Prints a line of the result. Where nobody reads any more (`m6 ... | head`) the program ends, quietly.
 pub fn line(text: impl Display) -> Result<()> {
     let mut out = std::io::stdout().lock();

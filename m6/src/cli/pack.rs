@@ -9,9 +9,8 @@ use m6_data::{CaptionField, CaptionFields, Filter, LeftOut, PackReport, Scorer, 
 use m6_run::{Task, fetching};
 use m6_runtime::device::device;
 
-use super::args::parse_field;
-use super::data::{MIB, NAMED, SHARD_MIB, cores};
-use super::output;
+use super::args::{MIB, SHARD_MIB, cores, parse_field};
+use super::output::{self, NAMED};
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  m6 data pack pictures/ shards/ --prefix train\n  \

@@ -6,7 +6,7 @@ use std::path::Path;
 use m6_vision::PatchConfig;
 use serde::{Deserialize, Serialize};
 
-use super::moe::MoeConfig;
+use super::moe::config::MoeConfig;
 use super::order::CodeOrder;
 use super::rotary::RotaryConfig;
 

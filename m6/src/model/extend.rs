@@ -8,7 +8,7 @@ use serde::Deserialize;
 use tch::{Kind, Tensor};
 
 use super::config::ModelConfig;
-use super::hub::difference;
+use super::difference::difference;
 use super::{INIT_STD, Vocab};
 use crate::error::{Error, Result};
 

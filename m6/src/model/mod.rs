@@ -2,10 +2,12 @@
 
 mod attention;
 mod config;
+mod difference;
 mod extend;
 mod folder;
 mod hub;
 mod mlp;
+mod mode;
 mod moe;
 mod norm;
 mod order;
@@ -22,12 +24,13 @@ pub(crate) use folder::read_info;
 pub use folder::{Model, ModelInfo, StoredKind, VQGAN};
 pub(crate) use hub::language_shape;
 pub use hub::{LanguageModel, has_pictures, is_published};
+pub use mode::Mode;
 pub use moe::{Balance, MoeConfig, RouterNoise, RoutingKind};
 pub use order::CodeOrder;
 pub use recompute::Recompute;
 pub use rotary::{ChunkConfig, RotaryConfig, RotaryScaling, Rotation};
 pub use sequence::{Positions, SEGMENTS, Sequence, Tokens};
-pub use transformer::{Hidden, Mode, Transformer, compute_kind};
+pub use transformer::{Hidden, Transformer, compute_kind};
 pub use upcycle::Upcycling;
 pub use vocab::{Language, Special, Vocab};
 

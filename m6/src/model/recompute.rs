@@ -10,10 +10,11 @@ use m6_runtime::graph::{Cut, backward};
 use tch::Tensor;
 
 use super::attention::Heads;
+use super::mode::Mode;
 use super::moe::RouterLosses;
 use super::rotary::Rotation;
 use super::sequence::Tokens;
-use super::transformer::{Hidden, Mode, Pass, Stepped, Transformer};
+use super::transformer::{Hidden, Pass, Stepped, Transformer};
 use crate::error::Result;
 
 /// A forward pass in training whose blocks are yet to be computed again.

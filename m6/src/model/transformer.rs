@@ -14,6 +14,7 @@ use tch::{Device, Kind, Tensor};
 use super::attention::{Attend, Attention, Heads};
 use super::config::{Bias, ModelConfig};
 use super::mlp::Mlp;
+use super::mode::Mode;
 use super::moe::{Moe, RouterLosses, RouterTotals};
 use super::norm::Norm;
 use super::rotary::{Rotary, RotaryConfig, Rotation};
@@ -33,15 +34,6 @@ struct Block {
     attention: Attention,
     feed_forward_norm: Norm,
     feed_forward: FeedForward,
-}
-
-/// How a forward pass is meant.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Mode {
-    /// With dropout.
-    Train,
-    /// Without.
-    Infer,
 }
 
 /// The result of the stack.

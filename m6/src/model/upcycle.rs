@@ -14,7 +14,7 @@ use serde::Deserialize;
 use tch::Tensor;
 
 use super::config::{Bias, ModelConfig};
-use super::hub::difference;
+use super::difference::difference;
 use crate::error::{Error, Result};
 
 /// Share of an expert's neurons that start anew.

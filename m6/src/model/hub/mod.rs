@@ -18,7 +18,6 @@ use tch::{Device, Kind, Tensor};
 use super::folder::{StoredKind, same};
 use super::{Extension, Model, ModelConfig, Transformer, Upcycling, Vocab, extend};
 use crate::error::{Error, Result};
-pub use config::difference;
 use config::{Described, Family, TokenIds, describe};
 use names::{Part, parts};
 
@@ -290,6 +289,7 @@ mod tests {
     use m6_runtime::fused::linear_cross_entropy;
     use m6_runtime::{read_tensors, write_tensors};
 
+    use super::super::difference::difference;
     use super::super::{Mode, Sequence};
     use super::*;
 

@@ -5,7 +5,7 @@
 //! Where experts have a capacity, rows beyond it count for nothing. Legend: `n` tokens, `d` model width, `f` expert width,
 //! `e` experts, `g` groups of them, `a` active experts, `r = n * a` routed rows.
 
-mod config;
+pub(super) mod config;
 mod dispatch;
 mod experts;
 mod router;
@@ -23,7 +23,7 @@ pub use router::{RouterLosses, RouterTotals};
 use super::INIT_STD;
 use super::config::ModelConfig;
 use super::mlp::Mlp;
-use super::transformer::Mode;
+use super::mode::Mode;
 
 /// The feed-forward of a block with experts.
 #[derive(Debug)]

@@ -7,7 +7,7 @@ use tch::{Kind, Tensor};
 use super::config::{Balance, MoeConfig};
 use super::dispatch::Dispatch;
 use crate::model::INIT_STD;
-use crate::model::transformer::Mode;
+use crate::model::mode::Mode;
 
 /// What the weights of a token's experts are divided by at least: all of them may have been full.
 const MIN_SUM: f64 = 1e-9;
