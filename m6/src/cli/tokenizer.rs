@@ -118,9 +118,9 @@ impl EncodeArgs {
 
 #[derive(Debug, clap::Args)]
 #[command(
-    after_help = "Example of a line:\n  {\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}, {\"role\": \
-    \"assistant\", \"content\": \"Hello.\"}]}\n\nTokens that are not learned are in parentheses; with --json their label is \
-    -100."
+    after_help = "Example:\n  m6 tokenizer chat qwen.tiktoken chats.jsonl\n\nA line of chats.jsonl:\n  {\"messages\": \
+    [{\"role\": \"user\", \"content\": \"Hi\"}, {\"role\": \"assistant\", \"content\": \"Hello.\"}]}\n\nTokens that are not \
+    learned are in parentheses; with --json their label is -100."
 )]
 pub struct ChatArgs {
     /// A `tokenizer.json` with the tokens of ChatML, or tiktoken ranks (`*.tiktoken`)
