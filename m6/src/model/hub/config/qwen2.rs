@@ -136,7 +136,8 @@ pub(super) struct Qwen2 {
     router_aux_loss_coef: f64,
 }
 
-/// Of vLLM, which adds a temperature for texts beyond the trained length; An et al. have none, nor do we.
+/// Of vLLM, which puts the furthest keys at a distance of `chunk_size`, and adds a temperature for texts beyond the trained
+/// length. An et al. put them one nearer and have none, and so do we.
 #[derive(Debug, Deserialize)]
 struct DualChunks {
     /// The trained length.
