@@ -18,7 +18,7 @@ import time
 
 import torch
 
-# Both sides are timed in rounds, as many of each: the clock of a GPU sinks under load.
+# Both sides are timed in rounds, as many of each: a GPU gets slower under load.
 ROUNDS, WARM_UP, STEPS = 7, 4, 10
 QWEN2 = {"vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 4096}
 SHAPES = {

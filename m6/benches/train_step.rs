@@ -126,7 +126,7 @@ fn main() {
             Ok::<_, RuntimeError>(())
         };
         let graph = CudaGraph::record(device, work).expect("a graph of the step").0;
-        // In turn, so that what the GPU's clock does meets both.
+        // In turn, since a GPU gets slower under load.
         for _ in 0..ROUNDS {
             as_graph.push(seconds(device, || graph.replay().expect("a step")));
             by_kernel.push(seconds(device, &mut step));

@@ -5,6 +5,7 @@
 #include <ATen/ATen.h>
 #include <torch/csrc/autograd/custom_function.h>
 
+#include "ceil_div.h"
 #include "guarded.h"
 #ifdef M6_CUDA
 #include "copies.h"
@@ -16,8 +17,6 @@ namespace {
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-int64_t parts_of(int64_t whole, int64_t part) { return (whole + part - 1) / part; }
 
 // Of some rows of one head: the losses, and the gradients of their mean over all `rows` rows of the batch.
 struct Chunk {
@@ -110,7 +109,7 @@ template <typename How>
 void add_all(How how, const Chunk& all, Tensor& dweight) {
   constexpr int64_t CHUNK_ALIGN = 128;
   const int64_t most = std::max(How::CHUNK_BYTES / how.row_bytes() / CHUNK_ALIGN, int64_t{1}) * CHUNK_ALIGN;
-  const int64_t size = parts_of(parts_of(all.rows, parts_of(all.rows, most)), CHUNK_ALIGN) * CHUNK_ALIGN;
+  const int64_t size = ceil_div(ceil_div(all.rows, ceil_div(all.rows, most)), CHUNK_ALIGN) * CHUNK_ALIGN;
   for (int64_t begin = 0; begin < all.rows; begin += size) {
     const int64_t count = std::min(size, all.rows - begin);
     const auto some = [&](const Tensor& tensor) { return tensor.defined() ? tensor.narrow(0, begin, count) : tensor; };

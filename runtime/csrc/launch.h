@@ -7,6 +7,8 @@
 
 #include <string>
 
+#include "ceil_div.h"
+
 // bf16 values of a 16-byte word, as in the kernels.
 constexpr int64_t VECTOR = 8;
 constexpr int64_t WARP = 32;
@@ -32,8 +34,6 @@ int64_t most_shared_bytes();
 
 // Blocks of so many threads and bytes of shared memory that the current device runs at once, as far as these decide.
 int64_t blocks_at_once(int64_t threads, int64_t shared_bytes);
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline const void* bytes(const at::Tensor& tensor) { return tensor.const_data_ptr(); }
 inline void* mutable_bytes(const at::Tensor& tensor) { return tensor.mutable_data_ptr(); }

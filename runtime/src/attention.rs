@@ -42,6 +42,7 @@ const DENSE_STEP: i64 = 64;
 #[derive(Debug)]
 pub struct Layout {
     spans: Vec<Span>,
+    longest: i64,
     flash: Option<FlashLayout>,
 }
 
@@ -86,7 +87,10 @@ impl Stretches {
             key_ends.push(key_end);
         }
         let ends = |ends: &[i32]| upload(&Tensor::from_slice(ends), device);
-        Ok(Self { query_ends: ends(&query_ends)?, key_ends: ends(&key_ends)? })
+        let is_same = query_ends == key_ends;
+        let query_ends = ends(&query_ends)?;
+        let key_ends = if is_same { query_ends.shallow_clone() } else { ends(&key_ends)? };
+        Ok(Self { query_ends, key_ends })
     }
 }
 
@@ -96,8 +100,9 @@ impl Layout {
     /// # Errors
     /// When there is no memory for them.
     pub fn new(spans: Vec<Span>, device: Device) -> Result<Self> {
-        let flash = if device.is_cuda() { Some(FlashLayout::new(&spans, device)?) } else { None };
-        Ok(Self { spans, flash })
+        let longest = spans.iter().map(Span::len).max().unwrap_or(0);
+        let flash = if device.is_cuda() { Some(FlashLayout::new(&spans, longest, device)?) } else { None };
+        Ok(Self { spans, longest, flash })
     }
 
     /// The examples.
@@ -107,13 +112,12 @@ impl Layout {
 
     /// Tokens of the longest example.
     pub fn longest(&self) -> i64 {
-        self.spans.iter().map(Span::len).max().unwrap_or(0)
+        self.longest
     }
 }
 
 impl FlashLayout {
-    fn new(spans: &[Span], device: Device) -> Result<Self> {
-        let longest = spans.iter().map(Span::len).max().unwrap_or(0);
+    fn new(spans: &[Span], longest: i64, device: Device) -> Result<Self> {
         // For a prefix of one token or none causal is already right.
         let is_causal = spans.iter().all(|span| span.prefix <= 1);
         let prefixes = |span: &Span| [(span.prefix, span.prefix), (span.target, 0), (0, span.target)];

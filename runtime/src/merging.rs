@@ -144,9 +144,8 @@ mod tests {
         let optimizer = OptimizerConfig { weight_decay: WEIGHT_DECAY, ..OptimizerConfig::default() };
         let mut optimizer = Optimizer::new(&params, optimizer);
         if let Some(config) = merging {
-            optimizer = optimizer.merging(&params, config);
-            let base = params.tensors().into_iter().map(|(name, value)| (name, value.zeros_like()));
-            optimizer.set_base(&base.collect()).unwrap();
+            let base = params.tensors().into_iter().map(|(name, value)| (name, value.zeros_like())).collect();
+            optimizer = optimizer.merging(&params, config, Some(&base)).unwrap();
         }
         optimizer.set_lr(LR);
         for _ in 0..steps {

@@ -57,17 +57,22 @@ impl Optimizer {
         Self { config, slots: slots.collect(), lr, merging: None }
     }
 
-    /// The same with updates that are merged; [`Optimizer::set_base`] or a checkpoint says with what.
-    pub fn merging(self, params: &Params, config: MergingConfig) -> Self {
-        Self { merging: Some(Merging::new(params, config)), ..self }
-    }
-
-    /// Where updates are merged: takes the present parameters as what tuning has made of `base`, theirs by name.
+    /// The same with updates that are merged with what tuning has made of `base`, the parameters under `params` before it by
+    /// name. Without a base it is left to a checkpoint to say with what.
     ///
     /// # Errors
-    /// When one is missing there, or of another shape.
-    pub fn set_base(&mut self, base: &BTreeMap<String, Tensor>) -> Result<()> {
-        self.merging.as_mut().map_or(Ok(()), |merging| merging.set_base(base))
+    /// When a parameter is missing in the base, or of another shape.
+    pub fn merging(
+        self,
+        params: &Params,
+        config: MergingConfig,
+        base: Option<&BTreeMap<String, Tensor>>,
+    ) -> Result<Self> {
+        let mut merging = Merging::new(params, config);
+        if let Some(base) = base {
+            merging.set_base(base)?;
+        }
+        Ok(Self { merging: Some(merging), ..self })
     }
 
     /// Sets the learning rate of the steps to come.

@@ -105,22 +105,23 @@ mod tests {
         assert_eq!(message(&[0; 65]), "65 tokens: expected at most 64, the positions of this model");
     }
 
-    /// The published model with other rotary settings, as a line of its `config.json`.
-    fn with_rotary(found: &str, changed: &str) -> LanguageModel {
+    /// The published model with other rotary settings in the place of `"logn": null`.
+    fn with_rotary(changed: &str) -> LanguageModel {
+        const FOUND: &str = "\"logn\": null";
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/qwen2");
         let dir = tempfile::tempdir().unwrap();
         let published = LanguageModel::load(&folder, Device::Cpu).unwrap();
         published.save(dir.path(), published.stored).unwrap();
         let config = dir.path().join("config.json");
         let text = std::fs::read_to_string(&config).unwrap();
-        assert!(text.contains(found));
-        std::fs::write(&config, text.replace(found, changed)).unwrap();
+        assert!(text.contains(FOUND));
+        std::fs::write(&config, text.replace(FOUND, changed)).unwrap();
         LanguageModel::load(dir.path(), Device::Cpu).unwrap()
     }
 
     #[test]
     fn longer_texts_pass_where_queries_grow_with_their_place() {
-        let model = with_rotary("\"logn\": null", "\"logn\": 64");
+        let model = with_rotary("\"logn\": 64");
         assert_eq!(likelihood(&model, &[0; 65]).unwrap().logprobs.len(), 64);
     }
 
@@ -128,9 +129,8 @@ mod tests {
     #[test]
     fn texts_of_a_chunk_are_read_as_ever_and_longer_ones_from_their_second_chunk_on_otherwise() {
         const CHUNK: usize = 12;
-        let plain = with_rotary("\"logn\": null", "\"logn\": null");
-        let chunked =
-            with_rotary("\"logn\": null", "\"logn\": null, \"chunks\": {\"size\": 12, \"trained\": 16}");
+        let plain = with_rotary("\"logn\": null");
+        let chunked = with_rotary("\"logn\": null, \"chunks\": {\"size\": 12, \"trained\": 16}");
         let tokens: Vec<i64> = (0..80).map(|i| (i * 7 + i / 5) % 32).collect();
         let both =
             |length: usize| [&plain, &chunked].map(|model| likelihood(model, &tokens[..length]).unwrap());

@@ -148,10 +148,7 @@ impl Trainer {
         let data = source.identities();
         let mut optimizer = Optimizer::new(&model.params, config.optimizer);
         if let Some(merging) = &config.merging {
-            optimizer = optimizer.merging(&model.params, merging.settings());
-        }
-        if let Some(base) = base {
-            optimizer.set_base(&base)?;
+            optimizer = optimizer.merging(&model.params, merging.settings(), base.as_ref())?;
         }
         let mut ema = Ema::new(&model.params, config.ema);
         let mut window = Window::new(device);

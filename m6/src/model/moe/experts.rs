@@ -61,13 +61,13 @@ fn product(x_ri: &Tensor, weight_eoi: &Tensor, groups: i64, ends_e: &Tensor) -> 
         return product_of_one_pool(x_ri, weight_eoi, ends_e);
     }
     // Every token has as many rows in one group as in another, so it is known where those of a group begin.
-    let group = (experts / groups, x_ri.size()[0] / groups);
+    let (rows, experts) = (whole_groups * (x_ri.size()[0] / groups), whole_groups * (experts / groups));
     let parts = x_ri
-        .split(whole_groups * group.1, 0)
+        .split(rows, 0)
         .into_iter()
-        .zip(weight_eoi.split(whole_groups * group.0, 0))
-        .zip(ends_e.split(whole_groups * group.0, 0))
-        .zip((0..).step_by((whole_groups * group.1) as usize));
+        .zip(weight_eoi.split(experts, 0))
+        .zip(ends_e.split(experts, 0))
+        .zip((0..).step_by(rows as usize));
     let products = parts.map(|(((x, weight), ends), start)| grouped_linear(&x, &weight, &(ends - start)));
     Tensor::cat(&products.collect::<Vec<_>>(), 0)
 }
