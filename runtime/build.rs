@@ -13,8 +13,7 @@ const ARCHITECTURES: [&str; 3] = [
 ];
 
 /// What launches work of our own on a GPU.
-const CUDA_FILES: [&str; 10] = [
-    "adamw",
+const CUDA_FILES: [&str; 9] = [
     "copies",
     "cuda_graph",
     "experts",
@@ -38,7 +37,7 @@ fn main() {
         .flag_if_supported("-Wno-unused-parameter")
         .include(&include)
         .include(include.join("torch/csrc/api/include"))
-        .files(["csrc/head.cpp", "csrc/shim.cpp"]);
+        .files(["csrc/adamw.cpp", "csrc/head.cpp", "csrc/shim.cpp"]);
     if std::env::var_os("CARGO_FEATURE_CUDA").is_some() {
         let toolkit = toolkit(Path::new(&lib));
         let files = CUDA_FILES.map(|name| format!("csrc/{name}.cpp"));

@@ -16,8 +16,8 @@ use m6::model::{
 use m6_runtime::attention::{Layout, Span};
 use m6_runtime::device::{device, memory, set_tf32};
 use m6_runtime::fused::linear_cross_entropy;
-use m6_runtime::optim::{MomentDtype, Optimizer, OptimizerConfig};
-use m6_runtime::{CudaGraph, Params, RuntimeError};
+use m6_runtime::optim::{Optimizer, OptimizerConfig};
+use m6_runtime::{CudaGraph, FloatDtype, Params, RuntimeError};
 use tch::{Device, Kind, Tensor};
 
 const WARM_UP: usize = 4;
@@ -104,8 +104,8 @@ fn main() {
         |place: usize, default| args.get(place).map_or(default, |text| text.parse().expect("a number"));
     let (texts, length, passes): (i64, i64, i64) = (number(1, 2), number(2, 64), number(3, 1));
     let moments = match args.get(4).map_or("fp32", String::as_str) {
-        "fp32" => MomentDtype::Fp32,
-        "bf16" => MomentDtype::Bf16,
+        "fp32" => FloatDtype::Fp32,
+        "bf16" => FloatDtype::Bf16,
         other => panic!("{other}: expected fp32 or bf16"),
     };
     let Some((config, rows)) = shape(name) else { panic!("{name}: expected one of those in `shape`") };

@@ -125,6 +125,8 @@ class LinearCrossEntropy : public torch::autograd::Function<LinearCrossEntropy> 
   static variable_list forward(
       AutogradContext* context, const Tensor& given, const Tensor& weight, const Tensor& labels, bool with_gradient) {
     const c10::OptionalDeviceGuard guard(given.device());
+    // The gradient of weights in bf16 adds up in float32.
+    if (weight.is_leaf() && weight.requires_grad()) weight.set_grad_dtype(std::nullopt);
     const Tensor hidden = given.contiguous();
     const Tensor losses = at::empty({hidden.size(0)}, hidden.options().dtype(at::kFloat));
     const Tensor dhidden = with_gradient ? at::empty_like(hidden) : Tensor();

@@ -17,16 +17,10 @@
 #include <malloc.h>
 #endif
 
+#include "gather.h"
 #include "guarded.h"
 
 namespace {
-
-std::vector<at::Tensor> gather(at::Tensor* const* tensors, size_t count) {
-  std::vector<at::Tensor> list;
-  list.reserve(count);
-  for (size_t i = 0; i < count; ++i) list.push_back(*tensors[i]);
-  return list;
-}
 
 at::Device device_of(int cuda_index) {
   return cuda_index < 0 ? at::Device(at::kCPU) : at::Device(at::kCUDA, static_cast<c10::DeviceIndex>(cuda_index));
@@ -57,33 +51,6 @@ char* m6_init_uniform(at::Tensor* tensor, double bound, uint64_t seed) {
   return guarded([&] {
     c10::NoGradGuard no_grad;
     tensor->uniform_(-bound, bound, at::detail::createCPUGenerator(seed));
-  });
-}
-
-char* m6_fused_adamw(
-    size_t count, at::Tensor* const* params, at::Tensor* const* grads, at::Tensor* const* firsts, at::Tensor* const* seconds,
-    at::Tensor* const* steps, const at::Tensor* lr, double beta1, double beta2, double weight_decay, double eps,
-    const at::Tensor* norm, const at::Tensor* factor) {
-  return guarded([&] {
-    c10::NoGradGuard no_grad;
-    const auto scaled = gather(grads, count);
-    at::_foreach_mul_(scaled, *factor);
-    const auto state_steps = gather(steps, count);
-    const auto kept_firsts = gather(firsts, count), kept_seconds = gather(seconds, count);
-    // libtorch's wants moments in the dtype of the parameters.
-    const auto in_float = [](std::vector<at::Tensor> moments) {
-      for (at::Tensor& moment : moments) moment = moment.to(at::kFloat);
-      return moments;
-    };
-    const auto float_firsts = in_float(kept_firsts), float_seconds = in_float(kept_seconds);
-    const at::Tensor is_bad = norm->isfinite().logical_not().to(at::kFloat);
-    at::_foreach_add_(state_steps, 1);
-    at::_fused_adamw_(
-        gather(params, count), scaled, float_firsts, float_seconds, {}, state_steps, lr->item<double>(), beta1, beta2,
-        weight_decay, eps, /*amsgrad=*/false, /*maximize=*/false, /*grad_scale=*/{}, is_bad);
-    at::_foreach_copy_(kept_firsts, float_firsts);
-    at::_foreach_copy_(kept_seconds, float_seconds);
-    at::_foreach_sub_(state_steps, std::vector<at::Tensor>(count, is_bad));
   });
 }
 

@@ -15,6 +15,7 @@ pub(crate) struct Batch {
     firsts: Vec<*const C_tensor>,
     seconds: Vec<*const C_tensor>,
     steps: Vec<*const C_tensor>,
+    streams: Vec<u32>,
 }
 
 /// How far a step goes.
@@ -26,7 +27,8 @@ pub(crate) struct Rates<'a> {
 }
 
 impl Batch {
-    /// A parameter with its gradient, its moments and the count of its steps; all but the gradient outlive the batch.
+    /// A parameter with its gradient, its moments and the count of its steps; all but the gradient outlive the batch. A
+    /// parameter in bf16 is rounded by lot, the lots of a step being those of `stream`.
     pub(crate) fn push(
         &mut self,
         param: &Tensor,
@@ -34,12 +36,14 @@ impl Batch {
         first: &Tensor,
         second: &Tensor,
         step: &Tensor,
+        stream: u32,
     ) {
         self.params.push(param.as_ptr());
         self.grads.push(grad);
         self.firsts.push(first.as_ptr());
         self.seconds.push(second.as_ptr());
         self.steps.push(step.as_ptr());
+        self.streams.push(stream);
     }
 
     /// One update by the gradients times the scalar `factor`, unless `norm`, theirs, is not finite. The kernel scales what
@@ -49,25 +53,19 @@ impl Batch {
             return Ok(());
         }
         #[cfg(feature = "cuda")]
-        let update = if norm.device().is_cuda() {
-            crate::fused::kernels::load();
-            ffi::m6_adamw
-        } else {
-            ffi::m6_fused_adamw
-        };
-        #[cfg(not(feature = "cuda"))]
-        let update = ffi::m6_fused_adamw;
+        crate::fused::kernels::load();
         let grads = ffi::pointers(&self.grads);
         let Rates { lr, config } = rates;
         // SAFETY: the lists are what they say; norm and factor are float32 scalars on the same device.
         ffi::check(unsafe {
-            update(
+            ffi::m6_adamw(
                 grads.len(),
                 self.params.as_ptr(),
                 grads.as_ptr(),
                 self.firsts.as_ptr(),
                 self.seconds.as_ptr(),
                 self.steps.as_ptr(),
+                self.streams.as_ptr(),
                 lr.as_ptr(),
                 config.beta1,
                 config.beta2,
@@ -86,22 +84,23 @@ mod tests {
     use tch::{Device, Kind};
 
     use super::*;
-    use crate::optim::{MomentDtype, Optimizer};
+    use crate::dtype::FloatDtype;
+    use crate::optim::Optimizer;
     use crate::params::{Group, Init, Params};
 
     #[test]
     fn kernels_step_as_the_host_does() {
-        assert_as_the_host(MomentDtype::Fp32, 1e-5);
+        assert_as_the_host(FloatDtype::Fp32, 1e-5);
     }
 
     /// Here and there a moment is rounded to the other side.
     #[test]
     fn kernels_keep_bf16_moments_as_the_host_does() {
-        assert_as_the_host(MomentDtype::Bf16, 5e-3);
+        assert_as_the_host(FloatDtype::Bf16, 5e-3);
     }
 
     #[track_caller]
-    fn assert_as_the_host(moments: MomentDtype, tolerance: f64) {
+    fn assert_as_the_host(moments: FloatDtype, tolerance: f64) {
         let config = OptimizerConfig { weight_decay: 0.1, moments, ..OptimizerConfig::default() };
         // More parameters than a launch takes, some of several blocks and none of whole words.
         let shapes: Vec<i64> = (0..70).map(|i| if i % 16 == 0 { 20_001 + i } else { 1 + i }).collect();

@@ -15,13 +15,14 @@ unsafe extern "C" {
     pub(crate) fn malloc_trim(pad: usize) -> std::ffi::c_int;
     pub(crate) fn m6_init_normal(tensor: *const C_tensor, std: f64, seed: u64) -> *mut c_char;
     pub(crate) fn m6_init_uniform(tensor: *const C_tensor, bound: f64, seed: u64) -> *mut c_char;
-    pub(crate) fn m6_fused_adamw(
+    pub(crate) fn m6_adamw(
         count: usize,
         params: *const *const C_tensor,
         grads: *const *const C_tensor,
         firsts: *const *const C_tensor,
         seconds: *const *const C_tensor,
         steps: *const *const C_tensor,
+        streams: *const u32,
         lr: *const C_tensor,
         beta1: f64,
         beta2: f64,
@@ -171,21 +172,6 @@ unsafe extern "C" {
     pub(crate) fn m6_graph_end(recording: *mut std::ffi::c_void) -> *mut c_char;
     pub(crate) fn m6_graph_replay(recording: *mut std::ffi::c_void) -> *mut c_char;
     pub(crate) fn m6_graph_drop(recording: *mut std::ffi::c_void);
-    pub(crate) fn m6_adamw(
-        count: usize,
-        params: *const *const C_tensor,
-        grads: *const *const C_tensor,
-        firsts: *const *const C_tensor,
-        seconds: *const *const C_tensor,
-        steps: *const *const C_tensor,
-        lr: *const C_tensor,
-        beta1: f64,
-        beta2: f64,
-        weight_decay: f64,
-        eps: f64,
-        norm: *const C_tensor,
-        factor: *const C_tensor,
-    ) -> *mut c_char;
     pub(crate) fn m6_permute(
         x: *const C_tensor,
         tokens: *const C_tensor,

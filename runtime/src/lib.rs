@@ -10,6 +10,7 @@ pub mod attention;
 pub mod chunked_attention;
 mod cuda_graph;
 pub mod device;
+mod dtype;
 mod error;
 mod ffi;
 pub mod fused;
@@ -30,6 +31,7 @@ mod weight_file;
 mod weights;
 
 pub use cuda_graph::CudaGraph;
+pub use dtype::FloatDtype;
 pub use error::{Result, RuntimeError, first_line};
 pub use params::{Group, Init, Param, Params, first_problems, named_seed};
 pub use permute::Permutation;

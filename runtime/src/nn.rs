@@ -1,7 +1,7 @@
 //! The few layers that every model here is built from.
 //!
-//! Weights are float32; a layer casts them to the dtype of its input, so bf16 compute is a property of the
-//! activations and there is no autocast. Every layer states how it starts.
+//! Weights are float32, or bf16 where the registry keeps them so; a layer casts them to the dtype of its input, so bf16
+//! compute is a property of the activations and there is no autocast. Every layer states how it starts.
 
 use tch::{Kind, Tensor};
 
@@ -68,7 +68,7 @@ impl Embedding {
 
     fn rows(&self, ids: &Tensor, has_sparse_gradient: bool) -> Tensor {
         const NO_PADDING: i64 = -1;
-        Tensor::embedding(&self.weight, ids, NO_PADDING, false, has_sparse_gradient)
+        Tensor::embedding(&self.weight, ids, NO_PADDING, false, has_sparse_gradient).to_kind(Kind::Float)
     }
 
     /// The whole table, for output heads that share it.

@@ -10,8 +10,8 @@ use crate::error::{Result, RuntimeError};
 use crate::ffi;
 use crate::merging::{Merging, MergingConfig};
 use crate::muon;
-pub use crate::optim_config::{MomentDtype, OptimizerConfig};
-use crate::params::{Group, Params};
+pub use crate::optim_config::OptimizerConfig;
+use crate::params::{Group, Params, named_seed};
 
 #[derive(Debug)]
 struct Slot {
@@ -22,10 +22,11 @@ struct Slot {
     rule: Rule,
 }
 
-/// How a parameter is updated, with what that needs beside its running mean.
+/// How a parameter is updated, with what that needs beside its running mean. The lots by which AdamW rounds a parameter in
+/// bf16 are those of its stream.
 #[derive(Debug)]
 enum Rule {
-    AdamW { second: Tensor, step: Tensor },
+    AdamW { second: Tensor, step: Tensor, stream: u32 },
     Muon,
 }
 
@@ -49,7 +50,8 @@ impl Optimizer {
                 (zeros(Kind::Float), Rule::Muon)
             } else {
                 let step = Tensor::zeros([], (Kind::Float, p.tensor.device()));
-                (zeros(moments), Rule::AdamW { second: zeros(moments), step })
+                let stream = named_seed(0, &name) as u32;
+                (zeros(moments), Rule::AdamW { second: zeros(moments), step, stream })
             };
             Slot { name, group: p.group, first, rule, param: p.tensor }
         });
@@ -154,8 +156,8 @@ impl Optimizer {
         for is_decayed in [true, false] {
             let mut batch = adamw::Batch::default();
             for (slot, grad) in self.with_grad().filter(|(s, _)| (s.group != Group::NoDecay) == is_decayed) {
-                if let Rule::AdamW { second, step } = &slot.rule {
-                    batch.push(&slot.param, grad, &slot.first, second, step);
+                if let Rule::AdamW { second, step, stream } = &slot.rule {
+                    batch.push(&slot.param, grad, &slot.first, second, step, *stream);
                 }
             }
             let weight_decay = if is_decayed { self.config.weight_decay } else { 0.0 };
@@ -174,7 +176,7 @@ impl Optimizer {
     pub fn state(&self) -> Vec<(String, Tensor)> {
         let entries = self.slots.iter().flat_map(|slot| {
             let mut parts = vec![("first", &slot.first)];
-            if let Rule::AdamW { second, step } = &slot.rule {
+            if let Rule::AdamW { second, step, .. } = &slot.rule {
                 parts.extend([("second", second), ("step", step)]);
             }
             parts.into_iter().map(|(part, tensor)| (format!("{}.{part}", slot.name), tensor.shallow_clone()))
@@ -203,10 +205,10 @@ pub struct Ema {
 }
 
 impl Ema {
-    /// Starts from the present values.
+    /// Starts from the present values. With a decay of 0 the average is the value itself, and nothing is kept.
     pub fn new(params: &Params, decay: f64) -> Self {
-        let (names, values): (Vec<_>, Vec<_>) =
-            params.trainable().into_iter().map(|(name, p)| (name, p.tensor)).unzip();
+        let averaged = params.trainable().into_iter().filter(|_| decay > 0.0);
+        let (names, values): (Vec<_>, Vec<_>) = averaged.map(|(name, p)| (name, p.tensor)).unzip();
         let averages = values.iter().map(|v| v.detach().copy()).collect();
         Self { decay, names, values, averages }
     }
@@ -217,6 +219,9 @@ impl Ema {
     /// # Errors
     /// When libtorch refuses.
     pub fn update(&mut self, step: u64) -> Result<()> {
+        if self.averages.is_empty() {
+            return Ok(());
+        }
         let early = (1.0 + step as f64) / (10.0 + step as f64);
         let weight = 1.0 - self.decay.min(early);
         let (averages, values) = (ffi::pointers(&self.averages), ffi::pointers(&self.values));
@@ -274,12 +279,17 @@ mod tests {
     use tch::Device;
 
     use super::*;
+    use crate::dtype::FloatDtype;
     use crate::params::Init;
 
     const FLOAT: (Kind, Device) = (Kind::Float, Device::Cpu);
 
     fn model() -> (Params, Tensor, Tensor) {
-        let params = Params::new(Device::Cpu, 3);
+        model_in(FloatDtype::Fp32)
+    }
+
+    fn model_in(matrices: FloatDtype) -> (Params, Tensor, Tensor) {
+        let params = Params::new(Device::Cpu, 3).with_matrices(matrices);
         let w = params.add("w", &[4, 3], Init::Normal(1.0), Group::Decay);
         let b = params.add("b", &[4], Init::Normal(1.0), Group::NoDecay);
         (params, w, b)
@@ -287,22 +297,22 @@ mod tests {
 
     fn loss(w: &Tensor, b: &Tensor) -> Tensor {
         let x = Tensor::arange(6, FLOAT).reshape([2, 3]) / 5.0;
-        (x.matmul(&w.tr()) + b).square().sum(Kind::Float)
+        (x.matmul(&w.tr().to_kind(Kind::Float)) + b).square().sum(Kind::Float)
     }
 
     #[test]
     fn float32_moments_match_the_formula() {
-        assert_formula(MomentDtype::Fp32);
+        assert_formula(FloatDtype::Fp32);
     }
 
     #[test]
     fn bf16_moments_match_the_formula() {
-        assert_formula(MomentDtype::Bf16);
+        assert_formula(FloatDtype::Bf16);
     }
 
     /// AdamW written out in f64, after the paper's algorithm 2.
     #[track_caller]
-    fn assert_formula(kept: MomentDtype) {
+    fn assert_formula(kept: FloatDtype) {
         let (params, w, b) = model();
         let config = OptimizerConfig { weight_decay: 0.1, moments: kept, ..OptimizerConfig::default() };
         let mut optimizer = Optimizer::new(&params, config);
@@ -319,7 +329,7 @@ mod tests {
                 let first = &moments[i].0 / (1.0 - config.beta1.powi(step));
                 let second = &moments[i].1 / (1.0 - config.beta2.powi(step));
                 expected[i] = &expected[i] * (1.0 - lr * decay) - first / (second.sqrt() + config.eps) * lr;
-                if kept == MomentDtype::Bf16 {
+                if kept == FloatDtype::Bf16 {
                     let rounded = |x: &Tensor| x.to_kind(Kind::BFloat16).to_kind(Kind::Double);
                     moments[i] = (rounded(&moments[i].0), rounded(&moments[i].1));
                 }
@@ -379,9 +389,9 @@ mod tests {
 
     #[test]
     fn state_returns_and_training_goes_on_bit_for_bit() {
-        let run = |moments: MomentDtype, interrupt: bool| {
+        let run = |moments: FloatDtype, weights: FloatDtype, interrupt: bool| {
             let config = OptimizerConfig { moments, ..OptimizerConfig::default() };
-            let (params, w, b) = model();
+            let (params, w, b) = model_in(weights);
             let mut optimizer = Optimizer::new(&params, config);
             optimizer.set_lr(0.1);
             let mut ema = Ema::new(&params, 0.9);
@@ -404,9 +414,68 @@ mod tests {
             ema.swap();
             (w.copy(), b.copy())
         };
-        for moments in [MomentDtype::Fp32, MomentDtype::Bf16] {
-            assert_eq!(run(moments, false), run(moments, true));
+        let [fp32, bf16] = [FloatDtype::Fp32, FloatDtype::Bf16];
+        for (moments, weights) in [(fp32, fp32), (bf16, fp32), (bf16, bf16)] {
+            assert_eq!(run(moments, weights, false), run(moments, weights, true));
         }
+    }
+
+    #[test]
+    fn averages_of_the_last_value_alone_are_not_kept() {
+        let (params, w, b) = model();
+        let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
+        optimizer.set_lr(0.1);
+        let mut ema = Ema::new(&params, 0.0);
+        loss(&w, &b).backward();
+        let _ = optimizer.step(1.0).unwrap();
+        ema.update(0).unwrap();
+        let kept = w.copy();
+        ema.swap();
+        assert_eq!((kept, ema.state().len()), (w, 0));
+    }
+
+    /// The float32 result is between the two bf16 numbers of which one is kept, or is that one.
+    #[test]
+    fn bf16_weights_are_those_of_float32_rounded_up_or_down() {
+        let stepped = |weights| {
+            let (params, mut w, b) = model_in(weights);
+            let start = model_in(FloatDtype::Bf16).1;
+            tch::no_grad(|| w.copy_(&start));
+            let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
+            optimizer.set_lr(0.1);
+            loss(&w, &b).backward();
+            let gradient = w.grad().to_kind(Kind::BFloat16);
+            tch::no_grad(|| w.grad().copy_(&gradient));
+            let _ = optimizer.step(f64::INFINITY).unwrap();
+            Vec::<f32>::try_from(w.detach().to_kind(Kind::Float).flatten(0, -1)).unwrap()
+        };
+        let mut ups = 0;
+        for (exact, rounded) in stepped(FloatDtype::Fp32).into_iter().zip(stepped(FloatDtype::Bf16)) {
+            const LOWER_HALF: u32 = 0xffff;
+            let toward_zero = f32::from_bits(exact.to_bits() & !LOWER_HALF);
+            let away = f32::from_bits((exact.to_bits() | LOWER_HALF) + 1);
+            assert!([toward_zero, away].contains(&rounded), "{exact} {rounded}");
+            ups += usize::from(rounded == away);
+        }
+        assert!((1..12).contains(&ups), "{ups} of 12 were rounded away from zero");
+    }
+
+    /// Twenty updates, each a fortieth of what bf16 resolves: by nearest rounding all would be lost.
+    #[test]
+    fn small_updates_of_bf16_weights_come_to_what_they_should_on_average() {
+        const LR: f64 = 1e-4;
+        const STEPS: i32 = 20;
+        let params = Params::new(Device::Cpu, 3).with_matrices(FloatDtype::Bf16);
+        let w = params.add("w", &[64, 64], Init::Ones, Group::NoDecay);
+        let mut optimizer = Optimizer::new(&params, OptimizerConfig::default());
+        optimizer.set_lr(LR);
+        for _ in 0..STEPS {
+            optimizer.zero_grad().unwrap();
+            w.sum(Kind::Float).backward();
+            let _ = optimizer.step(f64::INFINITY).unwrap();
+        }
+        let moved = 1.0 - w.to_kind(Kind::Double).mean(Kind::Double).double_value(&[]);
+        assert!((moved / (LR * f64::from(STEPS)) - 1.0).abs() < 0.1, "{moved}");
     }
 
     /// Hidden matrices by Muon, everything else by AdamW; a part without a gradient stays, and so does its momentum.

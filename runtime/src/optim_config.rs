@@ -1,37 +1,12 @@
 //! Settings of the optimizers.
 
 use serde::{Deserialize, Serialize};
-use tch::Kind;
 
-/// The numbers in which AdamW keeps its moments.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum MomentDtype {
-    /// float32.
-    #[default]
-    Fp32,
-    /// bf16, beside float32 weights (DeepSeek-AI 2024, "DeepSeek-V3 Technical Report", 3.3.3): four bytes less to keep for
-    /// each weight, eight less to move.
-    Bf16,
-}
+use crate::dtype::FloatDtype;
 
-impl MomentDtype {
-    /// The largest `beta1` and `beta2`. A mean that keeps more of itself in a step changes by less than bf16 resolves,
-    /// and then stands still.
-    const LARGEST_BF16_BETA: f64 = 0.99;
-
-    /// Bytes of a moment.
-    pub fn bytes(self) -> usize {
-        self.kind().elt_size_in_bytes()
-    }
-
-    pub(crate) fn kind(self) -> Kind {
-        match self {
-            Self::Fp32 => Kind::Float,
-            Self::Bf16 => Kind::BFloat16,
-        }
-    }
-}
+/// The largest `beta1` and `beta2` with moments in bf16. A mean that keeps more of itself in a step changes by less than bf16
+/// resolves, and then stands still.
+const LARGEST_BF16_BETA: f64 = 0.99;
 
 /// Settings of AdamW (Loshchilov and Hutter, "Decoupled weight decay regularization"), and of Muon beside it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
@@ -45,8 +20,9 @@ pub struct OptimizerConfig {
     pub eps: f64,
     /// Decoupled weight decay of the matrices; biases, norms and embeddings have none.
     pub weight_decay: f64,
-    /// The numbers of both running means; Muon's momentum is float32.
-    pub moments: MomentDtype,
+    /// The numbers of both running means; Muon's momentum is float32. In bf16 (DeepSeek-AI 2024, "DeepSeek-V3 Technical
+    /// Report", 3.3.3) there are four bytes less to keep for each weight and eight less to move.
+    pub moments: FloatDtype,
     /// Where given, hidden matrices are updated by Muon (Jordan et al. 2024) with this momentum, at the same learning
     /// rate and weight decay; all else, and everything where it is absent, by AdamW.
     pub muon_momentum: Option<f64>,
@@ -65,8 +41,8 @@ impl OptimizerConfig {
             }
         }
         for (key, value) in [("beta1", self.beta1), ("beta2", self.beta2)] {
-            let most = MomentDtype::LARGEST_BF16_BETA;
-            if self.moments == MomentDtype::Bf16 && value > most {
+            let most = LARGEST_BF16_BETA;
+            if self.moments == FloatDtype::Bf16 && value > most {
                 return Err(format!(
                     "{key} = {value}: expected {most} at most with moments = \"bf16\", which cannot follow a slower mean"
                 ));
@@ -91,7 +67,7 @@ impl Default for OptimizerConfig {
             beta2: 0.95,
             eps: 1e-8,
             weight_decay: 0.05,
-            moments: MomentDtype::Fp32,
+            moments: FloatDtype::Fp32,
             muon_momentum: None,
         }
     }
@@ -103,7 +79,7 @@ mod tests {
 
     #[test]
     fn a_mean_too_slow_for_bf16_is_refused() {
-        let config = OptimizerConfig { moments: MomentDtype::Bf16, ..OptimizerConfig::default() };
+        let config = OptimizerConfig { moments: FloatDtype::Bf16, ..OptimizerConfig::default() };
         assert_eq!(config.validate(), Ok(()));
         let message = OptimizerConfig { beta2: 0.999, ..config }.validate().unwrap_err();
         assert!(message.contains("beta2 = 0.999") && message.contains("0.99 at most"), "{message}");

@@ -12,6 +12,7 @@ use std::rc::Rc;
 
 use tch::{Device, Kind, Tensor};
 
+use crate::dtype::FloatDtype;
 use crate::error::{Result, RuntimeError};
 use crate::ffi;
 use crate::weights::{TensorFile, is_finite, write_tensors_as};
@@ -46,7 +47,7 @@ pub enum Group {
 /// One entry of the registry. `tensor` shares storage with the layer that registered it.
 #[derive(Debug)]
 pub struct Param {
-    /// The tensor, float32 on the registry's device.
+    /// The tensor on the registry's device; float32, unless it is one of [`Params::with_matrices`].
     pub tensor: Tensor,
     /// Its decay group.
     pub group: Group,
@@ -57,6 +58,7 @@ struct Registry {
     device: Device,
     /// None where the values come from a file.
     seed: Option<u64>,
+    matrices: FloatDtype,
     entries: BTreeMap<String, Param>,
 }
 
@@ -109,8 +111,23 @@ impl Params {
     }
 
     fn empty(device: Device, seed: Option<u64>) -> Self {
-        let registry = Registry { device, seed, entries: BTreeMap::new() };
+        let registry = Registry { device, seed, matrices: FloatDtype::Fp32, entries: BTreeMap::new() };
         Self { registry: Rc::new(RefCell::new(registry)), prefix: String::new() }
+    }
+
+    /// The same where what is trained and has more than one axis is kept in `dtype` alone: tables, matrices, kernels of
+    /// convolutions. Vectors, which take no memory beside them, and what is not trained stay float32.
+    ///
+    /// # Panics
+    /// When something is registered already.
+    #[must_use]
+    pub fn with_matrices(self, dtype: FloatDtype) -> Self {
+        {
+            let mut registry = self.registry.borrow_mut();
+            assert!(registry.entries.is_empty(), "parameters are registered already, in another dtype");
+            registry.matrices = dtype;
+        }
+        self
     }
 
     /// The device that the parameters live on.
@@ -126,9 +143,11 @@ impl Params {
         let name = join(&self.prefix, name);
         let mut registry = self.registry.borrow_mut();
         let device = registry.device;
+        let is_matrix = group != Group::Buffer && shape.len() > 1;
+        let kind = if is_matrix { registry.matrices.kind() } else { Kind::Float };
         let tensor = match registry.seed {
-            Some(seed) => initial(&name, shape, init, seed).to_device(device),
-            None => Tensor::empty(shape, (Kind::Float, device)),
+            Some(seed) => initial(&name, shape, init, seed).to_kind(kind).to_device(device),
+            None => Tensor::empty(shape, (kind, device)),
         };
         let tensor = tensor.set_requires_grad(group != Group::Buffer);
         let shared = tensor.shallow_clone();
@@ -293,6 +312,26 @@ mod tests {
     fn a_name_is_used_once() {
         let params = sample(1);
         let _ = (&params / "h" / 0).add("bias", &[3], Init::Zeros, Group::NoDecay);
+    }
+
+    #[test]
+    fn matrices_in_bf16_are_those_of_float32_rounded_and_nothing_else_is() {
+        let made = |dtype| {
+            let params = Params::new(Device::Cpu, 3).with_matrices(dtype);
+            let shapes: [(_, &[i64], _); 4] = [
+                ("w", &[4, 3], Group::Hidden),
+                ("table", &[5, 2], Group::NoDecay),
+                ("bias", &[4], Group::NoDecay),
+                ("counts", &[4, 3], Group::Buffer),
+            ];
+            shapes.map(|(name, shape, group)| params.add(name, shape, Init::Normal(1.0), group))
+        };
+        let (narrow, wide) = (made(FloatDtype::Bf16), made(FloatDtype::Fp32));
+        let bf16 = Kind::BFloat16;
+        assert_eq!(narrow.each_ref().map(Tensor::kind), [bf16, bf16, Kind::Float, Kind::Float]);
+        for (narrow, wide) in narrow.iter().zip(wide) {
+            assert_eq!(*narrow, wide.to_kind(narrow.kind()));
+        }
     }
 
     #[test]

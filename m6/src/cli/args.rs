@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use m6::Result;
 use m6_data::{CaptionField, CaptionFields};
+use m6_runtime::FloatDtype;
 
 /// Bytes of the unit in which sizes are given.
 pub const MIB: u64 = 1 << 20;
@@ -31,6 +32,15 @@ pub struct ConfigArgs {
 pub enum Dtype {
     Fp32,
     Bf16,
+}
+
+impl From<Dtype> for FloatDtype {
+    fn from(dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::Fp32 => Self::Fp32,
+            Dtype::Bf16 => Self::Bf16,
+        }
+    }
 }
 
 /// Where the captions of samples are found.

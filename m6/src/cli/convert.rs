@@ -4,8 +4,9 @@ use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
-use m6::model::{Extension, LanguageModel, Model, StoredKind, Upcycling, VQGAN, has_pictures, is_published};
+use m6::model::{Extension, LanguageModel, Model, Upcycling, VQGAN, has_pictures, is_published};
 use m6::{Error, Result};
+use m6_runtime::FloatDtype;
 use tch::Device;
 
 use super::args::Dtype;
@@ -107,12 +108,8 @@ impl Args {
         model.save(&self.out, &extension.vqgan)
     }
 
-    fn dtype(&self, stored: StoredKind) -> StoredKind {
-        match self.dtype {
-            None => stored,
-            Some(Dtype::Fp32) => StoredKind::F32,
-            Some(Dtype::Bf16) => StoredKind::Bf16,
-        }
+    fn dtype(&self, stored: FloatDtype) -> FloatDtype {
+        self.dtype.map_or(stored, FloatDtype::from)
     }
 }
 

@@ -6,10 +6,10 @@ use std::path::Path;
 
 use m6_data::tokenizer::Tokenizer;
 use m6_run::write_atomic;
-use m6_runtime::Params;
+use m6_runtime::{FloatDtype, Params};
 use m6_vqgan::Vqgan;
 use serde::{Deserialize, Serialize};
-use tch::{Device, Kind, Tensor};
+use tch::{Device, Tensor};
 
 use super::{ModelConfig, PATCHES, Transformer, Upcycling, Vocab};
 use crate::error::{Error, Result};
@@ -22,26 +22,6 @@ const TOKENIZER: &str = "tokenizer.json";
 /// Folder of the image tokenizer in a model folder.
 pub const VQGAN: &str = "vqgan";
 
-/// How floats are stored.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum StoredKind {
-    /// bfloat16: half the bytes, for models that are only used.
-    Bf16,
-    /// float32.
-    F32,
-}
-
-impl StoredKind {
-    /// The same for libtorch.
-    pub(super) fn kind(self) -> Kind {
-        match self {
-            Self::Bf16 => Kind::BFloat16,
-            Self::F32 => Kind::Float,
-        }
-    }
-}
-
 /// What `config.json` holds: everything needed to rebuild the stack, and which tokenizers it was trained with.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -53,7 +33,7 @@ pub struct ModelInfo {
     /// Codes a side of a picture.
     pub code_grid: i64,
     /// How the weights are stored.
-    pub dtype: StoredKind,
+    pub dtype: FloatDtype,
     /// Hash of the text tokenizer.
     pub tokenizer: String,
     /// Hash of the image tokenizer's weights.
@@ -95,7 +75,7 @@ impl Model {
             model: config.clone(),
             vocab: Vocab { text: tokenizer.vocab_size() as i64, codes: vqgan.config().codebook_size },
             code_grid: vqgan.config().grid(),
-            dtype: StoredKind::Bf16,
+            dtype: FloatDtype::Bf16,
             tokenizer: tokenizer.hash()?,
             vqgan: vqgan_hash.to_string(),
         };

@@ -21,7 +21,7 @@ mod vocab;
 pub use config::{Bias, FeedForwardKind, ModelConfig, NormKind, WindowConfig};
 pub use extend::Extension;
 pub(crate) use folder::read_info;
-pub use folder::{Model, ModelInfo, StoredKind, VQGAN};
+pub use folder::{Model, ModelInfo, VQGAN};
 pub(crate) use hub::language_shape;
 pub use hub::{LanguageModel, has_pictures, is_published};
 pub use mode::Mode;

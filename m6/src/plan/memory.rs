@@ -206,7 +206,8 @@ fn picture(config: &PatchConfig) -> i64 {
 
 #[cfg(test)]
 mod tests {
-    use m6_runtime::optim::{MomentDtype, OptimizerConfig};
+    use m6_runtime::FloatDtype;
+    use m6_runtime::optim::OptimizerConfig;
 
     use super::*;
 
@@ -236,15 +237,15 @@ mod tests {
             let setup = setup(&subject, None, Precision::Fp32Bf16, 1, false);
             (setup.optimizer, setup.weights, FLOAT * count::hidden_matrices(&subject.shape))
         };
-        let (whole, weights, _) = optimizer(MomentDtype::Fp32, None);
-        assert_eq!((whole, optimizer(MomentDtype::Bf16, None).0), (2 * weights, weights));
+        let (whole, weights, _) = optimizer(FloatDtype::Fp32, None);
+        assert_eq!((whole, optimizer(FloatDtype::Bf16, None).0), (2 * weights, weights));
         let merging = Subject { merges: true, ..super::super::tests::preset("qwen2-0.5b") };
         let setup = setup(&merging, None, Precision::Fp32Bf16, 1, false);
         assert_eq!(setup.optimizer, 4 * setup.weights);
-        let (whole, _, by_muon) = optimizer(MomentDtype::Fp32, Some(0.95));
+        let (whole, _, by_muon) = optimizer(FloatDtype::Fp32, Some(0.95));
         assert_eq!(whole, 2 * weights - by_muon);
         // One of float32 takes what two of bf16 take.
-        assert_eq!(optimizer(MomentDtype::Bf16, Some(0.95)).0, weights);
+        assert_eq!(optimizer(FloatDtype::Bf16, Some(0.95)).0, weights);
     }
 
     #[test]

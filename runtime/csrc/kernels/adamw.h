@@ -6,12 +6,13 @@
 
 struct AdamWBatch {
   // What fits into the 4 KB of a kernel's arguments.
-  static constexpr int MOST = 64;
+  static constexpr int MOST = 60;
   // Values that a block updates.
   static constexpr int64_t CHUNK = 8192;
 
-  float* params[MOST];
-  // Copies of the parameters in bf16, null where there are none.
+  // float32 or bf16.
+  void* params[MOST];
+  // Copies of float32 parameters in bf16, null where there are none.
   void* copies[MOST];
   // float32 or bf16.
   const void* grads[MOST];
@@ -20,6 +21,9 @@ struct AdamWBatch {
   void* seconds[MOST];
   const float* steps[MOST];
   int64_t sizes[MOST];
+  // Of the lots by which bf16 parameters are rounded.
+  uint32_t streams[MOST];
+  bool is_bf16[MOST];
   bool has_bf16_grad[MOST];
   // The block after the last one of each parameter.
   int ends[MOST];

@@ -1,7 +1,7 @@
 //! The discriminator with its own optimizer.
 
-use m6_runtime::optim::{MomentDtype, Optimizer, OptimizerConfig};
-use m6_runtime::{Params, named_seed};
+use m6_runtime::optim::{Optimizer, OptimizerConfig};
+use m6_runtime::{FloatDtype, Params, named_seed};
 use tch::{Device, Kind, Tensor};
 
 use super::adversarial::DiscriminatorConfig;
@@ -18,7 +18,7 @@ const OPTIMIZER: OptimizerConfig = OptimizerConfig {
     beta2: 0.9,
     eps: 1e-8,
     weight_decay: 0.0,
-    moments: MomentDtype::Fp32,
+    moments: FloatDtype::Fp32,
     muon_momentum: None,
 };
 

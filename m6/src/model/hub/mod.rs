@@ -9,13 +9,13 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use m6_data::tokenizer::Tokenizer;
-use m6_runtime::{Params, TensorShards, first_problems, is_finite};
+use m6_runtime::{FloatDtype, Params, TensorShards, first_problems, is_finite};
 use m6_vqgan::Vqgan;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tch::{Device, Kind, Tensor};
 
-use super::folder::{StoredKind, same};
+use super::folder::same;
 use super::{Extension, Model, ModelConfig, Transformer, Upcycling, Vocab, extend};
 use crate::error::{Error, Result};
 use config::{Described, Family, TokenIds, describe};
@@ -39,7 +39,7 @@ pub struct LanguageModel {
     /// Text to ids and back; absent where the folder holds none.
     pub tokenizer: Option<Tokenizer>,
     /// How the folder stores the weights: as float32 unless all are bf16.
-    pub stored: StoredKind,
+    pub stored: FloatDtype,
     folder: PathBuf,
     described: Described,
     parts: Vec<Part>,
@@ -51,7 +51,7 @@ pub struct LanguageModel {
 struct LanguageInfo {
     model: ModelConfig,
     vocab: Vocab,
-    dtype: StoredKind,
+    dtype: FloatDtype,
     /// Hash of the text tokenizer, where there is one.
     tokenizer: Option<String>,
     /// Under whose names it is published.
@@ -140,7 +140,7 @@ impl LanguageModel {
         let params = Params::unfilled(device);
         let transformer = Transformer::new(&params, &described.model, Vocab::language(rows), 0);
         let parts = parts(described.family, &described.model);
-        let (stored, folder) = (StoredKind::F32, dir.to_owned());
+        let (stored, folder) = (FloatDtype::Fp32, dir.to_owned());
         Ok(Self { params, transformer, tokenizer, stored, folder, described, parts })
     }
 
@@ -164,7 +164,7 @@ impl LanguageModel {
         })
     }
 
-    fn info(&self, dtype: StoredKind) -> Result<LanguageInfo> {
+    fn info(&self, dtype: FloatDtype) -> Result<LanguageInfo> {
         Ok(LanguageInfo {
             model: self.config().clone(),
             vocab: self.transformer.vocab(),
@@ -245,7 +245,7 @@ fn is_derived(name: &str) -> bool {
 }
 
 /// Copies every tensor of the folder's files to its place, and tells how they were stored.
-fn fill(dir: &Path, params: &Params, parts: &[Part]) -> Result<StoredKind> {
+fn fill(dir: &Path, params: &Params, parts: &[Part]) -> Result<FloatDtype> {
     let shards = weights(dir)?;
     let ours = params.tensors();
     let targets: Vec<(&Part, Tensor)> =
@@ -280,7 +280,7 @@ fn fill(dir: &Path, params: &Params, parts: &[Part]) -> Result<StoredKind> {
             return Err(Error::file(dir, format!("`{}` holds what is no number", part.theirs)));
         }
     }
-    Ok(if all_bf16 { StoredKind::Bf16 } else { StoredKind::F32 })
+    Ok(if all_bf16 { FloatDtype::Bf16 } else { FloatDtype::Fp32 })
 }
 
 #[cfg(test)]
@@ -455,7 +455,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (half, own, back) = (dir.path().join("half"), dir.path().join("own"), dir.path().join("back"));
         let load = |dir: &Path| LanguageModel::load(dir, Device::Cpu).unwrap();
-        load(&folder("qwen2")).publish(&half, StoredKind::Bf16).unwrap();
+        load(&folder("qwen2")).publish(&half, FloatDtype::Bf16).unwrap();
         load(&half).save(&own, load(&half).stored).unwrap();
         load(&own).publish(&back, load(&own).stored).unwrap();
         assert!(tensors(&half).values().all(|tensor| tensor.kind() == Kind::BFloat16));
@@ -468,7 +468,7 @@ mod tests {
         let (source, most) = (folder("qwen2-moe"), 4096);
         LanguageModel::load(&source, Device::Cpu)
             .unwrap()
-            .publish_in_shards(dir.path(), StoredKind::F32, most)
+            .publish_in_shards(dir.path(), FloatDtype::Fp32, most)
             .unwrap();
         let index = fs::read_to_string(dir.path().join(INDEX)).unwrap();
         let index: Value = serde_json::from_str(&index).unwrap();
@@ -502,13 +502,13 @@ mod tests {
         let (source, own) = (dir.path().join("source"), dir.path().join("own"));
         LanguageModel::load(&folder("qwen2"), Device::Cpu)
             .unwrap()
-            .publish(&source, StoredKind::F32)
+            .publish(&source, FloatDtype::Fp32)
             .unwrap();
         for name in ["merges.txt", "generation_config.json"] {
             fs::write(source.join(name), name).unwrap();
         }
         fs::write(source.join("notes.txt"), "").unwrap();
-        LanguageModel::load(&source, Device::Cpu).unwrap().save(&own, StoredKind::F32).unwrap();
+        LanguageModel::load(&source, Device::Cpu).unwrap().save(&own, FloatDtype::Fp32).unwrap();
         assert_eq!(fs::read_to_string(own.join("merges.txt")).unwrap(), "merges.txt");
         assert!(own.join("generation_config.json").is_file() && !own.join("notes.txt").exists());
     }

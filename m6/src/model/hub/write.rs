@@ -5,13 +5,13 @@ use std::fs;
 use std::path::Path;
 
 use m6_run::write_atomic;
-use m6_runtime::write_tensors_as;
+use m6_runtime::{FloatDtype, write_tensors_as};
 use serde::Serialize;
 use serde_json::json;
 use tch::Tensor;
 
 use super::config::publish;
-use super::{CONFIG, INDEX, LanguageModel, StoredKind, WEIGHTS};
+use super::{CONFIG, INDEX, LanguageModel, WEIGHTS};
 use crate::error::{Error, Result};
 
 /// Most bytes of weights in one file, as in the folders that are published; one tensor may be larger.
@@ -41,7 +41,7 @@ impl LanguageModel {
     ///
     /// # Errors
     /// When a file cannot be written.
-    pub fn save(&self, dir: &Path, dtype: StoredKind) -> Result<()> {
+    pub fn save(&self, dir: &Path, dtype: FloatDtype) -> Result<()> {
         fs::create_dir_all(dir).map_err(|error| Error::file(dir, error))?;
         self.params.save(&dir.join(WEIGHTS), dtype.kind())?;
         self.copy_companions(dir)?;
@@ -52,11 +52,11 @@ impl LanguageModel {
     ///
     /// # Errors
     /// When a setting has no counterpart there, or a file cannot be written.
-    pub fn publish(&self, dir: &Path, dtype: StoredKind) -> Result<()> {
+    pub fn publish(&self, dir: &Path, dtype: FloatDtype) -> Result<()> {
         self.publish_in_shards(dir, dtype, SHARD_BYTES)
     }
 
-    pub(super) fn publish_in_shards(&self, dir: &Path, dtype: StoredKind, most: usize) -> Result<()> {
+    pub(super) fn publish_in_shards(&self, dir: &Path, dtype: FloatDtype, most: usize) -> Result<()> {
         let config = publish(&self.described, dtype).map_err(|problem| Error::file(&self.folder, problem))?;
         fs::create_dir_all(dir).map_err(|error| Error::file(dir, error))?;
         let width = dtype.kind().elt_size_in_bytes();

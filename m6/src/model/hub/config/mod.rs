@@ -4,10 +4,10 @@
 mod qwen;
 mod qwen2;
 
+use m6_runtime::FloatDtype;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::StoredKind;
 use crate::model::ModelConfig;
 use crate::model::difference::difference;
 use qwen::Qwen;
@@ -95,7 +95,7 @@ fn read<'a, T: Deserialize<'a>>(config: &'a Value) -> Result<T, String> {
 ///
 /// # Errors
 /// One line that names the first setting that the family has no counterpart of.
-pub fn publish(described: &Described, dtype: StoredKind) -> Result<Value, String> {
+pub fn publish(described: &Described, dtype: FloatDtype) -> Result<Value, String> {
     let Described { family, model, vocab_size, ids } = described;
     let mut config = match family {
         Family::Qwen => qwen::write(model, dtype),
@@ -115,10 +115,10 @@ fn merge(config: &mut Value, more: &Value) {
     }
 }
 
-fn dtype_name(dtype: StoredKind) -> &'static str {
+fn dtype_name(dtype: FloatDtype) -> &'static str {
     match dtype {
-        StoredKind::Bf16 => "bfloat16",
-        StoredKind::F32 => "float32",
+        FloatDtype::Bf16 => "bfloat16",
+        FloatDtype::Fp32 => "float32",
     }
 }
 
@@ -248,7 +248,7 @@ mod tests {
     fn what_is_published_reads_back_as_the_same() {
         let ids = r#""bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": null"#;
         let described = with(ids).unwrap();
-        let config = publish(&described, StoredKind::Bf16).unwrap();
+        let config = publish(&described, FloatDtype::Bf16).unwrap();
         assert_eq!((&config["dtype"], &config["eos_token_id"]), (&json!("bfloat16"), &json!([2, 3])));
         assert_eq!(config.get("pad_token_id"), None);
         let read = super::describe(&config).unwrap();
@@ -261,7 +261,7 @@ mod tests {
         let described = with(chunks).unwrap();
         let found = described.model.rotary.as_ref().unwrap().chunks;
         assert_eq!(found, Some(ChunkConfig { size: 12, trained: 16 }));
-        let written = publish(&described, StoredKind::F32).unwrap()["dual_chunk_attention_config"].clone();
+        let written = publish(&described, FloatDtype::Fp32).unwrap()["dual_chunk_attention_config"].clone();
         let trained = "original_max_position_embeddings";
         assert_eq!(written, json!({"chunk_size": 16, "local_size": 4, trained: 16}));
         let wrong = with(&chunks.replace("\"local_size\": 4", "\"local_size\": 16")).unwrap();
@@ -278,7 +278,7 @@ mod tests {
         let problem = |change: fn(&mut Described)| {
             let mut described = described.clone();
             change(&mut described);
-            publish(&described, StoredKind::F32).unwrap_err()
+            publish(&described, FloatDtype::Fp32).unwrap_err()
         };
         let in_qwen2 =
             |setting: &str| format!("{setting} has no counterpart in a published \"qwen2\" config");
@@ -287,18 +287,18 @@ mod tests {
         let rotary = RotaryConfig { logn: Some(16), ..RotaryConfig::new(10_000.0) };
         let mut qwen = described.clone();
         qwen.model.rotary = Some(rotary);
-        assert_eq!(publish(&qwen, StoredKind::F32).unwrap_err(), in_qwen2("rotary.logn = 16"));
+        assert_eq!(publish(&qwen, FloatDtype::Fp32).unwrap_err(), in_qwen2("rotary.logn = 16"));
         qwen.family = Family::Qwen;
-        assert_eq!(publish(&qwen, StoredKind::F32).unwrap()["seq_length"], json!(16));
+        assert_eq!(publish(&qwen, FloatDtype::Fp32).unwrap()["seq_length"], json!(16));
         let moe = |more: &str| with(&format!(r#""num_experts": 4, "num_experts_per_tok": 2{more}"#)).unwrap();
-        let alone = publish(&moe(""), StoredKind::F32).unwrap_err();
+        let alone = publish(&moe(""), FloatDtype::Fp32).unwrap_err();
         assert_eq!(alone, in_qwen2("moe.shared = null"));
         let mut windowed =
             moe(r#", "shared_expert_intermediate_size": 8, "use_sliding_window": true, "sliding_window": 8,
                 "max_window_layers": 2"#);
-        publish(&windowed, StoredKind::F32).unwrap();
+        publish(&windowed, FloatDtype::Fp32).unwrap();
         // Of all blocks, where a published config has one of every other block.
         windowed.model.window = Some(WindowConfig::new(8, 0));
-        assert_eq!(publish(&windowed, StoredKind::F32).unwrap_err(), in_qwen2("window.every = 1"));
+        assert_eq!(publish(&windowed, FloatDtype::Fp32).unwrap_err(), in_qwen2("window.every = 1"));
     }
 }

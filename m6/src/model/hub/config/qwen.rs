@@ -1,15 +1,15 @@
 //! The fields of Qwen's own `configuration_qwen.py`.
 
+use m6_runtime::FloatDtype;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{ROPE_THETA, dtype_name};
-use crate::model::StoredKind;
 use crate::model::config::{Bias, ModelConfig};
 use crate::model::rotary::{RotaryConfig, RotaryScaling};
 
 /// In the fields of `configuration_qwen.py`.
-pub(super) fn write(model: &ModelConfig, dtype: StoredKind) -> Value {
+pub(super) fn write(model: &ModelConfig, dtype: FloatDtype) -> Value {
     let rotary = model.rotary.as_ref();
     let steps = match rotary.and_then(|rotary| rotary.scaling.as_ref()) {
         Some(RotaryScaling::DynamicSteps { trained }) => Some(*trained),

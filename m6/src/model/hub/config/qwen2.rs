@@ -1,10 +1,10 @@
 //! The fields of transformers' `configuration_qwen2.py` and `configuration_qwen2_moe.py`.
 
+use m6_runtime::FloatDtype;
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use super::{ROPE_THETA, dtype_name, merge};
-use crate::model::StoredKind;
 use crate::model::config::{Bias, ModelConfig, WindowConfig};
 use crate::model::moe::{Balance, MoeConfig, RouterNoise, RoutingKind};
 use crate::model::rotary::{ChunkConfig, RotaryConfig, RotaryScaling, beta_fast, beta_slow};
@@ -23,7 +23,7 @@ pub(super) fn experts_by_default() -> Value {
 }
 
 /// In the fields of transformers 5.
-pub(super) fn write(model: &ModelConfig, dtype: StoredKind) -> Value {
+pub(super) fn write(model: &ModelConfig, dtype: FloatDtype) -> Value {
     let mut config = json!({
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
