@@ -30,7 +30,7 @@ fn settings() {
             ("vqgan train train.toml", WRONG_USE, &["train.toml", "unknown field"]),
         ],
     );
-    let settings: [(&str, &[&str]); 49] = [
+    let settings: [(&str, &[&str]); 52] = [
         ("train train.toml --set schedule.stesp=3", &["--set schedule.stesp=3", "did you mean `steps`?"]),
         ("train train.toml --set schedule.steps=many", &["schedule.steps=many", "expected u64"]),
         ("train train.toml --set schedule.steps=-1", &["schedule.steps=-1", "expected u64"]),
@@ -43,6 +43,12 @@ fn settings() {
         ("train train.toml --set ema=1.5", &["ema = 1.5"]),
         ("train train.toml --set merging.base=base", &["init is missing", "merging.base"]),
         ("train train.toml --set merging.base=base --set merging.reserve=0", &["merging.reserve = 0"]),
+        ("train train.toml --set weights=fp8", &["weights", "`fp8`", "`bf16`"]),
+        ("train train.toml --set weights=bf16", &["ema = 0.9: expected 0", "weights = \"bf16\""]),
+        (
+            "train train.toml --set weights=bf16 --set ema=0 --set optimizer.muon_momentum=0.9",
+            &["optimizer.muon_momentum = 0.9: expected none", "weights = \"bf16\""],
+        ),
         ("train train.toml --set device=tpu", &["`tpu`", "expected `cpu`"]),
         ("train train.toml --set model.width=20", &["model.width = 20", "multiple of"]),
         ("train train.toml --set model.heads=0", &["model.heads = 0"]),

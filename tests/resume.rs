@@ -5,6 +5,7 @@ use std::path::Path;
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use m6_runtime::read_tensors;
 use serde_json::{Map, Value};
 
 use crate::scene::{Running, Sample, Scene, samples};
@@ -146,6 +147,27 @@ fn blocks_that_are_computed_again_do_not_change_a_run() {
     scene.succeed(&[&train[..], &["--set", "run=again", "--set", "recompute=true"]].concat());
     assert_same(&scene, "run", "again");
     scene.succeed(&[&train[..], &["--set", "recompute=true"]].concat());
+}
+
+/// What is rounded by lot is rounded as it would have been. The model is that of the last checkpoint, since nothing is averaged.
+#[test]
+fn weights_in_bf16_resume_exactly() {
+    let scene = Scene::with_tokenizer();
+    let narrow = ["--set", "weights=bf16", "--set", "optimizer.moments=bf16", "--set", "ema=0"];
+    let train = [&["train", "train.toml", "--set", "schedule.steps=24"], &narrow[..]].concat();
+    scene.succeed(&train);
+    let parts = [&train[..], &["--set", "run=parts"]].concat();
+    let mut running = scene.start(&parts);
+    running.wait_for_path(&scene.path("parts/checkpoints/step-00000004"));
+    running.kill();
+    assert_eq!(running.finish().code, None);
+    scene.succeed(&parts);
+    assert_same(&scene, "run", "parts");
+    let exported = read_tensors(&scene.path("run/model/model.safetensors")).unwrap();
+    let kept = read_tensors(&scene.path("run/checkpoints/step-00000024/model.safetensors")).unwrap();
+    for ((name, exported), (_, kept)) in exported.iter().zip(&kept) {
+        assert_eq!(*exported, kept.to_kind(exported.kind()), "{name}");
+    }
 }
 
 /// What updates are merged with belongs to the state: base and tuned model are not needed again.

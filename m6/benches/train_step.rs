@@ -3,8 +3,8 @@
 //!
 //!     cargo bench -p m6 --features cuda --bench train_step -- qwen2-0.5b 8 2048
 //!
-//! Shape, texts, tokens a text, how often they are gone through before an update (once), and the dtype of the optimizer's
-//! moments (`fp32`, or `bf16`). On a GPU steps are launched kernel by kernel and as a CUDA graph, in turn. Prints one line of
+//! Shape, texts, tokens a text, how often they are gone through before an update (once), and the dtypes of the optimizer's
+//! moments and of the weights (`fp32`, or `bf16`). On a GPU steps are launched kernel by kernel and as a CUDA graph, in turn. Prints one line of
 //! JSON, to be read beside what Hugging Face's implementation makes of the same shape on the same GPU.
 
 use std::time::Instant;
@@ -103,17 +103,18 @@ fn main() {
     let number =
         |place: usize, default| args.get(place).map_or(default, |text| text.parse().expect("a number"));
     let (texts, length, passes): (i64, i64, i64) = (number(1, 2), number(2, 64), number(3, 1));
-    let moments = match args.get(4).map_or("fp32", String::as_str) {
+    let dtype = |place: usize| match args.get(place).map_or("fp32", String::as_str) {
         "fp32" => FloatDtype::Fp32,
         "bf16" => FloatDtype::Bf16,
         other => panic!("{other}: expected fp32 or bf16"),
     };
+    let (moments, weights) = (dtype(4), dtype(5));
     let Some((config, rows)) = shape(name) else { panic!("{name}: expected one of those in `shape`") };
     config.validate().expect("a shape that can be computed");
     let device = device("auto").expect("a device");
     // As in training.
     set_tf32(true).expect("a setting");
-    let params = Params::new(device, 1);
+    let params = Params::new(device, 1).with_matrices(weights);
     let model = Transformer::new(&params, &config, Vocab::language(rows), 0);
     let mut optimizer = Optimizer::new(&params, OptimizerConfig { moments, ..OptimizerConfig::default() });
     optimizer.set_lr(LEARNING_RATE);

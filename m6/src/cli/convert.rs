@@ -76,7 +76,7 @@ impl Args {
 
     /// Returns what was made.
     fn convert(&self) -> Result<&'static str> {
-        let model = LanguageModel::load(&self.source, Device::Cpu)?;
+        let model = LanguageModel::load(&self.source, Device::Cpu, None)?;
         let dtype = self.dtype(model.stored);
         if is_published(&self.source) {
             model.save(&self.out, dtype)?;
@@ -88,7 +88,7 @@ impl Args {
 
     fn upcycle(&self, upcycling: &Upcycling) -> Result<()> {
         if !has_pictures(&self.source) {
-            let model = LanguageModel::load(&self.source, Device::Cpu)?.upcycled(upcycling)?;
+            let model = self.load_wide()?.upcycled(upcycling)?;
             return model.save(&self.out, self.dtype(model.stored));
         }
         let mut model = Model::load(&self.source, Device::Cpu)?.upcycled(upcycling)?;
@@ -103,9 +103,14 @@ impl Args {
     }
 
     fn extend(&self, extension: &Extension) -> Result<()> {
-        let mut model = LanguageModel::load(&self.source, Device::Cpu)?.extended(extension)?;
+        let mut model = self.load_wide()?.extended(extension)?;
         model.info.dtype = self.dtype(model.info.dtype);
         model.save(&self.out, &extension.vqgan)
+    }
+
+    /// The language model in float32, in which what is added to it is drawn.
+    fn load_wide(&self) -> Result<LanguageModel> {
+        LanguageModel::load(&self.source, Device::Cpu, Some(FloatDtype::Fp32))
     }
 
     fn dtype(&self, stored: FloatDtype) -> FloatDtype {

@@ -11,8 +11,9 @@ use super::output;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  m6 plan configs/model/qwen2-7b.toml --gpus 8 --gpu-memory 80G\n\n\
     Arithmetic alone: nothing is allocated or computed. `m6 train` keeps float32 states with bf16 copies on one GPU, and \
-    computes blocks again where its config says recompute = true; the other rows say what those ways would take. States \
-    spread over GPUs are those of ZeRO-3; activations are not spread.")]
+    bf16 alone where its config says weights = \"bf16\" and optimizer.moments = \"bf16\"; it computes blocks again with \
+    recompute = true. The other rows say what those ways would take. States spread over GPUs are those of ZeRO-3; activations \
+    are not spread.")]
 pub struct Args {
     /// A file of configs/model, a training config, a model folder, or a folder with Hugging Face's config.json
     config: PathBuf,

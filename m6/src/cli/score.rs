@@ -4,10 +4,10 @@ use std::fs;
 use std::path::PathBuf;
 
 use m6::generate::{Likelihood, likelihood};
-use m6::model::LanguageModel;
+use m6::model::{LanguageModel, compute_dtype};
 use m6::{Error, Result};
+use m6_runtime::FloatDtype;
 use m6_runtime::device::device;
-use tch::Kind;
 
 use super::args::Dtype;
 use super::output;
@@ -50,13 +50,10 @@ struct Input {
 
 impl Args {
     pub fn run(self) -> Result<()> {
-        let mut model = LanguageModel::load(&self.model, device(&self.device)?)?;
-        if let Some(dtype) = self.dtype {
-            model.transformer.set_compute(match dtype {
-                Dtype::Fp32 => Kind::Float,
-                Dtype::Bf16 => Kind::BFloat16,
-            });
-        }
+        let device = device(&self.device)?;
+        let dtype = self.dtype.map_or(compute_dtype(device), FloatDtype::from);
+        let mut model = LanguageModel::load(&self.model, device, Some(dtype))?;
+        model.transformer.set_compute(dtype.kind());
         let tokens = self.input.tokens(&model, &self.model)?;
         let scored = likelihood(&model, &tokens)?;
         if self.json {

@@ -78,7 +78,7 @@ mod tests {
     #[test]
     fn a_token_costs_what_the_logits_before_it_say() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/qwen2");
-        let model = LanguageModel::load(&folder, Device::Cpu).unwrap();
+        let model = LanguageModel::load(&folder, Device::Cpu, None).unwrap();
         let golden = m6_runtime::read_tensors(&folder.join("golden.safetensors")).unwrap();
         let golden = |name: &str| &golden.iter().find(|(n, _)| n == name).unwrap().1;
         let tokens = Vec::<i64>::try_from(golden("ids")).unwrap();
@@ -98,7 +98,7 @@ mod tests {
     #[test]
     fn wrong_tokens_are_named() {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/qwen2");
-        let model = LanguageModel::load(&folder, Device::Cpu).unwrap();
+        let model = LanguageModel::load(&folder, Device::Cpu, None).unwrap();
         let message = |tokens: &[i64]| likelihood(&model, tokens).unwrap_err().to_string();
         assert!(message(&[1]).starts_with("1 tokens: expected two or more"));
         assert_eq!(message(&[1, 32]), "token 32: expected 0 to 31");
@@ -110,13 +110,13 @@ mod tests {
         const FOUND: &str = "\"logn\": null";
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/parity/qwen2");
         let dir = tempfile::tempdir().unwrap();
-        let published = LanguageModel::load(&folder, Device::Cpu).unwrap();
+        let published = LanguageModel::load(&folder, Device::Cpu, None).unwrap();
         published.save(dir.path(), published.stored).unwrap();
         let config = dir.path().join("config.json");
         let text = std::fs::read_to_string(&config).unwrap();
         assert!(text.contains(FOUND));
         std::fs::write(&config, text.replace(FOUND, changed)).unwrap();
-        LanguageModel::load(dir.path(), Device::Cpu).unwrap()
+        LanguageModel::load(dir.path(), Device::Cpu, None).unwrap()
     }
 
     #[test]

@@ -64,7 +64,7 @@ pub fn tiny_model() -> Model {
     let dir = tempfile::tempdir().unwrap();
     Vqgan::new(&Params::new(Device::Cpu, SEED), &vqgan).save(dir.path(), Dtype::Float32).unwrap();
     let vqgan = Vqgan::load(dir.path(), Device::Cpu).unwrap();
-    let model = Model::new(&config(), tokenizer, vqgan, Device::Cpu, SEED).unwrap();
+    let model = Model::new(&config(), tokenizer, vqgan, Params::new(Device::Cpu, SEED)).unwrap();
     widen(&model.params);
     model
 }

@@ -11,7 +11,7 @@ use m6_vqgan::Vqgan;
 use serde::{Deserialize, Serialize};
 use tch::{Device, Tensor};
 
-use super::{ModelConfig, PATCHES, Transformer, Upcycling, Vocab};
+use super::{ModelConfig, PATCHES, Transformer, Upcycling, Vocab, compute_dtype};
 use crate::error::{Error, Result};
 
 /// What the names of the blocks' tensors begin with.
@@ -55,17 +55,11 @@ pub struct Model {
 }
 
 impl Model {
-    /// A model with fresh weights.
+    /// A model with fresh weights in `params`, which is empty.
     ///
     /// # Errors
     /// When the settings are wrong.
-    pub fn new(
-        config: &ModelConfig,
-        tokenizer: Tokenizer,
-        vqgan: Vqgan,
-        device: Device,
-        seed: u64,
-    ) -> Result<Self> {
+    pub fn new(config: &ModelConfig, tokenizer: Tokenizer, vqgan: Vqgan, params: Params) -> Result<Self> {
         let problem = config.validate().and_then(|()| resolution(config)).err();
         if let Some(problem) = problem {
             return Err(Error::Usage(format!("model.{problem}")));
@@ -79,7 +73,6 @@ impl Model {
             tokenizer: tokenizer.hash()?,
             vqgan: vqgan_hash.to_string(),
         };
-        let params = Params::new(device, seed);
         let transformer = Transformer::new(&params, config, info.vocab, info.code_grid);
         Ok(Self { info, params, transformer, tokenizer, vqgan })
     }
@@ -90,8 +83,8 @@ impl Model {
     /// When this is not the dense model that `upcycling` is for.
     pub fn upcycled(self, upcycling: &Upcycling) -> Result<Self> {
         upcycling.check(&self.info.model)?;
-        let device = self.params.device();
-        let mut model = Self::new(&upcycling.model, self.tokenizer, self.vqgan, device, upcycling.seed)?;
+        let params = Params::new(self.params.device(), upcycling.seed);
+        let mut model = Self::new(&upcycling.model, self.tokenizer, self.vqgan, params)?;
         model.info.dtype = self.info.dtype;
         upcycling.fill(&self.params, &model.params);
         Ok(model)
@@ -107,7 +100,8 @@ impl Model {
         if config == self.info.model {
             return Err(Error::Usage("share_layers = false: the blocks have weights of their own".into()));
         }
-        let mut model = Self::new(&config, self.tokenizer, self.vqgan, self.params.device(), 0)?;
+        let params = Params::unfilled(self.params.device());
+        let mut model = Self::new(&config, self.tokenizer, self.vqgan, params)?;
         model.info.dtype = self.info.dtype;
         delink(&self.params, &model.params);
         Ok(model)
@@ -139,7 +133,7 @@ impl Model {
     /// # Errors
     /// As for [`Model::load_weights`].
     pub fn other_weights(&self, dir: &Path) -> Result<BTreeMap<String, Tensor>> {
-        let params = Params::new(self.params.device(), 0);
+        let params = Params::unfilled(self.params.device());
         let _transformer = Transformer::new(&params, &self.info.model, self.info.vocab, self.info.code_grid);
         Self::load_into(&params, &self.info, dir)?;
         Ok(params.tensors())
@@ -153,7 +147,7 @@ impl Model {
         Ok(params.load(&dir.join(WEIGHTS), info.dtype.kind())?)
     }
 
-    /// Opens a model folder.
+    /// Opens a model folder to use it: its matrices are held in the dtype in which the device computes.
     ///
     /// # Errors
     /// When a file is missing or damaged, or a tokenizer is not the one that the model was trained with.
@@ -171,7 +165,7 @@ impl Model {
             let problem = "vocab, code_grid: not those of the tokenizers beside it";
             return Err(Error::file(&dir.join(CONFIG), problem));
         }
-        let params = Params::new(device, 0);
+        let params = Params::unfilled(device).with_matrices(compute_dtype(device));
         let transformer = Transformer::new(&params, &info.model, info.vocab, info.code_grid);
         params.load(&dir.join(WEIGHTS), info.dtype.kind())?;
         Ok(Self { info, params, transformer, tokenizer, vqgan })

@@ -30,7 +30,7 @@ pub use order::CodeOrder;
 pub use recompute::Recompute;
 pub use rotary::{ChunkConfig, RotaryConfig, RotaryScaling, Rotation};
 pub use sequence::{Positions, SEGMENTS, Sequence, Tokens};
-pub use transformer::{Hidden, Transformer, compute_kind};
+pub use transformer::{Hidden, Transformer, compute_dtype};
 pub use upcycle::Upcycling;
 pub use vocab::{Language, Special, Vocab};
 

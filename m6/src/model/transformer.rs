@@ -7,7 +7,7 @@ use std::rc::Rc;
 use crate::error::Result;
 use m6_runtime::attention::Layout;
 use m6_runtime::nn::{Embedding, Linear};
-use m6_runtime::{Init, Params};
+use m6_runtime::{FloatDtype, Init, Params};
 use m6_vision::{PatchConfig, PatchEncoder};
 use tch::{Device, Kind, Tensor};
 
@@ -129,7 +129,7 @@ impl Transformer {
             norm: Norm::new(&(params / "norm"), config),
             text_head: (!config.tied).then(|| head("text_head", vocab.text_rows())),
             code_head: (!vocab.is_language()).then(|| head("code_head", vocab.code_rows())),
-            compute: compute_kind(params.device()),
+            compute: compute_dtype(params.device()).kind(),
             config: config.clone(),
             vocab,
             positions,
@@ -315,7 +315,7 @@ impl Transformer {
     }
 }
 
-/// bf16 on a GPU, float32 elsewhere.
-pub fn compute_kind(device: Device) -> Kind {
-    if device.is_cuda() { Kind::BFloat16 } else { Kind::Float }
+/// What activations are computed in where nobody says: bf16 on a GPU, float32 elsewhere.
+pub fn compute_dtype(device: Device) -> FloatDtype {
+    if device.is_cuda() { FloatDtype::Bf16 } else { FloatDtype::Fp32 }
 }

@@ -8,21 +8,22 @@
 use m6_vision::{Extractor, PatchConfig};
 use serde::Serialize;
 
-use super::count::{self, Parts};
+use super::count::{self, Count, Parts};
 use super::shape::{Shape, Subject};
 use crate::model::{FeedForwardKind, ModelConfig};
 
 const FLOAT: i64 = 4;
 const BF16: i64 = 2;
 
-/// The numbers of weights, gradients, moments and averages, where nothing else is said of them.
+/// The numbers of weights, gradients and moments, where nothing else is said of them. Vectors, which stay float32, are
+/// counted like all else.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Precision {
     /// float32, with bf16 copies of the weights to compute with, and gradients of products in bf16 where one pass makes
     /// them: what `m6 train` does on a GPU.
     Fp32Bf16,
-    /// bf16 alone.
+    /// bf16 alone: `weights` and `optimizer.moments` of a training config "bf16", which keeps no averages.
     Bf16,
 }
 
@@ -98,8 +99,9 @@ fn setup(subject: &Subject, memory: Option<u64>, precision: Precision, gpus: i64
     let each = precision.bytes() * all;
     let patches = shape.model.patches.as_ref();
     let frozen = patches.and_then(PatchConfig::trained).map_or(0, |network| FLOAT * network.parameters());
+    let averages = if precision == Precision::Bf16 || !subject.averages { 0 } else { each };
     let states =
-        [each + frozen, gradients(subject, precision, &parts), moments(subject, precision, all), each]
+        [each + frozen, gradients(subject, precision, &parts), moments(subject, precision, all), averages]
             .map(share);
     let [weights, gradients, optimizer, averages] = states;
     let sum = states.iter().sum::<i64>() + copies;
@@ -124,11 +126,15 @@ fn setup(subject: &Subject, memory: Option<u64>, precision: Precision, gpus: i64
     }
 }
 
-/// Bytes of the gradients.
+/// Bytes of the gradients: those of products are bf16 where one pass makes them, and add up in float32; those of heads are
+/// float32; all others have the dtype of their weights.
 fn gradients(subject: &Subject, precision: Precision, parts: &Parts) -> i64 {
-    let in_products = [parts.attention, parts.feed_forward, parts.experts].map(|count| count.parameters);
-    let saved = if subject.passes > 1 { 0 } else { precision.bytes() - BF16 };
-    precision.bytes() * parts.total().parameters - saved * in_products.iter().sum::<i64>()
+    let count = |parts: &[Count]| parts.iter().map(|count| count.parameters).sum::<i64>();
+    let products = count(&[parts.attention, parts.feed_forward, parts.experts]);
+    let heads = count(&[parts.heads]);
+    let others = parts.total().parameters - products - heads;
+    let in_products = if subject.passes > 1 { FLOAT } else { BF16 };
+    in_products * products + FLOAT * heads + precision.bytes() * others
 }
 
 /// Bytes of the moments of `all` parameters; where updates are merged, of what they are merged with and of the weights
@@ -262,5 +268,11 @@ mod tests {
         let whole_bf16 = &setups[4];
         assert_eq!(2 * whole_bf16.weights, alone.weights);
         assert_eq!(2 * whole_bf16.optimizer, alone.optimizer);
+        assert_eq!((whole_bf16.copies, whole_bf16.averages), (0, 0));
+        // Of three products' passes one gradient is kept, in float32.
+        let often = Subject { passes: 3, averages: false, ..subject };
+        let [wide, narrow] = Precision::ALL.map(|precision| setup(&often, None, precision, 1, false));
+        assert_eq!((wide.gradients, wide.averages), (wide.weights, 0));
+        assert!(narrow.gradients > whole_bf16.gradients && narrow.gradients < wide.gradients);
     }
 }

@@ -37,6 +37,8 @@ pub struct Subject {
     pub optimizer: OptimizerConfig,
     /// Whether its updates are merged.
     pub merges: bool,
+    /// Whether averages of its weights are kept.
+    pub averages: bool,
     /// Backward passes before an update.
     pub passes: u64,
 }
@@ -64,12 +66,13 @@ impl Subject {
         config.validate()?;
         let (optimizer, merges) = (config.optimizer, config.merging.is_some());
         let passes = config.schedule.accumulation;
-        Ok(Self { optimizer, merges, passes, shape: Shape::of_run(config)? })
+        let averages = config.ema > 0.0;
+        Ok(Self { optimizer, merges, averages, passes, shape: Shape::of_run(config)? })
     }
 
     /// With nothing said of its training.
     pub(super) fn alone(shape: Shape) -> Self {
-        Self { shape, optimizer: OptimizerConfig::default(), merges: false, passes: 1 }
+        Self { shape, optimizer: OptimizerConfig::default(), merges: false, averages: true, passes: 1 }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use m6_runtime::FloatDtype;
 use m6_runtime::merging::MergingConfig;
 use m6_runtime::optim::OptimizerConfig;
 use serde::{Deserialize, Serialize};
@@ -43,13 +44,18 @@ pub struct TrainConfig {
     /// Whether blocks keep their input alone and are computed again for their gradients: less memory, more time.
     #[serde(default)]
     pub recompute: bool,
+    /// The numbers in which tables and matrices are kept. In bf16 they have no float32 masters, which takes half the memory;
+    /// AdamW rounds them by lot, so that small updates are not lost (Gupta et al. 2015). Vectors stay float32.
+    #[serde(default)]
+    pub weights: FloatDtype,
     /// AdamW, and Muon beside it.
     #[serde(default)]
     pub optimizer: OptimizerConfig,
     /// Updates that are merged with what tuning had made of a model before; needs `init`, the tuned model.
     #[serde(default)]
     pub merging: Option<RunMergingConfig>,
-    /// Decay of the averaged weights, which are the ones that are evaluated and exported.
+    /// Decay of the averaged weights, which are the ones that are evaluated and exported. With 0 these are the last weights,
+    /// and nothing more is kept.
     pub ema: f64,
     /// Validation data and how often it is used.
     #[serde(default)]
@@ -212,6 +218,20 @@ impl TrainConfig {
         self.validation.as_ref().map_or(Ok(()), |validation| self.validated_source(validation).map(drop))
     }
 
+    /// What else changes or follows weights in small steps does so in their own dtype, and would be lost in bf16.
+    fn check_weights(&self) -> Result<()> {
+        let beside = match self {
+            _ if self.weights == FloatDtype::Fp32 => return Ok(()),
+            _ if self.ema > 0.0 => format!("ema = {}: expected 0", self.ema),
+            _ if self.merging.is_some() => "merging: expected none".to_owned(),
+            Self { optimizer: OptimizerConfig { muon_momentum: Some(momentum), .. }, .. } => {
+                format!("optimizer.muon_momentum = {momentum}: expected none")
+            }
+            _ => return Ok(()),
+        };
+        Err(Error::Usage(format!("{beside} with weights = \"bf16\", which only AdamW rounds by lot")))
+    }
+
     /// Finds what no single key shows to be wrong.
     ///
     /// # Errors
@@ -260,6 +280,7 @@ impl TrainConfig {
                 );
             }
         }
+        self.check_weights()?;
         if let Some(samples) = &self.samples {
             samples
                 .request(self.seed)

@@ -16,6 +16,7 @@ use std::sync::Arc;
 use m6_data::tokenizer::{Tokenizer, train_bpe};
 use m6_data::{FlawClass, Rgb8, SkipLog};
 use m6_run::{Checkpoints, MetricLog, Progress, RunDir, Schedule, StopFlag};
+use m6_runtime::Params;
 use m6_runtime::device::{device, memory, set_tf32};
 use m6_runtime::optim::{Ema, Optimizer};
 use m6_vqgan::Vqgan;
@@ -119,7 +120,8 @@ impl Trainer {
             .map(|(name, source)| opening.open(name, source.clone(), config.tasks_of(source).clone(), &vqgan))
             .collect::<Result<Vec<_>>>()?;
         let tokenizer = open_tokenizer(&config, &run, &sources, resumed.is_some())?;
-        let model = Model::new(&config.model, tokenizer, vqgan, device, config.seed)?;
+        let params = Params::new(device, config.seed).with_matrices(config.weights);
+        let model = Model::new(&config.model, tokenizer, vqgan, params)?;
         let source = ExampleSource::new(
             sources,
             config.seed,

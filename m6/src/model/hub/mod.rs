@@ -96,20 +96,24 @@ pub fn language_shape(dir: &Path) -> Result<Option<(ModelConfig, Vocab)>> {
 }
 
 impl LanguageModel {
-    /// Opens a folder, its weights as float32 on `device`. Those that are published are read by memory map, a tensor at
-    /// a time.
+    /// Opens a folder, its matrices in `matrices` on `device`, or as they are stored. Those that are published are read by
+    /// memory map, a tensor at a time.
     ///
     /// # Errors
     /// When the config describes something that we do not compute, or a file or tensor is missing, damaged, of another
     /// shape, or, where it is published, holds what is no number.
-    pub fn load(dir: &Path, device: Device) -> Result<Self> {
+    pub fn load(dir: &Path, device: Device, matrices: Option<FloatDtype>) -> Result<Self> {
         let (config, path) = (read_config(dir)?, dir.join(CONFIG));
         let tokenizer = TOKENIZERS.iter().map(|name| dir.join(name)).find(|path| path.is_file());
         let tokenizer = tokenizer.map(|path| Tokenizer::load(&path)).transpose()?;
         if config.get("model_type").is_some() {
-            let described = describe(&config).map_err(|problem| Error::file(&path, problem))?;
-            let mut model = Self::unfilled(dir, described, tokenizer, device)?;
-            model.stored = fill(dir, &model.params, &model.parts)?;
+            let described =
+                describe(&config).and_then(checked).map_err(|problem| Error::file(&path, problem))?;
+            let shards = weights(dir)?;
+            let stored = stored(&shards)?;
+            let params = Params::unfilled(device).with_matrices(matrices.unwrap_or(stored));
+            let model = Self::unfilled(dir, described, tokenizer, stored, params);
+            fill(dir, &shards, &model.params, &model.parts)?;
             return Ok(model);
         }
         let info = read_own(config).map_err(|problem| Error::file(&path, problem))?;
@@ -117,8 +121,10 @@ impl LanguageModel {
             same(dir, "text tokenizer", &tokenizer.hash()?, hash)?;
         }
         let LanguageInfo { model, vocab, dtype, family, ids, .. } = info;
-        let described = Described { family, model, vocab_size: vocab.text, ids };
-        let model = Self { stored: dtype, ..Self::unfilled(dir, described, tokenizer, device)? };
+        let described = checked(Described { family, model, vocab_size: vocab.text, ids });
+        let described = described.map_err(|problem| Error::file(&path, problem))?;
+        let params = Params::unfilled(device).with_matrices(matrices.unwrap_or(dtype));
+        let model = Self::unfilled(dir, described, tokenizer, dtype, params);
         model.params.load(&dir.join(WEIGHTS), dtype.kind())?;
         Ok(model)
     }
@@ -127,21 +133,13 @@ impl LanguageModel {
         dir: &Path,
         described: Described,
         tokenizer: Option<Tokenizer>,
-        device: Device,
-    ) -> Result<Self> {
-        let rows = described.vocab_size;
-        let size = if (1..=MAX_VOCAB).contains(&rows) {
-            Ok(())
-        } else {
-            Err(format!("vocabulary of {rows}: expected 1 to {MAX_VOCAB} ids"))
-        };
-        size.and_then(|()| described.model.validate())
-            .map_err(|problem| Error::file(&dir.join(CONFIG), problem))?;
-        let params = Params::unfilled(device);
-        let transformer = Transformer::new(&params, &described.model, Vocab::language(rows), 0);
+        stored: FloatDtype,
+        params: Params,
+    ) -> Self {
+        let vocab = Vocab::language(described.vocab_size);
+        let transformer = Transformer::new(&params, &described.model, vocab, 0);
         let parts = parts(described.family, &described.model);
-        let (stored, folder) = (FloatDtype::Fp32, dir.to_owned());
-        Ok(Self { params, transformer, tokenizer, stored, folder, described, parts })
+        Self { params, transformer, tokenizer, stored, folder: dir.to_owned(), described, parts }
     }
 
     /// The same with experts, to be published as Qwen2-MoE.
@@ -193,7 +191,7 @@ impl LanguageModel {
             )));
         }
         let vqgan = Vqgan::load(&extension.vqgan, device)?;
-        let mut model = Model::new(&extension.model, tokenizer, vqgan, device, extension.seed)?;
+        let mut model = Model::new(&extension.model, tokenizer, vqgan, Params::new(device, extension.seed))?;
         model.info.dtype = self.stored;
         if let Some(file) = &extension.extractor {
             model.load_extractor(file)?;
@@ -212,6 +210,16 @@ impl LanguageModel {
         let part = |part: &Part| Some((part.theirs.clone(), part.of(ours.get(&part.ours)?)));
         self.parts.iter().filter_map(part).collect()
     }
+}
+
+/// A model that can be built.
+fn checked(described: Described) -> std::result::Result<Described, String> {
+    let rows = described.vocab_size;
+    if !(1..=MAX_VOCAB).contains(&rows) {
+        return Err(format!("vocabulary of {rows}: expected 1 to {MAX_VOCAB} ids"));
+    }
+    described.model.validate()?;
+    Ok(described)
 }
 
 fn read_own(config: Value) -> std::result::Result<LanguageInfo, String> {
@@ -244,9 +252,18 @@ fn is_derived(name: &str) -> bool {
     name.ends_with(".rotary_emb.inv_freq") || name == "lm_head.weight"
 }
 
-/// Copies every tensor of the folder's files to its place, and tells how they were stored.
-fn fill(dir: &Path, params: &Params, parts: &[Part]) -> Result<FloatDtype> {
-    let shards = weights(dir)?;
+/// How the weights are stored: as float32 unless all are bf16.
+fn stored(shards: &TensorShards) -> Result<FloatDtype> {
+    for name in shards.shapes().keys() {
+        if shards.file_of(name)?.kind(name)? != Kind::BFloat16 {
+            return Ok(FloatDtype::Fp32);
+        }
+    }
+    Ok(FloatDtype::Bf16)
+}
+
+/// Copies every tensor of the folder's files to its place.
+fn fill(dir: &Path, shards: &TensorShards, params: &Params, parts: &[Part]) -> Result<()> {
     let ours = params.tensors();
     let targets: Vec<(&Part, Tensor)> =
         parts.iter().filter_map(|part| Some((part, part.of(ours.get(&part.ours)?)))).collect();
@@ -271,16 +288,13 @@ fn fill(dir: &Path, params: &Params, parts: &[Part]) -> Result<FloatDtype> {
     if !problems.is_empty() {
         return Err(Error::file(dir, first_problems(&problems)));
     }
-    let mut all_bf16 = true;
     for (part, target) in targets {
-        let file = shards.file_of(&part.theirs)?;
-        all_bf16 &= file.kind(&part.theirs)? == Kind::BFloat16;
-        file.copy_to(&part.theirs, &target)?;
+        shards.file_of(&part.theirs)?.copy_to(&part.theirs, &target)?;
         if !is_finite(&target) {
             return Err(Error::file(dir, format!("`{}` holds what is no number", part.theirs)));
         }
     }
-    Ok(if all_bf16 { FloatDtype::Bf16 } else { FloatDtype::Fp32 })
+    Ok(())
 }
 
 #[cfg(test)]
@@ -334,10 +348,39 @@ mod tests {
         (a - b).abs().max().double_value(&[])
     }
 
+    /// What is stored in bf16 is scored alike whether matrices are held in bf16 or float32, and so are gradients but for their
+    /// last bits.
+    #[test]
+    fn matrices_held_in_bf16_compute_what_they_do_in_float32() {
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["qwen", "qwen2", "qwen2-moe"] {
+            let source = LanguageModel::load(&folder(name), Device::Cpu, None).unwrap();
+            let half = dir.path().join(name);
+            source.publish(&half, FloatDtype::Bf16).unwrap();
+            let ids = Vec::<i64>::try_from(&golden(name)["ids"]).unwrap();
+            let run = |matrices: FloatDtype| {
+                let model = LanguageModel::load(&half, Device::Cpu, Some(matrices)).unwrap();
+                let (x_nd, router_loss) = hidden(&model, &ids);
+                let labels = Tensor::from_slice(&ids).roll([-1], [0]);
+                let (mean, _) = linear_cross_entropy(&x_nd, &model.transformer.text_head(), &labels);
+                router_loss.map_or(mean.shallow_clone(), |router| &mean + router).backward();
+                let trained = model.params.trainable().into_iter();
+                (model.transformer.text_logits(&x_nd), trained.map(|(_, p)| p.tensor).collect::<Vec<_>>())
+            };
+            let ((logits, wide), (same_logits, narrow)) = (run(FloatDtype::Fp32), run(FloatDtype::Bf16));
+            assert_eq!(logits, same_logits, "{name}");
+            for (wide, narrow) in wide.iter().zip(&narrow) {
+                assert_eq!(narrow.kind() == Kind::BFloat16, narrow.dim() > 1, "{name}");
+                let gap = (wide.grad() - narrow.grad().to_kind(Kind::Float)).norm() / wide.grad().norm();
+                assert!(gap.double_value(&[]) < 4e-3, "{name}: {gap:?}");
+            }
+        }
+    }
+
     #[test]
     fn logits_loss_and_every_gradient_are_those_of_other_implementations() {
         for name in MODELS {
-            let model = LanguageModel::load(&folder(name), Device::Cpu).unwrap();
+            let model = LanguageModel::load(&folder(name), Device::Cpu, None).unwrap();
             let golden = golden(name);
             let ids = Vec::<i64>::try_from(&golden["ids"]).unwrap();
             let (x_nd, router_loss) = hidden(&model, &ids);
@@ -376,7 +419,7 @@ mod tests {
         let mut tensors = read_tensors(&source.join(WEIGHTS)).unwrap();
         change(&mut tensors);
         write_tensors(&dir.path().join(WEIGHTS), &tensors).unwrap();
-        LanguageModel::load(dir.path(), Device::Cpu).map(drop).unwrap_err().to_string()
+        LanguageModel::load(dir.path(), Device::Cpu, None).map(drop).unwrap_err().to_string()
     }
 
     #[test]
@@ -417,11 +460,12 @@ mod tests {
                 tensors.iter().map(|(name, _)| (name.as_str(), home(name))).collect();
             fs::write(dir.path().join(INDEX), serde_json::json!({ "weight_map": map }).to_string()).unwrap();
         };
-        let message = || LanguageModel::load(dir.path(), Device::Cpu).map(drop).unwrap_err().to_string();
+        let message =
+            || LanguageModel::load(dir.path(), Device::Cpu, None).map(drop).unwrap_err().to_string();
         index("b.safetensors");
         assert!(message().contains("b.safetensors"), "{}", message());
         write_tensors(&dir.path().join("b.safetensors"), second).unwrap();
-        LanguageModel::load(dir.path(), Device::Cpu).unwrap();
+        LanguageModel::load(dir.path(), Device::Cpu, None).unwrap();
         write_tensors(&dir.path().join("b.safetensors"), &tensors).unwrap();
         assert!(message().contains("is in both a.safetensors and b.safetensors"), "{}", message());
         index("../b.safetensors");
@@ -437,13 +481,13 @@ mod tests {
         for name in MODELS {
             let dir = tempfile::tempdir().unwrap();
             let (own, back) = (dir.path().join("own"), dir.path().join("back"));
-            let source = LanguageModel::load(&folder(name), Device::Cpu).unwrap();
+            let source = LanguageModel::load(&folder(name), Device::Cpu, None).unwrap();
             source.save(&own, source.stored).unwrap();
-            let ours = LanguageModel::load(&own, Device::Cpu).unwrap();
+            let ours = LanguageModel::load(&own, Device::Cpu, None).unwrap();
             assert!(!is_published(&own) && ours.config() == source.config(), "{name}");
             ours.publish(&back, ours.stored).unwrap();
             assert!(is_published(&back), "{name}");
-            let read = LanguageModel::load(&back, Device::Cpu).unwrap();
+            let read = LanguageModel::load(&back, Device::Cpu, None).unwrap();
             // The width of heads is written even where it was left to the others.
             assert_eq!(difference(source.config(), read.config()), None, "{name}");
             assert_eq!(tensors(&back), tensors(&folder(name)), "{name}");
@@ -454,7 +498,7 @@ mod tests {
     fn bf16_stays_bf16() {
         let dir = tempfile::tempdir().unwrap();
         let (half, own, back) = (dir.path().join("half"), dir.path().join("own"), dir.path().join("back"));
-        let load = |dir: &Path| LanguageModel::load(dir, Device::Cpu).unwrap();
+        let load = |dir: &Path| LanguageModel::load(dir, Device::Cpu, None).unwrap();
         load(&folder("qwen2")).publish(&half, FloatDtype::Bf16).unwrap();
         load(&half).save(&own, load(&half).stored).unwrap();
         load(&own).publish(&back, load(&own).stored).unwrap();
@@ -466,7 +510,7 @@ mod tests {
     fn many_files_hold_the_same_and_leave_nothing_out() {
         let dir = tempfile::tempdir().unwrap();
         let (source, most) = (folder("qwen2-moe"), 4096);
-        LanguageModel::load(&source, Device::Cpu)
+        LanguageModel::load(&source, Device::Cpu, None)
             .unwrap()
             .publish_in_shards(dir.path(), FloatDtype::Fp32, most)
             .unwrap();
@@ -486,13 +530,13 @@ mod tests {
         assert_eq!(all, tensors(&source));
         let bytes: usize = all.values().map(|tensor| tensor.numel() * size_of::<f32>()).sum();
         assert_eq!(index["metadata"]["total_size"], bytes);
-        LanguageModel::load(dir.path(), Device::Cpu).unwrap();
+        LanguageModel::load(dir.path(), Device::Cpu, None).unwrap();
         let cut = dir.path().join(homes.first().unwrap());
         fs::write(&cut, &fs::read(&cut).unwrap()[..100]).unwrap();
-        let message = LanguageModel::load(dir.path(), Device::Cpu).map(drop).unwrap_err().to_string();
+        let message = LanguageModel::load(dir.path(), Device::Cpu, None).map(drop).unwrap_err().to_string();
         assert!(message.contains("is not a whole safetensors file"), "{message}");
         fs::remove_file(&cut).unwrap();
-        let message = LanguageModel::load(dir.path(), Device::Cpu).map(drop).unwrap_err().to_string();
+        let message = LanguageModel::load(dir.path(), Device::Cpu, None).map(drop).unwrap_err().to_string();
         assert!(message.contains("No such file"), "{message}");
     }
 
@@ -500,7 +544,7 @@ mod tests {
     fn files_of_text_and_generation_come_along() {
         let dir = tempfile::tempdir().unwrap();
         let (source, own) = (dir.path().join("source"), dir.path().join("own"));
-        LanguageModel::load(&folder("qwen2"), Device::Cpu)
+        LanguageModel::load(&folder("qwen2"), Device::Cpu, None)
             .unwrap()
             .publish(&source, FloatDtype::Fp32)
             .unwrap();
@@ -508,7 +552,7 @@ mod tests {
             fs::write(source.join(name), name).unwrap();
         }
         fs::write(source.join("notes.txt"), "").unwrap();
-        LanguageModel::load(&source, Device::Cpu).unwrap().save(&own, FloatDtype::Fp32).unwrap();
+        LanguageModel::load(&source, Device::Cpu, None).unwrap().save(&own, FloatDtype::Fp32).unwrap();
         assert_eq!(fs::read_to_string(own.join("merges.txt")).unwrap(), "merges.txt");
         assert!(own.join("generation_config.json").is_file() && !own.join("notes.txt").exists());
     }
@@ -518,7 +562,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let message = |config: &str| {
             fs::write(dir.path().join(CONFIG), config).unwrap();
-            LanguageModel::load(dir.path(), Device::Cpu).map(drop).unwrap_err().to_string()
+            LanguageModel::load(dir.path(), Device::Cpu, None).map(drop).unwrap_err().to_string()
         };
         assert!(
             message(r#"{"vqgan": "0"}"#).ends_with("is of a model with pictures; expected a language model")
