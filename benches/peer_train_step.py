@@ -21,6 +21,8 @@ import torch
 # Both sides are timed in rounds, as many of each: a GPU gets slower under load.
 ROUNDS, WARM_UP, STEPS = 7, 4, 10
 QWEN2 = {"vocab_size": 151936, "tie_word_embeddings": True, "max_position_embeddings": 4096}
+# The dtypes of our moments and weights.
+OURS = {"m6": ("fp32", "fp32"), "m6_bf16_moments": ("bf16", "fp32"), "m6_bf16": ("bf16", "bf16")}
 SHAPES = {
     "qwen2-0.5b": (8, 2048),
     "qwen2-1.5b": (8, 2048),
@@ -131,9 +133,9 @@ def main():
         more = ["--llamagen", args.llamagen] if args.llamagen else []
         other = last_line([sys.executable, __file__, args.train_step, "--only", name, "--theirs", *more])
         row = {"gpu": torch.cuda.get_device_name(), "shape": name, "theirs": other}
-        for moments in ["fp32", "bf16"] if name == "qwen2-moe-60" else ["fp32"]:
-            own = last_line([args.train_step, name, str(texts), str(length), "1", moments])
-            row[f"m6_{moments}"] = own | {"ratio": own["tokens_per_s"] / other["tokens_per_s"]}
+        for key, dtypes in OURS.items() if name == "qwen2-moe-60" else [next(iter(OURS.items()))]:
+            own = last_line([args.train_step, name, str(texts), str(length), "1", *dtypes])
+            row[key] = own | {"ratio": own["tokens_per_s"] / other["tokens_per_s"]}
         print(json.dumps(row), flush=True)
 
 

@@ -181,6 +181,7 @@ mod tests {
     #[cfg(feature = "cuda")]
     #[test]
     fn loss_and_every_gradient_in_bf16_on_a_gpu_are_those_of_float32() {
+        use m6_runtime::FloatDtype;
         const BF16_ERROR: f64 = 3e-2;
         let patches = Some(PatchConfig { resolution: 8, extractor: Extractor::Linear(4) });
         let wide = ModelConfig { patches, ..ModelConfig::new(256, 4, 4, 512, 64) };
@@ -204,14 +205,17 @@ mod tests {
         let moe =
             ModelConfig { moe: experts(shared).map(|moe| MoeConfig { active: 4, ..moe }), ..qwen2.clone() };
         let words: Vec<i64> = (0..60).map(|i| (i * 7 + 3) % VOCAB.text).collect();
-        for config in [wide, m6, qwen, qwen2, broad, moe] {
+        let kept = [FloatDtype::Fp32, FloatDtype::Bf16];
+        for (config, kept) in
+            [wide, m6, qwen, qwen2, broad, moe].iter().flat_map(|config| kept.map(|kept| (config, kept)))
+        {
             config.validate().unwrap();
-            let weights = Params::new(Device::Cpu, 3);
-            let _ = Transformer::new(&weights, &config, VOCAB, CODE_GRID);
+            let weights = Params::new(Device::Cpu, 3).with_matrices(kept);
+            let _ = Transformer::new(&weights, config, VOCAB, CODE_GRID);
             let weights = weights.tensors();
-            let run = |device: Device| {
-                let params = Params::new(device, 3);
-                let transformer = Transformer::new(&params, &config, VOCAB, CODE_GRID);
+            let run = |device: Device, kept: FloatDtype| {
+                let params = Params::new(device, 3).with_matrices(kept);
+                let transformer = Transformer::new(&params, config, VOCAB, CODE_GRID);
                 for (name, mut tensor) in params.tensors() {
                     tensor.copy_(&weights[&name]);
                 }
@@ -223,10 +227,10 @@ mod tests {
                     .map(|(name, x)| (name, x.to_device(Device::Cpu).to_kind(Kind::Double)))
                     .collect::<Vec<_>>()
             };
-            let exact = run(Device::Cpu);
-            for ((name, found), (_, exact)) in run(Device::Cuda(0)).iter().zip(&exact) {
+            let exact = run(Device::Cpu, FloatDtype::Fp32);
+            for ((name, found), (_, exact)) in run(Device::Cuda(0), kept).iter().zip(&exact) {
                 let error = ((found - exact).norm() / exact.norm()).double_value(&[]);
-                assert!(error < BF16_ERROR, "{name}: {error} of {config:?}");
+                assert!(error < BF16_ERROR, "{name}: {error} with weights in {kept:?} of {config:?}");
             }
         }
     }
