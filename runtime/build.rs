@@ -13,18 +13,8 @@ const ARCHITECTURES: [&str; 3] = [
 ];
 
 /// What launches work of our own on a GPU.
-const CUDA_FILES: [&str; 10] = [
-    "copies",
-    "cuda_graph",
-    "experts",
-    "gates",
-    "launch",
-    "matmul",
-    "norms",
-    "products",
-    "rotary",
-    "short_attention",
-];
+const CUDA_FILES: [&str; 9] =
+    ["copies", "cuda_graph", "experts", "gates", "launch", "norms", "products", "rotary", "short_attention"];
 
 fn main() {
     link_libtorch();

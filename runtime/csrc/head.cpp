@@ -10,7 +10,6 @@
 #ifdef M6_CUDA
 #include "copies.h"
 #include "launch.h"
-#include "matmul.h"
 #endif
 
 namespace {
@@ -47,13 +46,14 @@ class Kernels {
     const int64_t count = chunk.hidden.size(0), v = table.size(0);
     // The first chunk is the largest.
     if (!buffer.defined()) buffer = at::empty({count, stride()}, table.options());
-    const Tensor logits = buffer.narrow(0, 0, count).narrow(1, 0, v);
-    product_out(logits, chunk.hidden, table.t());
+    Tensor logits = buffer.narrow(0, 0, count).narrow(1, 0, v);
+    at::mm_out(logits, chunk.hidden, table.t());
     launch(
         "m6_cross_entropy", {count, 1}, THREADS, 0, mutable_bytes(logits), bytes(chunk.labels), mutable_bytes(chunk.losses),
         1.0f / static_cast<float>(chunk.rows), v, stride());
     if (!chunk.dhidden.defined()) return;
-    product_out(chunk.dhidden, logits, table);
+    Tensor dhidden = chunk.dhidden;
+    at::mm_out(dhidden, logits, table);
     if (dweight.defined()) {
       at::addmm_out(dweight, dweight, logits.t(), chunk.hidden, at::kFloat);
     } else {

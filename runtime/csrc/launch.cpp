@@ -85,13 +85,6 @@ void launch_with(const std::string& name, Grid grid, int64_t threads, int64_t sh
       name);
 }
 
-bool is_recording() {
-  static const auto status_of = driver_function<decltype(&cuStreamIsCapturing)>("cuStreamIsCapturing");
-  CUstreamCaptureStatus status = CU_STREAM_CAPTURE_STATUS_NONE;
-  check_driver(status_of(c10::cuda::getCurrentCUDAStream().stream(), &status), "the state of a stream");
-  return status != CU_STREAM_CAPTURE_STATUS_NONE;
-}
-
 int64_t most_shared_bytes() { return attribute(CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN); }
 
 int64_t blocks_at_once(int64_t threads, int64_t shared_bytes) {

@@ -29,9 +29,6 @@ void launch(const std::string& name, Grid grid, int64_t threads, int64_t shared_
   launch_with(name, grid, threads, shared_bytes, pointers);
 }
 
-// Whether what is launched on the current stream is recorded as a CUDA graph.
-bool is_recording();
-
 // Bytes of shared memory that a block of the current device can have.
 int64_t most_shared_bytes();
 

@@ -5,7 +5,6 @@
 #include "copies.h"
 #include "guarded.h"
 #include "launch.h"
-#include "matmul.h"
 
 namespace {
 
@@ -34,10 +33,7 @@ class LinearProduct : public torch::autograd::Function<LinearProduct> {
     const Tensor w = in_bf16(weight);
     context->save_for_backward({x, weight, w});
     context->saved_data["has_bias"] = bias.has_value();
-    auto shape = x.sizes().vec();
-    shape.back() = w.size(0);
-    const auto offset = bias.has_value() ? std::make_optional(in_bf16(*bias)) : std::nullopt;
-    return product(x.reshape({-1, w.size(1)}), w.t(), offset).view(shape);
+    return bias.has_value() ? at::linear(x, w, in_bf16(*bias)) : at::linear(x, w);
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
@@ -45,7 +41,7 @@ class LinearProduct : public torch::autograd::Function<LinearProduct> {
     const Tensor &x = saved[0], &weight = saved[1], &w = saved[2];
     const Tensor dy = grads[0].reshape({-1, w.size(0)});
     widen_gradient(weight);
-    const Tensor dx = context->needs_input_grad(0) ? product(dy, w).view(x.sizes()) : Tensor();
+    const Tensor dx = context->needs_input_grad(0) ? at::mm(dy, w).view(x.sizes()) : Tensor();
     Tensor dweight;
     if (context->needs_input_grad(1)) {
       dweight = at::mm(dy.t(), x.reshape({-1, w.size(1)}), is_parameter(weight) ? at::kBFloat16 : at::kFloat);

@@ -107,30 +107,6 @@ mod tests {
         assert_grad_adds_up(&weight, |x, weight| grouped_linear(x, weight, &ends), by_hand);
     }
 
-    /// From the third call on by the kernel that is fastest, whichever that is.
-    #[test]
-    fn large_products_have_the_bits_that_they_would_have_without_timings() {
-        tch::manual_seed(13);
-        for (shape, out, has_bias) in
-            [(&[4096, 1024][..], 1536, false), (&[8, 512, 896], 1152, true), (&[4000, 2816], 1024, true)]
-        {
-            let input = shape[shape.len() - 1];
-            let draw_parameter = |shape: &[i64]| draw(shape).to_kind(Kind::Float).set_requires_grad(true);
-            let (weight, bias) = (draw_parameter(&[out, input]), draw_parameter(&[out]));
-            for _ in 0..8 {
-                let (x, dy) = (
-                    draw(shape).set_requires_grad(true),
-                    draw(&[&shape[..shape.len() - 1], &[out]].concat()),
-                );
-                let y = linear(&x, &weight, has_bias.then_some(&bias));
-                let (weight, bias) = (weight.to_kind(Kind::BFloat16), bias.to_kind(Kind::BFloat16));
-                assert_eq!(y, x.linear(&weight, has_bias.then_some(&bias)));
-                (&y * &dy).sum(Kind::Float).backward();
-                assert_eq!(x.grad(), dy.matmul(&weight));
-            }
-        }
-    }
-
     #[test]
     fn gradients_of_a_product_add_up_in_float32() {
         tch::manual_seed(12);
