@@ -34,7 +34,6 @@ pub mod filter;
 pub mod flaw;
 pub mod index_file;
 pub mod info;
-mod jpeg;
 mod key;
 mod lines;
 pub mod lint;
@@ -48,8 +47,6 @@ pub mod packing;
 mod pattern;
 pub mod picture;
 mod pipe;
-#[cfg(feature = "turbojpeg")]
-mod planes;
 #[cfg(feature = "remote")]
 mod remote;
 mod rule;

@@ -3,7 +3,7 @@
 use m6_data::picture::Rgb8;
 use m6_data::sheet::{LINE_HEIGHT, draw_text};
 
-use super::picture::Drawing;
+use super::drawing::Drawing;
 
 /// Pixels between pictures and around them.
 const GAP: u32 = 8;

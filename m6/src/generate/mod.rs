@@ -3,6 +3,7 @@
 mod beam;
 mod cache;
 mod caption;
+mod drawing;
 mod grid;
 mod likelihood;
 mod picture;
@@ -14,8 +15,9 @@ pub(crate) mod testing;
 
 pub use cache::KvCache;
 pub use caption::{Caption, caption};
+pub use drawing::Drawing;
 pub use grid::rows_grid;
 pub use likelihood::{Likelihood, likelihood};
-pub use picture::{DrawRequest, Drawing, draw};
+pub use picture::{DrawRequest, draw};
 pub use sampler::{Sampling, guide};
 pub use score::{perplexities, score_texts};

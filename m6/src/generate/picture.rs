@@ -7,6 +7,7 @@ use rand_chacha::ChaCha8Rng;
 use tch::{Device, Tensor};
 
 use super::cache::KvCache;
+use super::drawing::Drawing;
 use super::rerank::best_of_each;
 use super::sampler::{Sampling, guide};
 use crate::error::{Error, Result};
@@ -37,19 +38,6 @@ pub struct DrawRequest {
     pub sampling: Sampling,
     /// Guidance scale: 1 draws from the prompt alone, larger follows it more closely, 0 ignores it.
     pub guidance: f64,
-}
-
-/// A picture and what it was drawn from.
-#[derive(Debug, Clone)]
-pub struct Drawing {
-    /// Its prompt.
-    pub prompt: String,
-    /// Its own seed.
-    pub seed: u64,
-    /// Its codes, row-major.
-    pub codes: Vec<u32>,
-    /// The decoded picture.
-    pub picture: Rgb8,
 }
 
 impl DrawRequest {

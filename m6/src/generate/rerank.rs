@@ -3,7 +3,7 @@
 
 use m6_data::picture::Rgb8;
 
-use super::picture::Drawing;
+use super::drawing::Drawing;
 use super::score::score_texts;
 use crate::error::Result;
 use crate::model::{Language, Model};

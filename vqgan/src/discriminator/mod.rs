@@ -5,12 +5,12 @@ mod norm;
 use m6_runtime::Params;
 use m6_runtime::fused::{channels_last, leaky_relu};
 use m6_runtime::nn::Conv2d;
+use serde::{Deserialize, Serialize};
 use tch::{Kind, Tensor};
 
 pub use norm::DiscriminatorNorm;
 
 use crate::config::COLOURS;
-use crate::train::AdversarialLoss;
 use norm::{Conv, Norm};
 
 /// Channels of the first layer, doubled by each further one up to eight times.
@@ -18,6 +18,20 @@ const WIDTH: i64 = 64;
 const MAX_MULTIPLE: i64 = 8;
 const KERNEL: i64 = 4;
 const LEAK: f64 = 0.2;
+
+/// What the discriminator minimises, and what the model does about its scores.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum AdversarialLoss {
+    /// Real patches should score 1 or more, others -1 or less (Lim and Ye 2017); the model raises the scores of its
+    /// own.
+    #[default]
+    Hinge,
+    /// Cross-entropy of the sigmoids of the scores; the model raises the scores of its own (taming-transformers).
+    Vanilla,
+    /// The same, and the model minimises the negative logarithm of the sigmoids of its own (Goodfellow et al. 2014).
+    NonSaturating,
+}
 
 /// Convolutions of kernel 4.
 #[derive(Debug)]

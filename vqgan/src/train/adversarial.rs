@@ -2,10 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::config::{fraction, out_of_range};
+use super::range::{fraction, out_of_range};
 use crate::augment::AugmentConfig;
 use crate::config::ConfigProblem;
-use crate::discriminator::DiscriminatorNorm;
+use crate::discriminator::{AdversarialLoss, DiscriminatorNorm};
 
 /// Layers of stride 2 that pictures of ordinary sizes have room for.
 const MAX_LAYERS: i64 = 4;
@@ -57,20 +57,6 @@ pub struct DiscriminatorConfig {
 
 fn r1_every() -> u64 {
     16
-}
-
-/// What the discriminator minimises, and what the model does about its scores.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum AdversarialLoss {
-    /// Real patches should score 1 or more, others -1 or less (Lim and Ye 2017); the model raises the scores of its
-    /// own.
-    #[default]
-    Hinge,
-    /// Cross-entropy of the sigmoids of the scores; the model raises the scores of its own (taming-transformers).
-    Vanilla,
-    /// The same, and the model minimises the negative logarithm of the sigmoids of its own (Goodfellow et al. 2014).
-    NonSaturating,
 }
 
 impl DiscriminatorConfig {

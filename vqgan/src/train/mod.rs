@@ -4,6 +4,7 @@ mod adversarial;
 mod codebook;
 mod config;
 mod critic;
+mod range;
 mod regularise;
 mod state;
 mod step;
@@ -18,8 +19,8 @@ use m6_runtime::named_seed;
 use tch::{Device, Kind, Tensor};
 
 pub use crate::augment::AugmentConfig;
-pub use crate::discriminator::DiscriminatorNorm;
-pub use adversarial::{AdversarialLoss, DiscriminatorConfig};
+pub use crate::discriminator::{AdversarialLoss, DiscriminatorNorm};
+pub use adversarial::DiscriminatorConfig;
 pub use config::{DataConfig, ScheduleConfig, TrainConfig, ValidationConfig};
 
 use crate::bottleneck::Bottleneck;

@@ -254,7 +254,7 @@ fn is_derived(name: &str) -> bool {
 
 /// How the weights are stored: as float32 unless all are bf16.
 fn stored(shards: &TensorShards) -> Result<FloatDtype> {
-    for name in shards.shapes().keys() {
+    for name in shards.shapes().keys().filter(|name| !is_derived(name)) {
         if shards.file_of(name)?.kind(name)? != Kind::BFloat16 {
             return Ok(FloatDtype::Fp32);
         }
@@ -499,6 +499,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (half, own, back) = (dir.path().join("half"), dir.path().join("own"), dir.path().join("back"));
         let load = |dir: &Path| LanguageModel::load(dir, Device::Cpu, None).unwrap();
+        load(&folder("qwen2")).publish(&half, FloatDtype::Bf16).unwrap();
+        // Frequencies that older files hold in float32 follow from the config, and say nothing of the weights.
+        let mut with_derived: Vec<_> = tensors(&half).into_iter().collect();
+        let frequencies = Tensor::ones([4], (Kind::Float, Device::Cpu));
+        with_derived.push(("model.layers.0.self_attn.rotary_emb.inv_freq".to_owned(), frequencies));
+        write_tensors(&half.join(WEIGHTS), &with_derived).unwrap();
+        assert_eq!(load(&half).stored, FloatDtype::Bf16);
         load(&folder("qwen2")).publish(&half, FloatDtype::Bf16).unwrap();
         load(&half).save(&own, load(&half).stored).unwrap();
         load(&own).publish(&back, load(&own).stored).unwrap();

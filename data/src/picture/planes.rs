@@ -5,8 +5,8 @@ use turbojpeg::{Colorspace, DecompressHeader, Decompressor, ScalingFactor, Subsa
 use wide::{u8x16, u16x8};
 use yuv::{YuvPlanarImage, YuvRange, YuvStandardMatrix, yuv444_to_rgb};
 
+use super::rgb::{CHANNELS, Part, Rgb8};
 use crate::error::{DataError, Result};
-use crate::picture::{CHANNELS, Part, Rgb8};
 
 /// Rows of planes follow each other without a gap.
 const ALIGN: usize = 1;
@@ -189,8 +189,8 @@ fn widened(samples: &[u8; LANES]) -> u16x8 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::decoded::Decoded;
     use super::*;
-    use crate::picture::Decoded;
     use proptest::prelude::*;
     use turbojpeg::{Compressor, Image, PixelFormat};
 

@@ -9,10 +9,10 @@ use zune_core::options::DecoderOptions;
 use zune_jpeg::JpegDecoder;
 use zune_jpeg::errors::DecodeErrors;
 
-use crate::error::{DataError, Result};
-use crate::picture::{Decoded, check_size, upright_on_white};
+use super::decoded::{Decoded, check_size, upright_on_white};
 #[cfg(feature = "turbojpeg")]
-use crate::planes::Planes;
+use super::planes::Planes;
+use crate::error::{DataError, Result};
 
 /// The second byte of markers (ITU-T T.81, table B.1).
 mod marker {
@@ -109,7 +109,7 @@ fn decode_scaled(
     let scale = ScalingFactor::new(1, part as usize);
     decoder.set_scaling_factor(scale).ok()?;
     let (width, height) = (scale.scale(header.width), scale.scale(header.height));
-    let pitch = width * crate::picture::CHANNELS;
+    let pitch = width * super::rgb::CHANNELS;
     let mut pixels = vec![0; height * pitch];
     let image = Image { pixels: pixels.as_mut_slice(), width, pitch, height, format: PixelFormat::RGB };
     decoder.decompress(bytes, image).ok()?;
@@ -163,8 +163,8 @@ fn exif(bytes: &[u8]) -> Option<&[u8]> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::rgb::Rgb8;
     use super::*;
-    use crate::picture::Rgb8;
     use image::ImageFormat;
     use proptest::prelude::*;
     use std::io::Cursor;
@@ -292,7 +292,7 @@ mod tests {
     #[cfg(feature = "turbojpeg")]
     #[test]
     fn restarts_are_those_of_the_library() {
-        let jpeg = include_bytes!("../tests/restarts.jpg");
+        let jpeg = include_bytes!("../../tests/restarts.jpg");
         assert!(jpeg.windows(2).any(|pair| pair == [0xff, *marker::RESTART.start()]));
         assert_as_progressive(jpeg, "restarts");
     }
