@@ -116,7 +116,7 @@ mod tests {
             let add = |i: usize| {
                 let group = if i.is_multiple_of(2) { Group::Decay } else { Group::NoDecay };
                 // Some are vectors, which stay float32.
-                let shape = if i % 5 == 0 { vec![shapes[i]] } else { vec![1, shapes[i]] };
+                let shape = if i.is_multiple_of(5) { vec![shapes[i]] } else { vec![1, shapes[i]] };
                 params.add(&format!("p{i}"), &shape, Init::Normal(1.0), group)
             };
             let tensors: Vec<Tensor> = (0..shapes.len()).map(add).collect();
