@@ -6,6 +6,7 @@ pub use server::{Answer, Server};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
+use crate::picture::Rgb8;
 use crate::writer::ShardWriter;
 
 /// Extensions and bytes of a sample.
@@ -116,4 +117,10 @@ mod server {
         stream.write_all(&[head.as_bytes(), tags.as_bytes(), b"\r\n", &body[..sent]].concat()).ok()?;
         matches!(answer, Some(Answer::Stall(_))).then_some(stream)
     }
+}
+
+/// A picture in which no two pixels that are near each other are the same.
+pub fn gradient(width: u32, height: u32) -> Rgb8 {
+    let pixels = (0..width * height * 3).map(|i| (i % 251) as u8).collect();
+    Rgb8 { width, height, pixels }
 }

@@ -121,17 +121,13 @@ impl Measured {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::gradient;
     use image::{ExtendedColorType, ImageEncoder};
 
     fn encode(picture: impl Into<DynamicImage>, format: ImageFormat) -> Vec<u8> {
         let mut bytes = Cursor::new(Vec::new());
         picture.into().write_to(&mut bytes, format).unwrap();
         bytes.into_inner()
-    }
-
-    fn gradient(width: u32, height: u32) -> Rgb8 {
-        let pixels = (0..width * height * 3).map(|i| (i % 251) as u8).collect();
-        Rgb8 { width, height, pixels }
     }
 
     #[test]

@@ -203,11 +203,7 @@ pub fn grid(pictures: &[Rgb8], columns: u32, gap: u32) -> Rgb8 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn gradient(width: u32, height: u32) -> Rgb8 {
-        let pixels = (0..width * height * 3).map(|i| (i % 251) as u8).collect();
-        Rgb8 { width, height, pixels }
-    }
+    use crate::testing::gradient;
 
     #[test]
     fn crop_flip_and_resize() {
