@@ -133,8 +133,8 @@ def main():
         more = ["--llamagen", args.llamagen] if args.llamagen else []
         other = last_line([sys.executable, __file__, args.train_step, "--only", name, "--theirs", *more])
         row = {"gpu": torch.cuda.get_device_name(), "shape": name, "theirs": other}
-        for key, dtypes in OURS.items() if name == "qwen2-moe-60" else [next(iter(OURS.items()))]:
-            own = last_line([args.train_step, name, str(texts), str(length), "1", *dtypes])
+        for key in OURS if name == "qwen2-moe-60" else ["m6"]:
+            own = last_line([args.train_step, name, str(texts), str(length), "1", *OURS[key]])
             row[key] = own | {"ratio": own["tokens_per_s"] / other["tokens_per_s"]}
         print(json.dumps(row), flush=True)
 

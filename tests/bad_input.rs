@@ -30,7 +30,7 @@ fn settings() {
             ("vqgan train train.toml", WRONG_USE, &["train.toml", "unknown field"]),
         ],
     );
-    let settings: [(&str, &[&str]); 52] = [
+    let settings: [(&str, &[&str]); 53] = [
         ("train train.toml --set schedule.stesp=3", &["--set schedule.stesp=3", "did you mean `steps`?"]),
         ("train train.toml --set schedule.steps=many", &["schedule.steps=many", "expected u64"]),
         ("train train.toml --set schedule.steps=-1", &["schedule.steps=-1", "expected u64"]),
@@ -48,6 +48,10 @@ fn settings() {
         (
             "train train.toml --set weights=bf16 --set ema=0 --set optimizer.muon_momentum=0.9",
             &["optimizer.muon_momentum = 0.9: expected none", "weights = \"bf16\""],
+        ),
+        (
+            "train train.toml --set weights=bf16 --set ema=0 --set init=tuned --set merging.base=base",
+            &["merging: expected none", "weights = \"bf16\""],
         ),
         ("train train.toml --set device=tpu", &["`tpu`", "expected `cpu`"]),
         ("train train.toml --set model.width=20", &["model.width = 20", "multiple of"]),

@@ -165,7 +165,9 @@ fn weights_in_bf16_resume_exactly() {
     assert_same(&scene, "run", "parts");
     let exported = read_tensors(&scene.path("run/model/model.safetensors")).unwrap();
     let kept = read_tensors(&scene.path("run/checkpoints/step-00000024/model.safetensors")).unwrap();
-    for ((name, exported), (_, kept)) in exported.iter().zip(&kept) {
+    assert!(!exported.is_empty() && exported.len() == kept.len());
+    for ((name, exported), (same_name, kept)) in exported.iter().zip(&kept) {
+        assert_eq!(name, same_name);
         assert_eq!(*exported, kept.to_kind(exported.kind()), "{name}");
     }
 }

@@ -234,7 +234,8 @@ fn decode(model: &Model, codes: &[Vec<u32>]) -> Result<Vec<Rgb8>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::generate::testing::{SIDE, tiny, tiny_model};
+    use crate::generate::testing::{SIDE, tiny, tiny_model, tiny_model_in};
+    use m6_runtime::FloatDtype;
 
     const SAMPLING: Sampling = Sampling { temperature: 1.0, top_k: 0, top_p: 1.0 };
 
@@ -256,6 +257,23 @@ mod tests {
         assert_eq!(many.iter().map(|d| d.seed).collect::<Vec<_>>(), [7, 8, 9, 7, 8, 9, 7, 8, 9]);
         assert_ne!(many[0].codes, many[1].codes);
         assert_ne!(many[0].codes, many[6].codes);
+    }
+
+    /// The drawings, and by what their captions are worth which of them are taken.
+    #[test]
+    fn a_model_held_in_bf16_draws_what_it_does_in_float32() {
+        let (narrow, wide) = (tiny_model_in(FloatDtype::Bf16), tiny_model());
+        let values = narrow.params.tensors();
+        for (name, mut tensor) in wide.params.tensors() {
+            tensor.copy_(&values[&name]);
+        }
+        let request = DrawRequest { best_of: 3, ..request(&["a red heart", "红"], 2, 5) };
+        let drawn = |model: &Model| {
+            let drawings = draw(model, &request, |_| ()).unwrap().into_iter();
+            drawings.map(|drawing| (drawing.seed, drawing.codes)).collect::<Vec<_>>()
+        };
+        assert_eq!(drawn(&narrow), drawn(&wide));
+        assert!(values.values().any(|tensor| tensor.kind() == tch::Kind::BFloat16));
     }
 
     #[test]

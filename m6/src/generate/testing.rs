@@ -2,7 +2,7 @@
 
 use m6_data::picture::Rgb8;
 use m6_data::tokenizer::train_bpe;
-use m6_runtime::Params;
+use m6_runtime::{FloatDtype, Params};
 use m6_vision::PatchConfig;
 use m6_vqgan::{Dtype, QuantizerKind, Vqgan, VqganConfig};
 use tch::Device;
@@ -47,6 +47,11 @@ fn tiny_of(config: &ModelConfig) -> (Params, Transformer) {
 
 /// A whole model with byte-level tokens.
 pub fn tiny_model() -> Model {
+    tiny_model_in(FloatDtype::Fp32)
+}
+
+/// The same with its matrices held in `matrices`.
+pub fn tiny_model_in(matrices: FloatDtype) -> Model {
     let tokenizer = train_bpe(["a red heart", "红心"].into_iter().map(str::to_owned), 256).unwrap();
     let vqgan = VqganConfig {
         resolution: i64::from(SIDE),
@@ -64,7 +69,9 @@ pub fn tiny_model() -> Model {
     let dir = tempfile::tempdir().unwrap();
     Vqgan::new(&Params::new(Device::Cpu, SEED), &vqgan).save(dir.path(), Dtype::Float32).unwrap();
     let vqgan = Vqgan::load(dir.path(), Device::Cpu).unwrap();
-    let model = Model::new(&config(), tokenizer, vqgan, Params::new(Device::Cpu, SEED)).unwrap();
+    let model =
+        Model::new(&config(), tokenizer, vqgan, Params::new(Device::Cpu, SEED).with_matrices(matrices))
+            .unwrap();
     widen(&model.params);
     model
 }

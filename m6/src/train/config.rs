@@ -44,8 +44,8 @@ pub struct TrainConfig {
     /// Whether blocks keep their input alone and are computed again for their gradients: less memory, more time.
     #[serde(default)]
     pub recompute: bool,
-    /// The numbers in which tables and matrices are kept. In bf16 they have no float32 masters, which takes half the memory;
-    /// AdamW rounds them by lot, so that small updates are not lost (Gupta et al. 2015). Vectors stay float32.
+    /// The numbers in which tables and matrices are kept. In bf16 they have no float32 masters: two bytes a weight in place of
+    /// six on a GPU. AdamW rounds them by lot, so that small updates are not lost (Gupta et al. 2015). Vectors stay float32.
     #[serde(default)]
     pub weights: FloatDtype,
     /// AdamW, and Muon beside it.
